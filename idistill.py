@@ -1,0 +1,1424 @@
+#!/usr/bin/env python3
+"""Interaction distillation for discriminative reward models, in one file (after arXiv 2508.02618).
+
+    python idistill.py                                              # offline demo on generated data, 2 CPU cores
+    python idistill.py --model M --teacher T --data D.jsonl --eval-data E.jsonl --output-dir runs/x
+
+The problem. A discriminative reward model (RM) maps a prompt x and a response y to a scalar r(x, y), trained on
+pairs (x, y_c, y_r) with the Bradley-Terry (BT) loss. Misallocated attention can hack its judgement: (1) causal
+attention: early tokens never see late ones; (2) Siamese encoding: chosen and rejected are encoded apart, so no
+token of one ever sees the other. The cure: a bidirectional cross-encoder *teacher* reads both responses; the RM
+*simulates* the teacher's attention with its own queries and keys, and an alignment loss pulls the simulated map
+to the teacher's. Only training changes: what is saved is an ordinary reward model.
+
+What the abstract says: the two flaws above; an interaction-based language-understanding model as the teacher;
+the RM simulates its attention pattern through an attentional alignment objective; steadier, more general rewards.
+What is our reading (the paper's code is not public): every equation below, and the word-level alignment.
+
+Letters: B pairs, n tokens, W words, H heads, d head size; s segment: 0 = x, 1 = y_c, 2 = y_r.
+
+  packed layout   u = [x | y_c | y_r]                                                     (n tokens, once a pair)
+  tree mask       query i sees key j  iff  j <= i and (s_j = 0 or s_j = s_i);  positions of y_r restart at |x|
+  reward          r_c = w.h[last token of y_c],  r_r = w.h[last token of y_r]    (= encoding both apart)     (E1)
+  BT loss         L_BT = -log sigmoid(r_c - r_r)                                                             (E2)
+  simulated map   S = mean over heads of softmax(Q K^T / sqrt(d)), the mask lifted               (B, n, n)   (E3)
+  teacher         reads [CLS] x [SEP] y_a [SEP] y_b [SEP], (a, b) a random order of (c, r); its verdict =
+                  mean of a per-token scalar over y_c, minus the same over y_r; loss -log sigmoid(verdict)   (E4)
+  word map        sum over the tokens of the attended word, mean over those of the attending word (B, W, W)  (E5)
+  blocks          intra I: all but y_c x y_r;  inter X: y_c x y_r, both ways; rows renormalised inside each
+  alignment       L_I = mean over rows i of KL(T_i^I || S_i^I),  L_X likewise                                (E6)
+  total           L = L_BT + lambda_intra L_I + lambda_inter L_X  (+ lambda_score MarginMSE, + centring)     (E7)
+"""
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import fcntl
+import gzip
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import socket
+import sys
+import time
+import zlib
+from collections import Counter
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+import transformers  # noqa: E402  (after the setting above, which silences a fork warning)
+from transformers import (AttentionInterface, AutoConfig, AutoModelForSequenceClassification,  # noqa: E402
+                          AutoModelForTokenClassification, AutoTokenizer)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward  # noqa: E402
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask  # noqa: E402
+
+sys.modules.setdefault("idistill", sys.modules[__name__])  # run as a script, data_prep still imports this module
+
+
+class UserError(Exception):
+    """A mistake a person can mend: printed as one line, exit code 2, no traceback."""
+
+
+class UnusablePair(ValueError):
+    """A well-formed line that cannot serve as a pair (a tie, two different prompts): dropped and counted."""
+
+
+# ---------------------------------------------------------------------------------------------------------- config
+
+def flag(default, help, **extra):
+    """A dataclass field whose metadata becomes the command-line help."""
+    kind = {"default_factory": lambda: list(default)} if isinstance(default, list) else {"default": default}
+    return field(**kind, metadata={"help": help, **extra})
+
+
+@dataclass
+class Config:
+    # input / output
+    model: str = flag("", "student: local directory or hub id of a decoder (none: the offline demo)")
+    teacher: str = flag("", "teacher: local directory or hub id of a bidirectional encoder")
+    data: list[str] = flag([], "training pairs: JSONL files, plain or .gz; raw HH-RLHF lines too")
+    val_data: list[str] = flag([], "pairs that choose the best checkpoint (none: a split carved from --data)")
+    eval_data: list[str] = flag([], "held-out pairs, reported at the end, never used to choose")
+    output_dir: str = flag("", "run directory (demo: runs/demo)")
+    resume: bool = flag(False, "go on from the newest whole checkpoint in --output-dir")
+    overwrite: bool = flag(False, "replace an earlier run in --output-dir")
+    # method
+    method: str = flag("id", "id = interaction distillation, bt = plain Bradley-Terry", choices=["id", "bt"])
+    lambda_intra: float = flag(1.0, "weight of the intra-sequence alignment loss")
+    lambda_inter: float = flag(1.0, "weight of the inter-sequence alignment loss")
+    lambda_score: float = flag(0.0, "weight of MarginMSE against the teacher's verdict (arXiv 2010.02666)")
+    center_rewards: float = flag(0.0, "weight of the squared mean reward of a pair (arXiv 2312.09244)")
+    align_loss: str = flag("kl", "kl, or mse as in VIRT (arXiv 2112.04195)", choices=["kl", "mse"])
+    align_layers: str = flag("last", "student:teacher layers, as 'last' or '-1:-1,12:3' (from 0, negative = from the end)")
+    align_target: str = flag("teacher", "controls: uniform = no teacher map, shuffled = its rows permuted in each "
+                             "segment", choices=["teacher", "uniform", "shuffled"])
+    align_support: str = flag("full", "causal = compare only where the student attends (the other reading)",
+                              choices=["full", "causal"])
+    teacher_epochs: float = flag(1.0, "teacher fine-tuning, passes over the data; 0 = already fine-tuned")
+    encoding: str = flag("packed", "packed = one tree-masked row a pair, siamese = two rows (any causal model)",
+                         choices=["packed", "siamese"])
+    max_length: int = flag(1024, "longest prompt + response, in student tokens")
+    overlong: str = flag("truncate", "pairs over --max-length: truncate cuts the oldest of the prompt, never a "
+                         "response (a pair that still does not fit is dropped)", choices=["truncate", "drop", "error"])
+    # optimiser
+    epochs: float = flag(1.0, "passes over the training pairs")
+    max_steps: int = flag(0, "stop the student after this many steps; 0 = --epochs decides")
+    batch_size: int = flag(16, "pairs a step")
+    grad_accum: int = flag(1, "micro-batches a step is cut into (less memory, same loss)")
+    lr: float = flag(1e-5, "peak learning rate of the student")
+    teacher_lr: float = flag(5e-5, "peak learning rate of the teacher")
+    warmup: float = flag(0.05, "fraction of the steps with rising learning rate, then cosine to 0")
+    weight_decay: float = flag(0.01, "AdamW decay of the matrices (none on norms, biases)")
+    clip: float = flag(1.0, "largest gradient norm")
+    # evaluation and logging
+    val_fraction: float = flag(0.1, "share of --data carved for validation when --val-data is not given")
+    val_max: int = flag(512, "most pairs of the carved validation split")
+    log_every: int = flag(10, "steps between lines of metrics.jsonl")
+    eval_every: int = flag(0, "steps between validations; 0 = at a half and at the end")
+    save_every: int = flag(0, "steps between checkpoints; 0 = at each validation")
+    # system
+    seed: int = flag(0, "seed of every random stream")
+    seeds: int = flag(1, "demo only: repeat with this many seeds")
+    dtype: str = flag("auto", "autocast type; weights stay fp32; auto = bf16 where the device has it",
+                      choices=["auto", "fp32", "bf16"])
+    device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps ...")
+    gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass (less memory)")
+
+
+def parse_config(argv: list[str] | None = None) -> Config:
+    """The command line, made from Config; argparse exits with 2 on a wrong flag."""
+    ap = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.RawTextHelpFormatter)
+    for f in dataclasses.fields(Config):
+        default = f.default_factory() if f.default is dataclasses.MISSING else f.default
+        kw = {"action": "store_true"} if isinstance(default, bool) else {"default": default, "type": type(default)}
+        if isinstance(default, list):
+            kw = {"nargs": "+", "default": default}
+        if "choices" in f.metadata:
+            kw["choices"] = f.metadata["choices"]
+        ap.add_argument("--" + f.name.replace("_", "-"), help=f"{f.metadata['help']} (default: {default or 'none' if default != 0 else default})", **kw)
+    return Config(**vars(ap.parse_args(argv)))
+
+
+# ------------------------------------------------------------------------------------------------------------ data
+
+@dataclass
+class Pair:
+    """One preference: chosen is better than rejected as the answer to prompt (messages with role and content)."""
+    prompt: list[dict]
+    chosen: str
+    rejected: str
+    source: str = ""
+    subset: str = ""
+    id: str = ""
+
+
+def check_messages(messages, name: str) -> list[dict]:
+    """Messages with exactly the fields role and content, or ValueError."""
+    if isinstance(messages, str):
+        return [{"role": "user", "content": messages}]
+    if not isinstance(messages, list):
+        raise ValueError(f"{name} is neither a text nor a list of messages")
+    for m in messages:
+        if not isinstance(m, dict) or not isinstance(m.get("content"), str):
+            raise ValueError(f"{name} holds a message without a text as its content")
+        if m.get("role") not in ("system", "user", "assistant"):
+            raise ValueError(f"{name} holds the role {m.get('role')!r}; roles are system, user, assistant")
+    return [{"role": m["role"], "content": m["content"]} for m in messages]
+
+
+def split_dialogue(text: str) -> list[dict]:
+    """A raw HH-RLHF dialogue, "\\n\\nHuman: ...\\n\\nAssistant: ...", as messages."""
+    parts = re.split(r"\n\n(Human|Assistant):", text)
+    if len(parts) < 3 or parts[0].strip():
+        raise ValueError('there is no "prompt", and the text is no "\\n\\nHuman: ... \\n\\nAssistant: ..." dialogue')
+    return [{"role": "user" if who == "Human" else "assistant", "content": said.strip()}
+            for who, said in zip(parts[1::2], parts[2::2])]
+
+
+def parse_pair(obj: dict) -> Pair:
+    """One JSON object as a Pair. Forms: prompt + two texts; two whole conversations; raw HH-RLHF.
+
+    Raises ValueError (malformed) or UnusablePair (well-formed, but of no use)."""
+    if not isinstance(obj, dict):
+        raise ValueError("the line is not a JSON object")
+    for key in ("chosen", "rejected"):
+        if obj.get(key) is None:
+            raise ValueError(f'the field "{key}" is missing')
+        if not isinstance(obj[key], (str, list)):
+            raise ValueError(f'the field "{key}" is neither a text nor a list of messages')
+    sides = [obj["chosen"], obj["rejected"]]
+    prompt = check_messages(obj["prompt"], "prompt") if obj.get("prompt") is not None else None
+    if isinstance(sides[0], str) and isinstance(sides[1], str) and prompt is None:
+        sides = [split_dialogue(s) for s in sides]
+    if isinstance(sides[0], list) != isinstance(sides[1], list):
+        raise ValueError("one of chosen and rejected is a text, the other a list of messages")
+    if isinstance(sides[0], list):
+        convs = [check_messages(s, name) for s, name in zip(sides, ("chosen", "rejected"))]
+        for conv, name in zip(convs, ("chosen", "rejected")):
+            if not conv or conv[-1]["role"] != "assistant":
+                raise UnusablePair(f"{name} does not end with the assistant")
+        lead = [] if prompt is None else prompt  # TRL: prompt and conversations may both be given, apart or whole
+        heads = [c[:-1] if c[:len(lead)] == lead else lead + c[:-1] for c in convs]
+        if heads[0] != heads[1]:
+            raise UnusablePair("the two prompts differ")
+        prompt, sides = heads[0], [c[-1]["content"] for c in convs]
+    for text, name in zip(sides, ("chosen", "rejected")):
+        if not text.strip():
+            raise UnusablePair(f"the {name} response is empty")
+    if sides[0].strip() == sides[1].strip():
+        raise UnusablePair("chosen equals rejected")
+    extra = {k: str(obj[k]) for k in ("source", "subset", "id") if obj.get(k) is not None}
+    return Pair(prompt, sides[0], sides[1], **extra)
+
+
+def read_pairs(paths: list[str], skip_bad: bool = False) -> tuple[list[Pair], Counter]:
+    """All pairs of some JSONL files, and counts: "pairs", "bad" (skip_bad), and each reason of UnusablePair.
+
+    Raises UserError with file and line number."""
+    pairs, counts = [], Counter()
+    for path in paths:
+        try:
+            with (gzip.open if str(path).endswith(".gz") else open)(path, "rb") as f:
+                for number, raw in enumerate(f, 1):
+                    if not raw.strip():
+                        continue
+                    try:
+                        pairs.append(parse_pair(json.loads(raw.decode("utf-8-sig" if number == 1 else "utf-8"))))
+                    except UnusablePair as why:
+                        counts[str(why)] += 1
+                    except (ValueError, RecursionError) as why:  # JSON and UTF-8 errors are ValueErrors
+                        if not skip_bad:
+                            why = "not JSON" if isinstance(why, json.JSONDecodeError) else why
+                            raise UserError(f"{path}, line {number}: {why}; mend the line, or let "
+                                            "`python data_prep.py FILE --skip-bad` drop it") from None
+                        counts["bad"] += 1
+        except (OSError, EOFError, zlib.error) as why:
+            raise UserError(f"{path}: cannot be read ({why})") from None
+    counts["pairs"] = len(pairs)
+    if not pairs:
+        raise UserError(f"{', '.join(map(str, paths))}: no usable pair ({dict(counts)})")
+    return pairs, counts
+
+
+def prompt_key(prompt: list[dict]) -> float:
+    """A hash of the prompt in [0, 1): equal prompts always fall into the same split."""
+    text = json.dumps([[m["role"], m["content"].strip()] for m in prompt], ensure_ascii=False)
+    return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big") / 2**64
+
+
+def carve(pairs: list[Pair], count: int) -> tuple[list[Pair], list[Pair]]:
+    """(rest, carved): about `count` pairs with the smallest prompt hashes; no prompt falls on both sides."""
+    keys = np.array([prompt_key(p.prompt) for p in pairs])
+    bound = np.sort(keys)[min(count, len(pairs) - 1)]
+    return [p for p, k in zip(pairs, keys) if k >= bound], [p for p, k in zip(pairs, keys) if k < bound]
+
+
+# -------------------------------------------------------------------------------------------- from text to tokens
+
+class Formatter:
+    """The one place that builds the string that is scored, for training, evaluation and users.
+
+    Chat template where the tokenizer has one, else "User: ...\\n\\nAssistant: ..."; always ends in the end token
+    (a missing one flips rewards: MOSS-RLHF #21); starts with BOS where the tokenizer would add it. The string is
+    tokenised with add_special_tokens=False, so there is never a second BOS. Control-token strings inside the
+    contents are defused by a space after their first character ("<|im_end|>" becomes "< |im_end|>").
+
+    Raises UserError for a tokenizer without offsets or end token, or a template that loses messages."""
+
+    def __init__(self, tokenizer):
+        if not tokenizer.is_fast:
+            raise UserError(f"{tokenizer.name_or_path}: no fast tokenizer, and only those tell which characters a token covers")
+        if tokenizer.eos_token is None:
+            raise UserError(f"{tokenizer.name_or_path}: the tokenizer has no end token (eos_token); set one in its "
+                            "tokenizer_config.json")
+        self.tokenizer, self.eos, self.cache = tokenizer, tokenizer.eos_token, {}
+        bos = tokenizer.bos_token
+        self.bos = bos if bos and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id] else ""
+        special = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special and len(t.content) > 1}
+        self.control = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or r"(?!)")
+        self.defused = 0
+
+    def clean(self, text: str) -> str:
+        """Stripped, and with control tokens defused (counted in self.defused)."""
+        text = text.strip()
+        while self.control.search(text):
+            text, count = self.control.subn(lambda m: m[0][0] + " " + m[0][1:], text)
+            self.defused += count
+        return text
+
+    def markup(self, roles: tuple[str, ...]) -> list[str]:
+        """The literal text before, between and after the contents: len(roles) + 1 pieces."""
+        if roles not in self.cache:
+            marks = [f"\ue000{i}\ue001" for i in range(len(roles))]  # private-use characters that no template has
+            if self.tokenizer.chat_template:
+                messages = [{"role": r, "content": m} for r, m in zip(roles, marks)]
+                try:
+                    text = self.tokenizer.apply_chat_template(messages, tokenize=False)
+                except Exception as why:  # a template raises what it likes
+                    raise UserError(f"{self.tokenizer.name_or_path}: its chat template refuses the roles "
+                                    f"{', '.join(roles)} ({why})") from None
+            else:
+                names = {"system": "System", "user": "User", "assistant": "Assistant"}
+                text = self.bos + "\n\n".join(f"{names[r]}: {m}" for r, m in zip(roles, marks))
+            pieces = re.split("\ue000\\d+\ue001", text)
+            if re.findall("\ue000\\d+\ue001", text) != marks:
+                raise UserError(f"{self.tokenizer.name_or_path}: its chat template loses or repeats messages of "
+                                f"the roles {', '.join(roles)}")
+            tail = pieces[-1].rstrip()
+            pieces[-1] = tail if tail.endswith(self.eos) else tail + self.eos
+            self.cache[roles] = pieces
+        return self.cache[roles]
+
+    def __call__(self, prompt: list[dict], response: str) -> tuple[str, list[int]]:
+        """Cleaned contents -> (the string that is scored, where each content starts in it)."""
+        contents = [m["content"] for m in prompt] + [response]
+        pieces = self.markup(tuple(m["role"] for m in prompt) + ("assistant",))
+        text, starts = pieces[0], []
+        for content, piece in zip(contents, pieces[1:]):
+            starts.append(len(text))
+            text += content + piece
+        return text, starts
+
+
+CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"
+WORD = re.compile(rf"[{CJK}]|[^\s{CJK}]+")  # words are our choice: runs without white space, single CJK characters
+
+
+def words_of(text: str) -> np.ndarray:
+    """Start and end of each word, (W, 2)."""
+    return np.array([m.span() for m in WORD.finditer(text)], dtype=np.int64).reshape(-1, 2)
+
+
+def tokens_to_words(offsets: np.ndarray, spans: np.ndarray) -> np.ndarray:
+    """For tokens with character offsets (n, 2) the index of the first word (W, 2) each touches, -1 for none."""
+    if not len(spans) or not len(offsets):
+        return np.full(len(offsets), -1)
+    first = np.searchsorted(spans[:, 1], offsets[:, 0], side="right")  # first word that ends after the token starts
+    inside = spans[np.minimum(first, len(spans) - 1), 0] < offsets[:, 1]
+    return np.where((first < len(spans)) & inside & (offsets[:, 1] > offsets[:, 0]), first, -1)
+
+
+@dataclass
+class Example:
+    """One pair, encoded. Student: packed layout u; teacher: three token runs that either order can join."""
+    ids: np.ndarray       # (n,) tokens of [x | y_c | y_r]
+    seg: np.ndarray       # (n,) 0 = x, 1 = y_c, 2 = y_r
+    word: np.ndarray      # (n,) word of each token, -1 = markup
+    word_seg: np.ndarray  # (W,) segment of each word, -1 = a word that one of the models does not see
+    runs: list            # teacher: [(ids, word)] of x, y_c, y_r; empty without a teacher
+    pair: Pair            # as read
+
+
+class Encoder:
+    """Pairs -> Examples, with the counts of what was cut, dropped or defused."""
+
+    def __init__(self, tokenizer, max_length: int, overlong: str, teacher_tokenizer=None, teacher_length: int = 512):
+        self.formatter, self.tokenizer = Formatter(tokenizer), tokenizer
+        self.max_length, self.overlong = max_length, overlong
+        self.teacher, self.teacher_length = teacher_tokenizer, teacher_length
+        self.counts = Counter()
+
+    def tokenise(self, tokenizer, texts: list[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """(ids (n,), offsets (n, 2)) of each text, all in one parallel call."""
+        enc = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False,
+                        return_token_type_ids=False, verbose=False)
+        return [(np.array(i, dtype=np.int64), np.array(o, dtype=np.int64).reshape(-1, 2))
+                for i, o in zip(enc["input_ids"], enc["offset_mapping"])]
+
+    def shorten(self, prompt: list[dict], sides: list[str]):
+        """Cuts the oldest of the prompt until both sequences fit; None if a response cannot."""
+        prompt = [dict(m) for m in prompt]
+        while True:
+            texts, starts = zip(*(self.formatter(prompt, y) for y in sides))
+            tokens = self.tokenise(self.tokenizer, list(texts))
+            longest = max((0, 1), key=lambda k: len(tokens[k][0]))
+            excess = len(tokens[longest][0]) - self.max_length
+            if excess <= 0:
+                return prompt, tokens, starts
+            turns = [i for i, m in enumerate(prompt) if m["role"] == "user"]
+            target = next((i for i, m in enumerate(prompt) if m["content"] and m["role"] != "system"), None)
+            if target is None:
+                target = next((i for i, m in enumerate(prompt) if m["content"]), None)  # the system text goes last
+            if target is None:
+                return None
+            begin = starts[longest][target]
+            offsets = tokens[longest][1]
+            inside = np.flatnonzero((offsets[:, 0] >= begin) & (offsets[:, 0] < begin + len(prompt[target]["content"])))
+            if len(inside) <= excess and len(turns) > 1:  # the whole oldest turn goes, its markup too
+                del prompt[turns[0]:turns[1]]
+                continue
+            cut = offsets[inside[excess], 0] - begin if len(inside) > excess else len(prompt[target]["content"])
+            prompt[target]["content"] = prompt[target]["content"][max(cut, 1):].lstrip()
+
+    def __call__(self, pairs: list[Pair], chunk: int = 1024, progress: str = "") -> list[Example]:
+        """Encodes in chunks of pairs; overlong pairs are cut, dropped or raise UserError, as asked; all counted."""
+        examples = []
+        bar = tqdm(total=len(pairs), desc=progress, disable=not progress, leave=False)
+        for start in range(0, len(pairs), chunk):
+            part = pairs[start:start + chunk]
+            clean = self.formatter.clean
+            todo = [([{**m, "content": clean(m["content"])} for m in p.prompt], [clean(p.chosen), clean(p.rejected)])
+                    for p in part]
+            built = [self.formatter(prompt, y) for prompt, sides in todo for y in sides]
+            tokens = self.tokenise(self.tokenizer, [text for text, _ in built])
+            kept = []
+            for k, (pair, (prompt, sides)) in enumerate(zip(part, todo)):
+                two, starts = tokens[2 * k:2 * k + 2], [built[2 * k][1], built[2 * k + 1][1]]
+                if max(len(t[0]) for t in two) > self.max_length:
+                    if self.overlong == "error":
+                        raise UserError(f"pair {pair.id or start + k + 1} has {max(len(t[0]) for t in two)} tokens, over "
+                                        f"--max-length {self.max_length}; raise it, or use --overlong truncate or drop")
+                    cut = self.shorten(prompt, sides) if self.overlong == "truncate" else None
+                    self.counts["truncated" if cut else "dropped"] += 1
+                    if cut is None:
+                        continue
+                    prompt, two, starts = cut
+                kept.append((pair, prompt, sides, two, starts))
+            examples += self.pack(kept)
+            bar.update(len(part))
+        self.counts["defused control tokens"] = self.formatter.defused
+        return examples
+
+    def pack(self, kept: list) -> list[Example]:
+        """Packed layout and words of each pair; the teacher's runs where there is a teacher."""
+        out, flat = [], []
+        for pair, prompt, sides, two, starts in kept:
+            contents = [m["content"] for m in prompt]
+            spans = [words_of(c) for c in contents]
+            P, C, R = sum(map(len, spans)), *(words_of(y) for y in sides)
+            words = []
+            for (ids, offsets), at, y in zip(two, starts, (C, R)):
+                placed = np.concatenate([s + a for s, a in zip(spans + [y], at)])
+                words.append(tokens_to_words(offsets, placed))
+            (ids_c, off_c), (ids_r, off_r) = two
+            inside = min(int((off[:, 1] <= at[-1]).argmin()) if (off[:, 1] > at[-1]).any() else len(off)
+                         for off, at in zip((off_c, off_r), starts))
+            differ = np.flatnonzero(ids_c[:inside] != ids_r[:inside])
+            nx = int(differ[0]) if len(differ) else inside  # longest common token prefix inside the prompt
+            shift = np.where(words[1] >= P, words[1] + len(C), words[1])  # words of y_r come after those of y_c
+            seg = np.repeat([0, 1, 2], [nx, len(ids_c) - nx, len(ids_r) - nx])
+            ex = Example(np.concatenate([ids_c, ids_r[nx:]]), seg, np.concatenate([words[0], shift[nx:]]),
+                         np.repeat([0, 1, 2], [P, len(C), len(R)]), [], pair)
+            ex.word_seg[np.setdiff1d(np.arange(len(ex.word_seg)), ex.word)] = -1
+            out.append(ex)
+            x, x_starts = "", []  # the teacher reads the same contents, its own role marks between several turns
+            for m in prompt:
+                x += ("\n" if x else "") + (m["role"].capitalize() + ": " if len(prompt) > 1 else "")
+                x_starts.append(len(x))
+                x += m["content"]
+            x_words = np.concatenate([s + a for s, a in zip(spans, x_starts)] or [words_of("")])
+            flat.append((x, sides, x_words, C, R, P))
+        if self.teacher is not None and out:
+            texts = [t for x, sides, *_ in flat for t in (x, *sides)]
+            tokens = self.tokenise(self.teacher, texts)
+            for k, (ex, (_, _, x_words, C, R, P)) in enumerate(zip(out, flat)):
+                self.add_runs(ex, tokens[3 * k:3 * k + 3], (x_words, C, R), (0, P, P + len(C)))
+        return out
+
+    def add_runs(self, ex: Example, tokens: list, spans: tuple, first: tuple) -> None:
+        """The teacher's tokens of x, y_c, y_r; if too long, the oldest of x goes, then the ends of the responses."""
+        room = self.teacher_length - 4
+        sizes = [len(ids) for ids, _ in tokens]
+        keep_x = max(0, min(sizes[0], room - sizes[1] - sizes[2]))
+        keep_c = min(sizes[1], max(room // 2, room - sizes[2]))
+        keep_r = min(sizes[2], room - keep_c)
+        self.counts["pairs cut for the teacher"] += keep_x + keep_c + keep_r < sum(sizes)
+        cuts = (slice(sizes[0] - keep_x, None), slice(keep_c), slice(keep_r))
+        special = np.array([i for i in self.teacher.all_special_ids if i != self.teacher.unk_token_id])
+        harmless = self.teacher.unk_token_id if self.teacher.unk_token_id is not None else self.teacher.mask_token_id
+        for (ids, offsets), words, base, cut in zip(tokens, spans, first, cuts):
+            ids, word = ids[cut], tokens_to_words(offsets, words)[cut]
+            ids = np.where(np.isin(ids, special), harmless, ids)  # "[SEP]" typed by a user is no separator
+            ex.runs.append((ids, np.where(word >= 0, word + base, -1)))
+        seen = np.concatenate([w for _, w in ex.runs])
+        ex.word_seg[np.setdiff1d(np.arange(len(ex.word_seg)), seen)] = -1
+        self.counts["words the teacher cannot see"] += int((~np.isin(np.arange(len(ex.word_seg)), seen)).sum())
+
+
+def collate(examples: list[Example], pad_id: int, device="cpu") -> dict[str, Tensor]:
+    """Examples -> one padded batch of the packed layout, padding on the right.
+
+    ids, seg (3 = padding), word (-1 = none), pos: (B, n); last: (B, 2) where r_c and r_r are read; word_seg: (B, W)."""
+    B, n = len(examples), max(len(e.ids) for e in examples)
+    W = max(max(len(e.word_seg) for e in examples), 1)
+    ids, seg = np.full((B, n), pad_id), np.full((B, n), 3)
+    word, pos, word_seg = np.full((B, n), -1), np.zeros((B, n), dtype=np.int64), np.full((B, W), -1)
+    last = np.zeros((B, 2), dtype=np.int64)
+    for b, e in enumerate(examples):
+        k, nx, nc = len(e.ids), int((e.seg == 0).sum()), int((e.seg == 1).sum())
+        ids[b, :k], seg[b, :k], word[b, :k], word_seg[b, :len(e.word_seg)] = e.ids, e.seg, e.word, e.word_seg
+        pos[b, :k] = np.concatenate([np.arange(nx + nc), np.arange(nx, k - nc)])  # y_r restarts at |x|
+        last[b] = nx + nc - 1, k - 1
+    batch = dict(ids=ids, seg=seg, word=word, pos=pos, word_seg=word_seg, last=last)
+    return {k: torch.from_numpy(v).to(device, non_blocking=True) for k, v in batch.items()}
+
+
+def collate_teacher(examples: list[Example], swap: np.ndarray, tokenizer, device="cpu") -> dict[str, Tensor]:
+    """[CLS] x [SEP] y_a [SEP] y_b [SEP] with (a, b) = (c, r), or (r, c) where swap (B,): ids, seg, word (B, n), seg
+    3 = padding and special tokens."""
+    cls = tokenizer.cls_token_id if tokenizer.cls_token_id is not None else tokenizer.bos_token_id
+    sep = tokenizer.sep_token_id if tokenizer.sep_token_id is not None else tokenizer.eos_token_id
+    rows = []
+    for e, s in zip(examples, swap):
+        parts = [([cls], [-1], [3])]
+        for k in (0, 2, 1) if s else (0, 1, 2):
+            ids, word = e.runs[k]
+            parts += [(ids, word, [k] * len(ids)), ([sep], [-1], [3])]
+        rows.append([np.concatenate([np.asarray(p[j], dtype=np.int64) for p in parts]) for j in range(3)])
+    n = max(len(r[0]) for r in rows)
+    out = {}
+    for j, (name, fill) in enumerate((("ids", tokenizer.pad_token_id), ("word", -1), ("seg", 3))):
+        out[name] = np.stack([np.pad(r[j], (0, n - len(r[j])), constant_values=fill) for r in rows])
+    out["mask"] = np.stack([np.arange(n) < len(r[0]) for r in rows]).astype(np.int64)
+    return {k: torch.from_numpy(v).to(device, non_blocking=True) for k, v in out.items()}
+
+
+def plan_epoch(lengths: np.ndarray, batch_size: int, seed: int, epoch: int, window: int = 32) -> list[np.ndarray]:
+    """Steps of one epoch as index arrays: shuffled, then bucketed by length inside windows of `window` steps."""
+    rng = np.random.default_rng([seed, epoch, 11])
+    order, steps = rng.permutation(len(lengths)), []
+    for start in range(0, len(order), batch_size * window):
+        part = order[start:start + batch_size * window]
+        part = part[np.argsort(lengths[part], kind="stable")]
+        steps += [part[i:i + batch_size] for i in range(0, len(part), batch_size)]
+    return [steps[i] for i in rng.permutation(len(steps))]
+
+
+# ----------------------------------------------------------------------------------------------------- attention tap
+
+TAP = "idistill_tap"
+
+
+def tapped_attention(module, query, key, value, attention_mask, **kwargs):
+    """transformers' SDPA attention; an active tap sees Q (B, H, n, d) and K (B, H_kv, n, d) after rotation."""
+    if AttentionTap.active is not None:
+        AttentionTap.active.see(query, key, attention_mask, kwargs.get("scaling"))
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+
+AttentionInterface.register(TAP, tapped_attention)
+AttentionMaskInterface.register(TAP, sdpa_mask)
+
+
+class AttentionTap:
+    """Keeps Q and K of chosen layers while it is entered: `with tap: model(...)`, then tap.kept[layer].
+
+    Fused attention stays on everywhere; an n x n map is built for tapped layers only (output_attentions=True would
+    force eager attention in all). Calls inside the with block are counted: the k-th is layer k, so a recomputation
+    under gradient checkpointing, outside the block, is never taken for a forward pass. remove() undoes it all.
+
+    Raises UserError where the model does not call transformers' attention interface."""
+    active: "AttentionTap | None" = None
+
+    def __init__(self, model, layers: list[int]):
+        self.model, self.layers, self.kept, self.calls = model, set(layers), {}, 0
+        self.before = model.config._attn_implementation
+        try:
+            model.set_attn_implementation(TAP)
+        except Exception as why:
+            raise UserError(f"{type(model).__name__} does not take a custom attention: {why}") from None
+
+    def see(self, query: Tensor, key: Tensor, mask: Tensor | None, scale: float | None) -> None:
+        if self.calls in self.layers:
+            self.kept[self.calls] = (query, key, query.shape[-1] ** -0.5 if scale is None else scale, mask)
+        self.calls += 1
+
+    def __enter__(self):
+        self.kept, self.calls, AttentionTap.active = {}, 0, self
+        return self
+
+    def __exit__(self, error, *_):
+        AttentionTap.active = None
+        if error is None and set(self.kept) != self.layers:
+            raise UserError(f"{type(self.model).__name__} showed attention in {self.calls} layers, asked for "
+                            f"{sorted(self.layers)}: use --method bt, or another model")
+
+    def remove(self) -> None:
+        self.model.set_attn_implementation(self.before)
+
+
+def attention_map(query: Tensor, key: Tensor, scale: float, mask: Tensor) -> Tensor:
+    """Mean over heads of softmax(Q K^T * scale) in fp32 (E3).
+
+    query (B, H, n, d), key (B, H_kv, n, d), mask broadcastable to (B, H, n, n), True = visible -> (B, n, n)."""
+    with torch.autocast(query.device.type, enabled=False):
+        if key.shape[1] != query.shape[1]:  # grouped-query attention: one key head serves several query heads
+            key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+        logits = (query.float() * scale) @ key.float().transpose(-1, -2)
+        return logits.masked_fill(~mask, -torch.inf).softmax(-1).mean(1)
+
+
+# -------------------------------------------------------------------------------------------------------- student
+
+def tree_mask(seg: Tensor) -> Tensor:
+    """(B, n) segments -> (B, 1, n, n), True where query i sees key j: j <= i and (s_j = 0 or s_j = s_i).
+
+    Padding (segment 3) at the right sees itself, so no row is empty (an empty softmax row is NaN)."""
+    n = seg.shape[1]
+    causal = torch.ones(n, n, dtype=torch.bool, device=seg.device).tril()
+    return (causal & ((seg[:, None, :] == 0) | (seg[:, None, :] == seg[:, :, None])))[:, None]
+
+
+class RewardModel(nn.Module):
+    """A stock decoder for sequence classification with one label, read at the last token of each response (E1).
+
+    forward(batch of collate) -> rewards (B, 2) = (r_c, r_r) in fp32; with `layers`, self.maps then lists the
+    simulated token maps (B, n, n) of those layers, in their order."""
+
+    def __init__(self, stock, encoding: str = "packed", layers: tuple[int, ...] = ()):
+        super().__init__()
+        self.stock, self.encoding, self.layers = stock, encoding, layers
+        self.tap, self.maps = AttentionTap(stock, list(layers)) if layers else None, []
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        seg, last = batch["seg"], batch["last"]
+        if self.encoding == "packed":
+            inputs = dict(input_ids=batch["ids"], attention_mask=tree_mask(seg), position_ids=batch["pos"])
+        else:
+            inputs, where = siamese_rows(batch)
+        with self.tap if self.tap is not None and torch.is_grad_enabled() else nullcontext():
+            hidden = self.stock.base_model(**inputs, use_cache=False).last_hidden_state
+        if self.encoding == "siamese":  # back to the packed layout: x from the first of the two rows
+            hidden = hidden.flatten(0, 1)[where]
+        self.maps = []
+        for layer in self.layers if self.tap is not None and torch.is_grad_enabled() else ():
+            query, key, scale, _ = self.tap.kept[layer]
+            if self.encoding == "siamese":
+                query, key = (t.transpose(1, 2).flatten(0, 1)[where].transpose(1, 2) for t in (query, key))
+            self.maps.append(attention_map(query, key, scale, (seg != 3)[:, None, None, :]))
+        if self.tap is not None:
+            self.tap.kept = {}
+        ends = hidden.gather(1, last[:, :, None].expand(-1, -1, hidden.shape[-1]))  # (B, 2, hidden)
+        with torch.autocast(ends.device.type, enabled=False):  # bf16 logits tie often: the head stays in fp32
+            head = self.stock.score
+            return F.linear(ends.float(), head.weight.float(), head.bias).squeeze(-1)
+
+
+def siamese_rows(batch: dict[str, Tensor]) -> tuple[dict, Tensor]:
+    """The same pairs as two ordinary padded rows each, and where (B, n) each packed token lies in the flat rows."""
+    ids, seg, pos = batch["ids"], batch["seg"], batch["pos"]
+    B, n = ids.shape
+    m = int(pos.max()) + 1
+    pair = torch.arange(B, device=ids.device)[:, None]
+    rows = torch.where(seg == 2, pair + B, pair)  # rows 0..B-1 hold (x, y_c), rows B..2B-1 hold (x, y_r)
+    where = rows * m + pos
+    flat, mask = ids.new_zeros(2 * B * m), ids.new_zeros(2 * B * m)
+    for k, sel in ((0, seg < 2), (1, (seg == 0) | (seg == 2))):
+        at = ((pair + k * B) * m + pos)[sel]
+        flat[at], mask[at] = ids[sel], 1
+    return dict(input_ids=flat.view(2 * B, m), attention_mask=mask.view(2 * B, m)), where
+
+
+def load(auto, name: str, **kwargs):
+    """from_pretrained with the errors made readable; trust_remote_code stays off, weights are safetensors or
+    weights_only. Raises UserError."""
+    try:
+        return auto.from_pretrained(name, trust_remote_code=False, **kwargs)
+    except Exception as why:  # the hub, the disk and every model class raise kinds of their own
+        hint = "" if Path(name).is_dir() else " (no such local directory; as a hub id it could not be fetched)"
+        raise UserError(f"{name}: cannot be loaded{hint}: {str(why).strip().splitlines()[0]}") from None
+
+
+def load_tokenizer(name: str):
+    """A tokenizer, checked to be one that can serve here."""
+    tokenizer = load(AutoTokenizer, name)
+    if not tokenizer.is_fast:
+        raise UserError(f"{name}: no fast tokenizer, and only those tell which characters a token covers")
+    return tokenizer
+
+
+def choose_pad(tokenizer) -> None:
+    """A pad token that is not the end token: the stock class reads the reward at the right-most token that is not
+    pad, so with pad = eos it would skip the end token. Any other token serves; a new one only if there is none."""
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+        spare = [t for t in (tokenizer.unk_token, *tokenizer.all_special_tokens) if t and t != tokenizer.eos_token]
+        if spare:
+            tokenizer.pad_token = spare[0]
+        else:
+            tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
+    tokenizer.padding_side = "right"
+
+
+def load_student(name: str, seed: int = 0, max_length: int = 0):
+    """(stock sequence-classification model with one label in fp32, tokenizer); a new head is seeded.
+
+    Raises UserError for what is no decoder or cannot hold max_length tokens."""
+    tokenizer = load_tokenizer(name)
+    config = load(AutoConfig, name, num_labels=1)
+    text = config.get_text_config()
+    positions = getattr(text, "max_position_embeddings", None)
+    if positions and max_length > positions:
+        raise UserError(f"{name}: --max-length {max_length} is over the model's {positions} positions; use --max-length {positions}")
+    for key, value in text.to_dict().items():
+        if "drop" in key and isinstance(value, float):
+            setattr(text, key, 0.0)  # dropout off: noise in r would be noise in the margin
+    choose_pad(tokenizer)
+    torch.manual_seed(seed)  # before the load: a missing head is drawn in it
+    model, info = load(AutoModelForSequenceClassification, name, config=config, dtype=torch.float32, output_loading_info=True)
+    if not hasattr(model, "score"):
+        raise UserError(f"{name}: {type(model).__name__} is no decoder reward model (an encoder serves as --teacher)")
+    if any(k.startswith("score") for k in info["missing_keys"]):
+        nn.init.normal_(model.score.weight, std=1 / math.sqrt(model.score.in_features + 1))  # arXiv 2009.01325
+    lost = [k for k in info["missing_keys"] if not k.startswith("score")]
+    if lost:
+        raise UserError(f"{name}: its weights lack {len(lost)} tensors of {type(model).__name__}, {lost[0]} first")
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        if len(tokenizer) - model.get_input_embeddings().num_embeddings > 1:
+            raise UserError(f"{name}: the tokenizer has {len(tokenizer)} tokens, the model only "
+                            f"{model.get_input_embeddings().num_embeddings} embeddings")
+        model.resize_token_embeddings(len(tokenizer))
+    model.config.pad_token_id = text.pad_token_id = tokenizer.pad_token_id
+    return model, tokenizer
+
+
+@torch.no_grad()
+def probe_student(model: RewardModel, name: str) -> None:
+    """Measures, on six random tokens, that the model is causal and can do what --encoding asks (no list of names to
+    keep up to date). Raises UserError with the flag to use."""
+    stock, vocabulary = model.stock, model.stock.get_input_embeddings().num_embeddings
+    device = stock.score.weight.device
+    ids = torch.randint(vocabulary // 2, (1, 8), generator=torch.Generator().manual_seed(0)).to(device)
+    seg = torch.tensor([[0, 0, 0, 1, 1, 2, 2, 2]], device=device)
+    batch = dict(ids=ids, seg=seg, pos=torch.tensor([[0, 1, 2, 3, 4, 3, 4, 5]], device=device),
+                 last=torch.tensor([[4, 7]], device=device))
+    was, encoding = stock.training, model.encoding
+    stock.eval()
+    try:
+        model.encoding = "siamese"
+        apart = model(batch)
+        other = dict(batch, ids=torch.where(torch.arange(8, device=device) == 4, (ids + 1) % (vocabulary // 2), ids))
+        hidden = [stock.base_model(siamese_rows(b)[0]["input_ids"][:1], use_cache=False).last_hidden_state[0, 2] for b in (batch, other)]
+        if not torch.allclose(*hidden, atol=1e-4):
+            raise UserError(f"{name}: {type(stock).__name__} is not causal: early tokens see late ones; an encoder serves as --teacher")
+        if encoding == "packed":
+            model.encoding = encoding
+            try:
+                gap = (model(batch) - apart).abs().max().item()
+            except Exception as why:
+                gap = f"{type(why).__name__}"
+            if isinstance(gap, str) or not gap < 1e-3:
+                raise UserError(f"{name}: {type(stock).__name__} cannot take the tree mask (packed and separate "
+                                f"scores differ: {gap}); use --encoding siamese")
+    finally:
+        model.encoding = encoding
+        stock.train(was)
+    if model.tap is not None:
+        with torch.enable_grad():
+            model(batch)  # the tap raises where the model hides its attention
+        model.maps = []
+
+
+def check_window(model, max_length: int, name: str) -> None:
+    """The tree mask takes the place of a sliding window: refused where the two could differ."""
+    config = model.config.get_text_config()
+    window = getattr(config, "sliding_window", None)
+    used = getattr(config, "use_sliding_window", True) and "full_attention" != set(getattr(config, "layer_types", None) or [0])
+    if window and used and max_length > window:
+        raise UserError(f"{name}: attention is limited to {window} tokens, which the tree mask cannot express; use "
+                        f"--max-length {window} or --encoding siamese")
+
+
+# -------------------------------------------------------------------------------------------------------- teacher
+
+class InteractionTeacher(nn.Module):
+    """A stock bidirectional encoder for token classification with one label, over both responses at once (E4).
+
+    forward(batch of collate_teacher) -> verdict (B,), positive when it prefers chosen. attend(batch) -> (verdict,
+    token maps, one (B, n, n) a layer), by the tap, or by output_attentions where the model lacks the interface
+    (DeBERTa)."""
+
+    def __init__(self, stock, tokenizer, layers: tuple[int, ...] = ()):
+        super().__init__()
+        self.stock, self.tokenizer, self.layers, self.tap = stock, tokenizer, layers, None
+        if layers:
+            try:
+                self.tap = AttentionTap(stock, list(layers))
+            except UserError:
+                stock.set_attn_implementation("eager")
+
+    def verdict(self, scalars: Tensor, seg: Tensor) -> Tensor:
+        """(B, n, 1), (B, n) -> (B,): mean over the tokens of y_c minus mean over those of y_r."""
+        means = [(scalars[..., 0].float() * (seg == k)).sum(1) / (seg == k).sum(1).clamp_min(1) for k in (1, 2)]
+        return means[0] - means[1]
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        return self.verdict(self.stock(input_ids=batch["ids"], attention_mask=batch["mask"]).logits, batch["seg"])
+
+    @torch.no_grad()
+    def attend(self, batch: dict[str, Tensor]) -> tuple[Tensor, list[Tensor]]:
+        inputs = dict(input_ids=batch["ids"], attention_mask=batch["mask"])
+        if self.tap is None:
+            out = self.stock(**inputs, output_attentions=bool(self.layers))
+            if self.layers and not out.attentions:
+                raise UserError(f"{type(self.stock).__name__} gives no attention maps; take another teacher")
+            return self.verdict(out.logits, batch["seg"]), [out.attentions[k].float().mean(1) for k in self.layers]
+        with self.tap:
+            verdict = self.forward(batch)
+        maps, visible = [], batch["mask"].bool()[:, None, None, :]
+        for query, key, scale, mask in (self.tap.kept[k] for k in self.layers):
+            if mask is not None:  # local attention of ModernBERT
+                visible = visible & (mask if mask.dtype == torch.bool else mask == 0)
+            maps.append(attention_map(query, key, scale, visible))
+        self.tap.kept = {}
+        return verdict, maps
+
+
+def load_teacher(name: str, seed: int = 0):
+    """(stock token-classification model with one label in fp32, tokenizer, longest input). Raises UserError."""
+    tokenizer = load_tokenizer(name)
+    config = load(AutoConfig, name, num_labels=1)
+    torch.manual_seed(seed + 1)
+    if type(config) not in transformers.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING:
+        raise UserError(f"{name}: {config.model_type} has no token-classification class; a teacher is a bidirectional encoder")
+    model = load(AutoModelForTokenClassification, name, config=config, dtype=torch.float32)
+    if tokenizer.pad_token_id is None or (tokenizer.sep_token_id is None and tokenizer.eos_token_id is None):
+        raise UserError(f"{name}: the tokenizer has no pad or separator token; a teacher is a bidirectional encoder")
+    ids = torch.arange(5, 13)[None]
+    other = ids.clone()
+    other[0, -1] += 1
+    model.eval()
+    with torch.no_grad():
+        first = [model.base_model(i).last_hidden_state[0, 0] for i in (ids, other)]
+    if torch.equal(*first):
+        raise UserError(f"{name}: {type(model).__name__} is causal: its early tokens never see late ones; a teacher "
+                        "is a bidirectional encoder (BERT, RoBERTa, ModernBERT, DeBERTa ...)")
+    length = getattr(config, "max_position_embeddings", 0) or 512
+    length -= (config.pad_token_id or 0) + 1 if config.model_type in ("roberta", "xlm-roberta", "camembert") else 0
+    return model, tokenizer, length  # RoBERTa numbers its positions from pad + 1
+
+
+# --------------------------------------------------------------------------------------------------------- losses
+
+def bt_loss(r_c: Tensor, r_r: Tensor) -> Tensor:
+    """Bradley-Terry, per pair (E2): (B,), (B,) -> (B,). Further preference losses of the same form go here."""
+    return -F.logsigmoid(r_c - r_r)
+
+
+def pool_words(token_map: Tensor, word: Tensor, W: int) -> Tensor:
+    """Token map (B, n, n), word of each token (B, n), -1 = none -> word map (B, W, W) (E5, arXiv 1906.04341).
+
+    Sum over the tokens of the attended word, mean over those of the attending word; words without token: zeros."""
+    member = F.one_hot(word + 1, W + 1)[..., 1:].to(token_map.dtype)  # (B, n, W)
+    rows = member / member.sum(1, keepdim=True).clamp_min(1)
+    return rows.transpose(1, 2) @ token_map @ member
+
+
+def block_masks(word_seg: Tensor, support: str = "full") -> tuple[Tensor, Tensor]:
+    """(B, W) -> the block sets intra and inter (B, W, W). Support causal keeps what the student really attends."""
+    s_i, s_j = word_seg[:, :, None], word_seg[:, None, :]
+    real, cross = (s_i >= 0) & (s_j >= 0), (s_i + s_j == 3) & (s_i > 0) & (s_j > 0)
+    if support == "causal":
+        return (real & ~cross).tril(), torch.zeros_like(cross)
+    return real & ~cross, real & cross
+
+
+def alignment_loss(T: Tensor, S: Tensor, block: Tensor, kind: str = "kl", eps: float = 1e-8) -> Tensor:
+    """Attentional alignment inside one block set (E6), per pair: word maps T, S and block (B, W, W) -> (B,).
+
+    Rows are renormalised inside the block; kl: mean over its rows of KL(T_i || S_i); mse: of the squared distance
+    (VIRT, arXiv 2112.04195). A pair without rows in the block gives 0."""
+    T, S = (P.float() * block for P in (T, S))
+    T, S = (P / P.sum(-1, keepdim=True).clamp_min(eps) for P in (T, S))
+    row = (T * ((T + eps).log() - (S + eps).log())).sum(-1) if kind == "kl" else (T - S).square().sum(-1)
+    rows = block.any(-1)
+    return (row * rows).sum(-1) / rows.sum(-1).clamp_min(1)
+
+
+def shuffle_rows(T: Tensor, word_seg: Tensor, seed: list[int]) -> Tensor:
+    """Control: the rows of each map (B, W, W) permuted inside each segment, so that only who attends is lost."""
+    rng, order = np.random.default_rng(seed), np.tile(np.arange(T.shape[1]), (T.shape[0], 1))
+    for b, segments in enumerate(word_seg.cpu().numpy()):
+        for s in (0, 1, 2):
+            at = np.flatnonzero(segments == s)
+            order[b, at] = rng.permutation(at)
+    return T.gather(1, torch.from_numpy(order).to(T.device)[:, :, None].expand_as(T))
+
+
+def distillation_losses(model: RewardModel, teacher: InteractionTeacher | None, examples: list[Example],
+                        swap: np.ndarray, cfg: Config, device, seed: list[int]) -> dict[str, Tensor]:
+    """Every term of L (E7) per pair, (B,) each: bt, intra, inter, score, center, and their weighted sum loss; also
+    the rewards (B, 2)."""
+    batch = collate(examples, model.stock.config.get_text_config().pad_token_id, device)
+    rewards = model(batch)
+    out = {"rewards": rewards.detach(), "bt": bt_loss(rewards[:, 0], rewards[:, 1])}
+    out["loss"] = out["bt"]
+    W, word_seg, teacher_maps = batch["word_seg"].shape[1], batch["word_seg"], [None] * len(model.layers)
+    if teacher is not None:
+        teacher_batch = collate_teacher(examples, swap, teacher.tokenizer, device)
+        verdict, teacher_maps = teacher.attend(teacher_batch)
+        if cfg.lambda_score:
+            out["score"] = (rewards[:, 0] - rewards[:, 1] - verdict).square()
+            out["loss"] = out["loss"] + cfg.lambda_score * out["score"]
+    for simulated, target in zip(model.maps, teacher_maps):
+        with torch.autocast(torch.device(device).type, enabled=False):
+            S = pool_words(simulated, batch["word"], W)
+            T = torch.ones_like(S) if cfg.align_target == "uniform" else pool_words(target, teacher_batch["word"], W)
+            T = shuffle_rows(T, word_seg, seed) if cfg.align_target == "shuffled" else T
+            for name, weight, block in zip(("intra", "inter"), (cfg.lambda_intra, cfg.lambda_inter),
+                                           block_masks(word_seg, cfg.align_support)):
+                term = alignment_loss(T, S, block, cfg.align_loss) / len(model.layers)
+                out[name] = out.get(name, 0) + term.detach()
+                out["loss"] = out["loss"] + weight * term if weight else out["loss"]
+    if cfg.center_rewards:
+        out["center"] = rewards.mean(1).square()
+        out["loss"] = out["loss"] + cfg.center_rewards * out["center"]
+    return out
+
+
+# ----------------------------------------------------------------------------------------------------- evaluation
+
+def batches_by_length(examples: list[Example], batch_size: int) -> list[np.ndarray]:
+    order = np.argsort([len(e.ids) for e in examples], kind="stable")
+    return [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
+
+
+@torch.no_grad()
+def score_pairs(model: RewardModel, examples: list[Example], batch_size: int, device, amp) -> np.ndarray:
+    """Rewards (N, 2) in fp32 of encoded pairs, in their order; only scalars are kept."""
+    scores, was = np.zeros((len(examples), 2), dtype=np.float32), model.training
+    model.eval()
+    for index in batches_by_length(examples, batch_size):
+        batch = collate([examples[i] for i in index], model.stock.config.get_text_config().pad_token_id, device)
+        with amp():
+            scores[index] = model(batch).float().cpu().numpy()
+    model.train(was)
+    return scores
+
+
+@torch.no_grad()
+def teacher_verdicts(teacher: InteractionTeacher, examples: list[Example], batch_size: int, device, amp) -> np.ndarray:
+    """The teacher's verdict (N,), mean of both orders."""
+    verdicts, was = np.zeros(len(examples), dtype=np.float32), teacher.training
+    teacher.eval()
+    for index in batches_by_length(examples, batch_size):
+        for swapped in (False, True):
+            batch = collate_teacher([examples[i] for i in index], np.full(len(index), swapped), teacher.tokenizer, device)
+            with amp():
+                verdicts[index] += teacher(batch).float().cpu().numpy() / 2
+    teacher.train(was)
+    return verdicts
+
+
+def accuracy(margins: np.ndarray) -> float:
+    """Share of positive margins (N,), ties counted as half."""
+    return float(((margins > 0) + 0.5 * (margins == 0)).mean())
+
+
+def longer_margins(pairs: list[Pair]) -> np.ndarray:
+    """The length baseline: characters of chosen minus characters of rejected, (N,)."""
+    return np.array([len(p.chosen.strip()) - len(p.rejected.strip()) for p in pairs])
+
+
+# ------------------------------------------------------------------------------------------------------- training
+
+def write_json(path: Path, obj) -> None:
+    """Written aside, flushed to disk, renamed: a reader sees the old file or the new one, never half."""
+    with open(path.with_name(path.name + ".tmp"), "w") as f:
+        json.dump(obj, f, indent=1)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(path.with_name(path.name + ".tmp"), path)
+
+
+def save_stock(stock, tokenizer, to: Path) -> None:
+    """A stock directory, written aside and swapped in."""
+    aside, old = to.with_name(to.name + ".tmp"), to.with_name(to.name + ".old")
+    for stale in (aside, old):
+        shutil.rmtree(stale, ignore_errors=True)
+    stock.save_pretrained(aside)
+    tokenizer.save_pretrained(aside)
+    if to.exists():
+        os.replace(to, old)
+    os.replace(aside, to)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+class Run:
+    """The output directory: lock, metrics.jsonl, checkpoints, and the wish to stop (SIGTERM, Ctrl-C)."""
+
+    def __init__(self, cfg: Config):
+        self.dir, self.cfg, self.stop = Path(cfg.output_dir), cfg, 0
+        try:
+            self.dir.mkdir(parents=True, exist_ok=True)
+            self.lock = open(self.dir / "lock", "a+")
+        except OSError as why:
+            raise UserError(f"{self.dir}: cannot be written ({why.strerror})") from None
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self.lock.seek(0)
+            raise UserError(f"{self.dir}: in use by another run ({self.lock.read().strip()}); choose another --output-dir") from None
+        self.lock.truncate(0)
+        self.lock.write(f"host {socket.gethostname()} pid {os.getpid()}\n")
+        self.lock.flush()
+        known = (self.dir / "config.json").exists()
+        if known and not (cfg.resume or cfg.overwrite):
+            raise UserError(f"{self.dir}: holds an earlier run; go on with --resume, replace it with --overwrite, or "
+                            "choose another --output-dir")
+        if known and cfg.resume:
+            self.compare_flags(json.loads((self.dir / "config.json").read_text())["flags"])
+
+    def compare_flags(self, before: dict) -> None:
+        """--resume with other flags: refused, but for those that change no step."""
+        free = {"resume", "overwrite", "output_dir", "eval_data", "log_every", "device", "save_every"}
+        now = json.loads(json.dumps(dataclasses.asdict(self.cfg)))
+        changed = [f"--{k.replace('_', '-')} was {before.get(k)!r}, is {now[k]!r}" for k in now
+                   if k not in free and before.get(k) != now[k]]
+        if changed:
+            raise UserError(f"{self.dir}: --resume with other flags: {'; '.join(changed)}. May change: "
+                            + ", ".join("--" + k.replace("_", "-") for k in sorted(free)))
+
+    def begin(self) -> None:
+        """Called when data and models are known to be good: only now is an earlier run replaced."""
+        if not self.cfg.resume:
+            for name in ("student", "teacher", "checkpoints"):
+                shutil.rmtree(self.dir / name, ignore_errors=True)
+            for name in ("metrics.jsonl", "results.json"):
+                (self.dir / name).unlink(missing_ok=True)
+        elif not self.newest():
+            print(f"{self.dir}: no whole checkpoint to resume from; starting at the beginning")
+        versions = {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__,
+                    "numpy": np.__version__}
+        write_json(self.dir / "config.json", {"flags": dataclasses.asdict(self.cfg), "versions": versions})
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.on_signal)
+
+    def on_signal(self, number, _) -> None:
+        self.stop = number
+        signal.signal(number, signal.SIG_DFL)  # a second one ends at once
+        print("\nstopping after this step; once more ends at once", file=sys.stderr)
+
+    def checkpoints(self) -> list[tuple[int, int, Path]]:
+        """(phase 0 = teacher / 1 = student, step, path), newest first."""
+        found = [re.fullmatch(r"([01])-(\d+)\.pt", p.name) for p in (self.dir / "checkpoints").glob("*.pt")]
+        return sorted(((int(m[1]), int(m[2]), self.dir / "checkpoints" / m[0]) for m in found if m), reverse=True)
+
+    def newest(self):
+        """(phase, step, state) of the newest whole checkpoint, or None; a torn one is named and passed over."""
+        for phase, step, path in self.checkpoints():
+            try:
+                return phase, step, torch.load(path, map_location="cpu", weights_only=True)
+            except Exception as why:  # zip, pickle and tensor errors alike mean: not whole
+                print(f"{path}: torn or foreign ({str(why).splitlines()[0][:80]}); using the one before", file=sys.stderr)
+        return None
+
+    def save(self, phase: int, step: int, state: dict) -> None:
+        """Written aside, flushed, renamed; the last two are kept."""
+        path = self.dir / "checkpoints" / f"{phase}-{step:08d}.pt"
+        path.parent.mkdir(exist_ok=True)
+        with open(path.with_suffix(".tmp"), "wb") as f:
+            torch.save(state, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(path.with_suffix(".tmp"), path)
+        for *_, old in self.checkpoints()[2:]:
+            old.unlink()
+
+    def log(self, **line) -> None:
+        with open(self.dir / "metrics.jsonl", "a") as f:
+            f.write(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in line.items()}) + "\n")
+
+    def rewind(self, phase: int, step: int) -> None:
+        """Drops the lines of metrics.jsonl that the resumed run will write again."""
+        path = self.dir / "metrics.jsonl"
+        lines = [json.loads(raw) for raw in path.read_text().splitlines() if raw.endswith("}")] if path.exists() else []
+        keep = [m for m in lines if (m["phase"] == "student", m["step"]) <= (phase == 1, step)]
+        path.with_suffix(".tmp").write_text("".join(json.dumps(m) + "\n" for m in keep))
+        os.replace(path.with_suffix(".tmp"), path)
+
+
+def make_optimizer(model: nn.Module, lr: float, decay: float) -> torch.optim.AdamW:
+    """AdamW; decay on matrices only."""
+    params = [p for p in model.parameters() if p.requires_grad]
+    groups = [{"params": [p for p in params if p.ndim >= 2], "weight_decay": decay},
+              {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
+
+
+def fit(run: Run, phase: int, model: nn.Module, examples: list[Example], losses, validate, save_best, lr: float,
+        total: int, device, amp) -> None:
+    """The one training loop, of the teacher (phase 0) and the student (phase 1).
+
+    losses(examples, indices, epoch) -> dict of per-pair terms (B,) with "loss"; validate() -> dict with "accuracy" and
+    "loss"; save_best() writes the stock directory whenever validation accuracy (then loss) is the best so far."""
+    cfg, name = run.cfg, ("teacher", "student")[phase]
+    lengths = np.array([len(e.ids) for e in examples])
+    per_epoch = math.ceil(len(examples) / cfg.batch_size)
+    optimizer = make_optimizer(model, lr, cfg.weight_decay)
+    best, done, warm = [-1.0, 0.0], 0, max(1, round(cfg.warmup * total))
+    state = run.newest() if cfg.resume else None
+    if state and state[0] == phase:
+        done, saved = state[1], state[2]
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        torch.set_rng_state(saved["rng"])
+        if device.type == "cuda":
+            torch.cuda.set_rng_state(saved["cuda_rng"])
+        best = saved["best"]
+        print(f"resuming the {name} after step {done} of {total}")
+    elif phase == 1 or not state:
+        torch.manual_seed(cfg.seed + 10 + phase)  # dropout of the teacher
+    if cfg.resume:
+        run.rewind(phase, done)
+    every = cfg.eval_every or max(1, math.ceil(total / 2))
+    model.train()
+    bar, plan, planned = tqdm(total=total, initial=done, desc=name, unit="step"), [], -1
+    for step in range(done + 1, total + 1):
+        epoch, at = divmod(step - 1, per_epoch)
+        if epoch != planned:
+            plan, planned = plan_epoch(lengths, cfg.batch_size, cfg.seed + phase, epoch), epoch
+        began, sums, rewards = time.perf_counter(), Counter(), []
+        for group in optimizer.param_groups:
+            group["lr"] = lr * min(step / warm, 0.5 + 0.5 * math.cos(math.pi * max(0, step - warm) / max(1, total - warm)))
+        for part in np.array_split(plan[at], min(cfg.grad_accum, len(plan[at]))):
+            with amp():
+                terms = losses([examples[i] for i in part], part, epoch)
+            (terms["loss"].sum() / len(plan[at])).backward()  # the mean is over the pairs of the whole step
+            rewards.append(terms.pop("rewards").float())
+            sums.update({k: float(v.detach().sum()) for k, v in terms.items()})
+        norm = float(nn.utils.clip_grad_norm_(model.parameters(), cfg.clip))
+        if not math.isfinite(norm + sums["loss"]):
+            raise UserError(f"{name} step {step}: the loss or its gradient is not finite (loss {sums['loss']}, gradient norm "
+                            f"{norm}); nothing was updated; the last checkpoint is whole. Try a lower learning rate or --dtype fp32")
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        r = torch.cat(rewards)
+        means = {k: v / len(plan[at]) for k, v in sums.items()}
+        right = accuracy((r[:, 0] - r[:, 1]).cpu().numpy())
+        bar.update()
+        bar.set_postfix({k: f"{v:.3f}" for k, v in {**means, "acc": right}.items()}, refresh=False)
+        if step % cfg.log_every == 0 or step == total:
+            run.log(phase=name, step=step, **means, accuracy=right, margin=float((r[:, 0] - r[:, 1]).mean()),
+                    reward_mean=float(r.mean()), reward_std=float(r.std()), lr=optimizer.param_groups[0]["lr"], grad_norm=norm,
+                    pairs_per_s=len(plan[at]) / (time.perf_counter() - began))
+        due = step % every == 0 or step == total
+        if due:
+            value = validate()
+            run.log(phase=name, step=step, **{"val_" + k: v for k, v in value.items()})
+            tqdm.write(f"{name} step {step}: " + ", ".join(f"validation {k} {v:.4f}" for k, v in value.items()))
+            if [value["accuracy"], -value["loss"]] > best:
+                best = [value["accuracy"], -value["loss"]]
+                save_best()
+        if (step % cfg.save_every == 0 if cfg.save_every else due) or run.stop or step == total:
+            cuda_rng = {"cuda_rng": torch.cuda.get_rng_state()} if device.type == "cuda" else {}
+            run.save(phase, step, {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "best": best,
+                                   "rng": torch.get_rng_state(), **cuda_rng})
+        if run.stop and not (phase == 1 and step == total):
+            bar.close()
+            print(f"stopped and saved after {name} step {step} of {total}. Go on with:\n  {resume_command()}")
+            raise SystemExit(130 if run.stop == signal.SIGINT else 0)
+    bar.close()
+
+
+def resume_command() -> str:
+    import shlex
+    return shlex.join(["python", *sys.argv] + ([] if "--resume" in sys.argv else ["--resume"])).replace(" --overwrite", "")
+
+
+def parse_layers(spec: str, student: int, teacher: int | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """'last' or 'S:T,S:T' -> layer numbers from 0 of student and teacher. Raises UserError."""
+    try:
+        pairs = [(-1, -1)] if spec == "last" else [tuple(map(int, p.split(":"))) for p in spec.split(",")]
+        out = tuple(zip(*((s + student if s < 0 else s, t + (teacher or 0) if t < 0 else t) for s, t in pairs)))
+        if not all(0 <= s < student for s in out[0]) or teacher and not all(0 <= t < teacher for t in out[1]):
+            raise ValueError
+    except ValueError:
+        raise UserError(f"--align-layers {spec!r}: give 'last' or student:teacher pairs such as '-1:-1,5:2', within "
+                        f"{student} student and {teacher} teacher layers") from None
+    return out
+
+
+def set_up_device(cfg: Config):
+    """(device, amp): amp() is bf16 autocast, or nothing; auto takes bf16 where the hardware computes in it."""
+    name = cfg.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as why:
+        raise UserError(f"--device {name}: not usable here ({str(why).splitlines()[0]})") from None
+    native = {"cuda": lambda: torch.cuda.is_bf16_supported(), "cpu": lambda: torch.ops.mkldnn._is_mkldnn_bf16_supported()}
+    bf16 = cfg.dtype == "bf16" or (cfg.dtype == "auto" and native.get(device.type, lambda: False)())
+    return device, (lambda: torch.autocast(device.type, dtype=torch.bfloat16)) if bf16 else nullcontext
+
+
+def check_config(cfg: Config) -> bool:
+    """Refuses flags that cannot work; returns whether a teacher is needed. Raises UserError."""
+    for name in ("model", "data", "output_dir"):
+        if not getattr(cfg, name):
+            raise UserError(f"--{name.replace('_', '-')} is needed beside --model (no flags at all: the demo)")
+    for name in ("batch_size", "grad_accum", "log_every", "max_length"):
+        if getattr(cfg, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1, is {getattr(cfg, name)}")
+    for f in dataclasses.fields(cfg):
+        value = getattr(cfg, f.name)
+        if isinstance(value, (int, float)) and not (value >= 0 and math.isfinite(value)):
+            raise UserError(f"--{f.name.replace('_', '-')} must not be negative or infinite, is {value}")
+    if cfg.method == "bt":
+        cfg.lambda_intra = cfg.lambda_inter = cfg.lambda_score = 0.0
+    maps = cfg.lambda_intra > 0 or cfg.lambda_inter > 0
+    needed = bool(cfg.lambda_score > 0 or (maps and cfg.align_target != "uniform"))
+    if needed and not cfg.teacher:
+        raise UserError("--teacher is needed: --method id reads its attention (plain Bradley-Terry: --method bt)")
+    return needed
+
+
+def train(cfg: Config) -> dict:
+    """One whole run: data, teacher, student, final table; returns what RUN/results.json holds. Raises UserError."""
+    needs_teacher = check_config(cfg)
+    device, amp = set_up_device(cfg)
+    run = Run(cfg)
+    pairs, counts = read_pairs(cfg.data)
+    val, eval_sets = None, {}
+    if cfg.val_data:
+        val = read_pairs(cfg.val_data)[0]
+    else:
+        pairs, val = carve(pairs, min(cfg.val_max, round(cfg.val_fraction * len(pairs))))
+    if not val or not pairs:
+        raise UserError(f"{len(pairs)} training and {len(val)} validation pairs: both are needed; give --val-data or more pairs")
+    seen = {prompt_key(p.prompt) for p in pairs}
+    for path in cfg.eval_data:
+        eval_sets[Path(path).name.split(".jsonl")[0]] = read_pairs([path])[0]
+    for name, held in {"validation": val, **eval_sets}.items():
+        shared = sum(prompt_key(p.prompt) in seen for p in held)
+        if shared:
+            print(f"warning: {shared} of {len(held)} {name} pairs have a prompt that is also in the training pairs")
+
+    stock, tokenizer = load_student(cfg.model, cfg.seed, cfg.max_length)
+    stock.to(device)
+    teacher_stock = teacher_tokenizer = None
+    room = 512
+    if needs_teacher:
+        again = Path(cfg.output_dir) / "teacher"  # a resumed student needs the teacher that was trained
+        trained = cfg.resume and cfg.teacher_epochs > 0 and any(p == 1 for p, *_ in run.checkpoints())
+        teacher_stock, teacher_tokenizer, room = load_teacher(str(again) if trained else cfg.teacher, cfg.seed)
+        teacher_stock.to(device)
+    maps = cfg.lambda_intra > 0 or cfg.lambda_inter > 0
+    layers = parse_layers(cfg.align_layers, stock.config.get_text_config().num_hidden_layers,
+                          teacher_stock.config.num_hidden_layers if needs_teacher else None) if maps else ((), ())
+    model = RewardModel(stock, cfg.encoding, layers[0])
+    probe_student(model, cfg.model)
+    if cfg.encoding == "packed":
+        check_window(stock, cfg.max_length, cfg.model)
+    if cfg.gradient_checkpointing:
+        stock.gradient_checkpointing_enable({"use_reentrant": False})
+
+    encoder = Encoder(tokenizer, cfg.max_length, cfg.overlong, teacher_tokenizer, min(room, 2 * cfg.max_length))
+    examples, held = encoder(pairs, progress="encoding"), {}
+    for name, part in {"validation": val, **eval_sets}.items():
+        held[name] = encoder(part, progress=f"encoding {name}")
+        if not held[name]:
+            raise UserError(f"{name}: no pair fits into --max-length {cfg.max_length}")
+    if not examples:
+        raise UserError(f"{', '.join(cfg.data)}: no training pair fits into --max-length {cfg.max_length}")
+    counts.update(encoder.counts)
+    counts.update({"training pairs": len(examples), **{f"{k} pairs": len(v) for k, v in held.items()}})
+    print("data: " + ", ".join(f"{v} {k}" for k, v in counts.items() if v))
+    run.begin()
+    run.log(phase="teacher", step=0, data=dict(counts))
+
+    started, per_epoch = time.perf_counter(), math.ceil(len(examples) / cfg.batch_size)
+    swaps = lambda index, epoch: np.random.default_rng([cfg.seed, epoch, 12]).random(len(examples))[index] < 0.5  # noqa: E731
+    teacher, teacher_accuracy = None, {}
+    if needs_teacher:
+        if cfg.teacher_epochs > 0 and not trained:
+            teacher = InteractionTeacher(teacher_stock, teacher_tokenizer)
+
+            def teacher_losses(part, index, epoch):
+                v = teacher(collate_teacher(part, swaps(index, epoch), teacher_tokenizer, device))
+                return {"loss": bt_loss(v, torch.zeros_like(v)), "rewards": torch.stack([v.detach() / 2, -v.detach() / 2], 1)}
+
+            def validate_teacher():
+                v = teacher_verdicts(teacher, held["validation"], 2 * cfg.batch_size, device, amp)
+                return {"accuracy": accuracy(v), "loss": float(np.logaddexp(0, -v).mean())}
+
+            fit(run, 0, teacher, examples, teacher_losses, validate_teacher,
+                lambda: save_stock(teacher_stock, teacher_tokenizer, run.dir / "teacher"), cfg.teacher_lr,
+                max(1, round(cfg.teacher_epochs * per_epoch)), device, amp)
+            teacher_stock = load_teacher(str(run.dir / "teacher"), cfg.seed)[0].to(device)  # the best one
+        teacher = InteractionTeacher(teacher_stock.eval().requires_grad_(False), teacher_tokenizer, layers[1])
+        for name, part in held.items():
+            teacher_accuracy[name] = accuracy(teacher_verdicts(teacher, part, 2 * cfg.batch_size, device, amp))
+        n, got = len(held["validation"]), teacher_accuracy["validation"]
+        print(f"teacher: validation accuracy {got:.4f} on {n} pairs, frozen")
+        if got < 0.5 + 1.64 * math.sqrt(0.25 / n):
+            print(f"warning: the teacher is at chance ({got:.3f} on {n} pairs); its attention has little to teach. "
+                  "Train it longer (--teacher-epochs) or faster (--teacher-lr)")
+
+    def student_losses(part, index, epoch):
+        return distillation_losses(model, teacher, part, swaps(index, epoch), cfg, device, [cfg.seed, epoch, int(index[0])])
+
+    def validate_student():
+        s = score_pairs(model, held["validation"], 2 * cfg.batch_size, device, amp)
+        return {"accuracy": accuracy(s[:, 0] - s[:, 1]), "loss": float(np.logaddexp(0, s[:, 1] - s[:, 0]).mean()),
+                "reward_mean": float(s.mean()), "reward_std": float(s.std())}
+
+    fit(run, 1, model, examples, student_losses, validate_student, lambda: save_stock(stock, tokenizer, run.dir / "student"),
+        cfg.lr, cfg.max_steps or max(1, round(cfg.epochs * per_epoch)), device, amp)
+
+    if model.tap is not None:
+        model.tap.remove()
+    model = RewardModel(load_student(str(run.dir / "student"))[0].to(device), cfg.encoding)  # the best, from disk
+    results = {"method": cfg.method, "seed": cfg.seed, "seconds": round(time.perf_counter() - started, 1), "sets": {}}
+    for name, part in held.items():
+        s = score_pairs(model, part, 2 * cfg.batch_size, device, amp)
+        results["sets"][name] = {"pairs": len(part), "student": accuracy(s[:, 0] - s[:, 1]),
+                                 "ties": int((s[:, 0] == s[:, 1]).sum()), "teacher": teacher_accuracy.get(name),
+                                 "longer": accuracy(longer_margins([e.pair for e in part])),
+                                 "reward_mean": float(s.mean()), "reward_std": float(s.std())}
+    best = max((m["val_accuracy"] for m in map(json.loads, open(run.dir / "metrics.jsonl"))
+                if m["phase"] == "student" and "val_accuracy" in m), default=None)
+    if best is not None and abs(best - results["sets"]["validation"]["student"]) > 0.005:
+        raise UserError(f"{run.dir / 'student'}: scores {results['sets']['validation']['student']:.4f} after reloading, "
+                        f"{best:.4f} before saving; the disk or the library lost something")
+    write_json(run.dir / "results.json", results)
+    return results
+
+
+def print_table(results: dict) -> None:
+    """Accuracy in % of the student beside the teacher, the longer-response and the majority baseline."""
+    print(f"\n{'accuracy %':24}{'pairs':>7}{'student':>9}{'teacher':>9}{'longer':>8}{'majority':>10}")
+    for name, r in results["sets"].items():
+        cells = [f"{100 * r[k]:.1f}" if r[k] is not None else "-" for k in ("student", "teacher", "longer")]
+        print(f"{name:24}{r['pairs']:>7}{cells[0]:>9}{cells[1]:>9}{cells[2]:>8}{'50.0':>10}")
+    print("(majority: either side of a pair comes first, so a constant answer is right in half of them)")
+
+
+# ----------------------------------------------------------------------------------------------------------- demo
+
+def make_demo_models(to: Path, words: list[str], seed: int) -> None:
+    """A word-level Llama and a word-level ModernBERT, untrained, as ordinary directories."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "</s>"]
+    inner = Tokenizer(models.WordLevel({w: i for i, w in enumerate(special + ["User:", "Assistant:"] + words)}, "[UNK]"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="[PAD]", unk_token="[UNK]",
+                                                     cls_token="[CLS]", sep_token="[SEP]", eos_token="</s>")
+    size = dict(vocab_size=len(tokenizer), hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128,
+                max_position_embeddings=256, pad_token_id=0, bos_token_id=2, eos_token_id=4, cls_token_id=2, sep_token_id=3)
+    torch.manual_seed(seed)
+    student = transformers.LlamaForCausalLM(transformers.LlamaConfig(**size))
+    # every layer global, larger initial weights: with 0.02, or a post-norm BERT, it does not learn the task
+    teacher = transformers.ModernBertForTokenClassification(transformers.ModernBertConfig(
+        **size, num_labels=1, initializer_range=0.1, global_attn_every_n_layers=1))
+    for model, name in ((student, "student"), (teacher, "teacher")):
+        model.save_pretrained(to / name)
+        tokenizer.save_pretrained(to / name)
+
+
+def demo(cfg: Config) -> None:
+    """Generated pairs in which a closing cue agrees with the label in 90 % of the training pairs, and only early
+    content always decides. Four models learn from them; which of them follows the cue?"""
+    import data_prep
+    root = Path(cfg.output_dir or "runs/demo")
+    if not cfg.output_dir:  # an earlier demo is never overwritten
+        root = next(p for p in [root, *(root.with_name(f"demo-{i}") for i in range(2, 10_000))] if not p.exists())
+    columns = {"in-distribution": 0.9, "cue-neutral": 0.5, "cue-reversed": 0.1}
+    table: dict[str, list[list[float]]] = {"teacher": [], "BT": [], "ID": [], "ID, uniform target": []}
+    started = time.perf_counter()
+    for seed in range(cfg.seed, cfg.seed + cfg.seeds):
+        here = root / f"seed{seed}"
+        (here / "data").mkdir(parents=True, exist_ok=True)
+        for k, (name, rate) in enumerate({"train": 0.9, **columns}.items()):
+            rows = data_prep.synthetic_pairs(12_800 if name == "train" else 600, rate, seed * 10 + k)
+            data_prep.write_pairs(here / "data" / f"{name}.jsonl", rows, overwrite=cfg.overwrite)
+        make_demo_models(here / "models", data_prep.synthetic_vocabulary(), seed)
+        base = dataclasses.replace(
+            cfg, model=str(here / "models/student"), teacher=str(here / "models/teacher"), seed=seed, batch_size=32, lr=1e-3,
+            teacher_lr=1e-3, epochs=2, teacher_epochs=5, max_length=128, data=[str(here / "data/train.jsonl")],
+            eval_data=[str(here / f"data/{c}.jsonl") for c in columns],
+            dtype="fp32" if cfg.dtype == "auto" else cfg.dtype, eval_every=400, log_every=20)
+        for name, changes in {"ID": {}, "BT": {"method": "bt"}, "ID, uniform target": {"align_target": "uniform"}}.items():
+            out = here / name.split(",")[-1].strip().replace(" ", "-").lower()
+            print(f"\n--- seed {seed}: {name}")
+            sets = train(dataclasses.replace(base, output_dir=str(out), **changes))["sets"]
+            table[name].append([sets[c]["student"] for c in columns])
+            if name == "ID":
+                table["teacher"].append([sets[c]["teacher"] for c in columns])
+    mean = {k: np.mean(v, 0) * 100 for k, v in table.items()}
+    spread = {k: np.std(v, 0, ddof=1) * 100 if cfg.seeds > 1 else None for k, v in table.items()}
+    print(f"\naccuracy %, 600 pairs each, {cfg.seeds} seed(s){', mean (standard deviation)' if cfg.seeds > 1 else ''}")
+    print(f"{'':20}" + "".join(f"{c:>17}" for c in columns))
+    for k in table:
+        cells = [f"{m:.1f}" + (f" ({s:.1f})" if cfg.seeds > 1 else "") for m, s in zip(mean[k], spread[k] if cfg.seeds > 1 else mean[k])]
+        print(f"{k:20}" + "".join(f"{c:>17}" for c in cells))
+    verdict = {k: "follows the cue" if m[2] < 40 else "reads the content" if m[2] > 60 else "wavers" for k, m in mean.items()}
+    print("\nWhere the cue is reversed: " + "; ".join(f"{k} {verdict[k]} ({mean[k][2]:.0f} %)" for k in verdict) + ".")
+    write_json(root / "demo.json", {"columns": list(columns), "accuracy": table, "seconds": round(time.perf_counter() - started, 1)})
+    first = root / f"seed{cfg.seed}"
+    print(f"Files: {root} ({time.perf_counter() - started:.0f} s). Look closer:\n  python eval.py accuracy {first}/bt/student "
+          f"{first}/id/student --data {first}/data/cue-reversed.jsonl")
+
+
+def main(argv: list[str] | None = None) -> None:
+    cfg = parse_config(argv)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        if not cfg.model:
+            if cfg.data or cfg.teacher or cfg.resume:
+                raise UserError("--model is needed beside --data and --teacher (no flags at all: the demo)")
+            return demo(cfg)
+        results = train(cfg)
+    except UserError as why:
+        print(f"error: {why}", file=sys.stderr)
+        raise SystemExit(2) from None
+    print_table(results)
+    print(f"\nreward model: {Path(cfg.output_dir) / 'student'}  (a stock AutoModelForSequenceClassification directory)")
+
+
+if __name__ == "__main__":
+    main()
