@@ -261,7 +261,7 @@ class Encoder:
         while True:
             texts, starts = zip(*(self.formatter(prompt, y) for y in sides))
             tokens = self.tokenise(self.tokenizer, list(texts))
-            longest = max((0, 1), key=lambda k: len(tokens[k][0]))
+            longest = max(range(len(sides)), key=lambda k: len(tokens[k][0]))
             excess = len(tokens[longest][0]) - self.max_length
             if excess <= 0:
                 return prompt, tokens, starts
@@ -822,17 +822,19 @@ def distillation_losses(model: RewardModel, teacher: InteractionTeacher | None, 
 
 # ----------------------------------------------------------------------------------------------------- evaluation
 
-def batches_by_length(examples: list[Example], batch_size: int) -> list[np.ndarray]:
-    order = np.argsort([len(e.ids) for e in examples], kind="stable")
-    return [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
+def batches_by_length(examples: list[Example], batch_size: int, progress: str = ""):
+    """Index arrays of batches, longest first (too little memory shows at once), behind a bar named progress."""
+    order = np.argsort([-len(e.ids) for e in examples], kind="stable")
+    return tqdm([order[i:i + batch_size] for i in range(0, len(order), batch_size)], desc=progress, disable=not progress,
+                leave=False, mininterval=CALM)
 
 
 @torch.no_grad()
-def score_pairs(model: RewardModel, examples: list[Example], batch_size: int, device, amp) -> np.ndarray:
+def score_pairs(model: RewardModel, examples: list[Example], batch_size: int, device, amp, progress: str = "") -> np.ndarray:
     """Rewards (N, 2) in fp32 of encoded pairs, in their order; only scalars are kept."""
     scores, was = np.zeros((len(examples), 2), dtype=np.float32), model.training
     model.eval()
-    for index in batches_by_length(examples, batch_size):
+    for index in batches_by_length(examples, batch_size, progress):
         batch = collate([examples[i] for i in index], model.stock.config.get_text_config().pad_token_id, device)
         with amp():
             scores[index] = model(batch).float().cpu().numpy()
@@ -841,11 +843,12 @@ def score_pairs(model: RewardModel, examples: list[Example], batch_size: int, de
 
 
 @torch.no_grad()
-def teacher_verdicts(teacher: InteractionTeacher, examples: list[Example], batch_size: int, device, amp) -> np.ndarray:
+def teacher_verdicts(teacher: InteractionTeacher, examples: list[Example], batch_size: int, device, amp,
+                     progress: str = "") -> np.ndarray:
     """The teacher's verdict (N,), mean of both orders."""
     verdicts, was = np.zeros(len(examples), dtype=np.float32), teacher.training
     teacher.eval()
-    for index in batches_by_length(examples, batch_size):
+    for index in batches_by_length(examples, batch_size, progress):
         for swapped in (False, True):
             batch = collate_teacher([examples[i] for i in index], np.full(len(index), swapped), teacher.tokenizer, device)
             with amp():
