@@ -97,26 +97,29 @@ def scored_texts(encoder: Encoder, items: list[tuple[list[dict], list[str]]]) ->
     return out
 
 
-def open_judge(name: str, args, max_length: int = 0) -> Judge:
-    """A reward model (or interaction teacher), ready to score. Raises UserError for what is neither."""
-    device, amp = set_up_device(args)
-    if not (Path(name) / "config.json").exists() and (Path(name) / "student" / "config.json").exists():
+def check_model(name: str):
+    """The config of a reward model or an interaction teacher; UserError, before any long work, for what is neither."""
+    if (Path(name) / "student" / "config.json").exists():
         raise UserError(f"{name}: is a run, not a model; give {name}/student (or {name}/teacher)")
     config = load(AutoConfig, name)
     kind = (getattr(config, "architectures", None) or ["a model without architecture"])[0]
-    if kind.endswith("ForTokenClassification"):
-        if config.num_labels != 1:
-            raise UserError(f"{name}: {kind} has {config.num_labels} labels, an interaction teacher has 1")
+    if not kind.endswith(("ForSequenceClassification", "ForTokenClassification")):
+        raise UserError(f"{name}: {kind} has no reward head; a reward model is a sequence classifier with one label "
+                        "(train one: python idistill.py --model ...)")
+    if config.num_labels != 1:
+        raise UserError(f"{name}: {kind} has {config.num_labels} labels, a reward model or interaction teacher has 1")
+    return config
+
+
+def open_judge(name: str, args, max_length: int = 0) -> Judge:
+    """A reward model (or interaction teacher), ready to score. Raises UserError for what is neither."""
+    config, (device, amp) = check_model(name), set_up_device(args)
+    if config.architectures[0].endswith("ForTokenClassification"):
         stock, tokenizer, room = load_teacher(name)
         view = load_tokenizer(name)  # the teacher alone: its own tokens serve where the student's words are asked for
         view.eos_token = view.eos_token or view.sep_token
         encoder = Encoder(view, 10**9, "truncate", tokenizer, max_length or room)
         return Judge(name, InteractionTeacher(stock.to(device).eval(), tokenizer), encoder, device, amp)
-    if not kind.endswith("ForSequenceClassification"):
-        raise UserError(f"{name}: {kind} has no reward head; a reward model is a sequence classifier with one label "
-                        "(train one: python idistill.py --model ...)")
-    if config.num_labels != 1:
-        raise UserError(f"{name}: {kind} has {config.num_labels} labels, a reward model has 1")
     tokenizer = load_tokenizer(name)
     model, info = load(AutoModelForSequenceClassification, name, output_loading_info=True,
                        dtype=torch.bfloat16 if args.dtype == "bf16" else torch.float32)
@@ -331,14 +334,15 @@ def plot_accuracy(result: dict, path: str) -> None:
         at = np.arange(len(rows)) + (k - (len(names) - 1) / 2) * width
         height = np.array([100 * r.get("accuracy", np.nan) for r in rows])
         ends = 100 * np.array([r.get("interval", [np.nan] * 2) for r in rows]).T
-        axes.bar(at, height, width, yerr=np.abs(ends - height), capsize=3, label=name, color=str(0.25 + 0.6 * k / max(1, len(names))),
+        axes.bar(at, height, width, yerr=np.abs(ends - height), capsize=3, label="/".join(Path(name).parts[-3:]),
+                 color=str(0.3 + 0.6 * k / max(1, len(names) - 1)),
                  edgecolor="black", hatch=["", "//", "..", "xx"][k % 4])
     for x, r in enumerate(result.values()):
         axes.hlines(100 * r["baselines"]["longer response"]["accuracy"], x - 0.45, x + 0.45, linestyle="--", color="black",
                     label="longer response" if not x else None)
     axes.axhline(50, color="black", linewidth=0.7)
     axes.set(ylabel="accuracy %, 95 % interval", xticks=range(len(result)), xticklabels=list(result))
-    axes.legend(fontsize=7)
+    axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     save_plot(figure, path)
 
 
@@ -378,6 +382,8 @@ def main(argv: list[str] | None = None) -> None:
     transformers.logging.disable_progress_bar()
     try:
         check_outputs(args)
+        for name in args.models:
+            check_model(name)
         args.run(args)
     except UserError as why:
         print(f"error: {why}", file=sys.stderr)

@@ -1,9 +1,10 @@
-"""Tests of idistill.py: the mathematics against slow, obvious versions, the models against stock
-transformers, the command line as a user types it. Everything is tiny, random, offline and seeded.
+"""Tests: the mathematics against slow, obvious versions, the models against stock transformers, the three command
+lines as a user types them. Everything is tiny, random, offline and seeded.
 
     python -m pytest -q test_idistill.py
 """
 import gc
+import gzip
 import json
 import os
 import re
@@ -23,6 +24,8 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoModel, AutoModelForSequenceClassification
 
+import data_prep
+import eval as evaluation
 import idistill
 from idistill import (AttentionTap, Config, Encoder, Formatter, InteractionTeacher, Pair, RewardModel,
                       UserError, alignment_loss, attention_map, block_masks, collate, collate_teacher,
@@ -844,3 +847,262 @@ def test_foreign_files_in_the_output_directory_survive(zoo, argv, tmp_path, caps
     before = weights(here)
     main(*argv(here, max_steps=1, model=here / "student", teacher=here / "teacher"))
     assert weights(here) == before
+
+
+# ------------------------------------------------------------------------------------------------- the demo
+
+def test_demo_in_small(tmp_path, monkeypatch, capsys):
+    """The demo's own code on fewer pairs: the table, its files, the next command, and the same table again."""
+    monkeypatch.setattr(idistill, "synthetic_pairs", lambda n, rate, seed: data_prep.synthetic_pairs(n // 100, rate, seed))
+    assert main("--output-dir", str(tmp_path / "a"), "--seeds", "2") == 0
+    out = capsys.readouterr().out
+    table = json.loads((tmp_path / "a/demo.json").read_text())
+    assert {k: np.shape(v) for k, v in table["accuracy"].items()} == dict.fromkeys(
+        ["teacher", "BT", "ID", "ID, uniform target"], (2, 3))
+    assert "in-distribution" in out and "Where the cue is reversed:" in out
+    command = re.search(r"python (eval\.py accuracy .*)", out)[1].split()
+    assert all(Path(p).exists() for p in command[2:] if not p.startswith("--"))
+    assert main("--output-dir", str(tmp_path / "b")) == 0
+    again = json.loads((tmp_path / "b/demo.json").read_text())
+    assert all(again["accuracy"][k][0] == v[0] for k, v in table["accuracy"].items())
+    refused(capsys, ["--output-dir", str(tmp_path / "b")], "exists")
+
+
+# ------------------------------------------------------------------------------------------------ data_prep.py
+
+def prep(capsys, *argv) -> tuple[int, str]:
+    capsys.readouterr()
+    try:
+        code = data_prep.main([str(a) for a in argv]) or 0
+    except SystemExit as end:
+        code = end.code
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.err and (code == 0) == (captured.err == "")
+    return code, captured.out + captured.err
+
+
+def test_hh_rlhf_is_split_into_turns(tmp_path, capsys):
+    """Raw dialogues: the common turns are the prompt; what cannot serve is dropped and counted by its reason."""
+    talk = "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: and\nso?\n\nAssistant:"
+    rows = [{"chosen": talk + " yes: \n\nreally", "rejected": talk + " no"}, {"chosen": talk + " x", "rejected": talk + " x "},
+            {"chosen": talk + " x", "rejected": talk}, {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": talk + " x"}]
+    with gzip.open(tmp_path / "raw.jsonl.gz", "wt") as f:
+        f.writelines(json.dumps(r) + "\n" for r in rows)
+    code, out = prep(capsys, "hh-rlhf", "--input", tmp_path / "raw.jsonl.gz", "--out", tmp_path / "x.jsonl")
+    assert code == 0 and all(s in out for s in ("1 chosen equals rejected", "1 the rejected response is empty",
+                                                 "1 the two prompts differ", "1 pairs"))
+    pair, = data_prep.read_pairs([tmp_path / "x.jsonl"])[0]
+    assert pair == Pair([*user("hi"), {"role": "assistant", "content": "hello"}, *user("and\nso?")],
+                        "yes: \n\nreally", "no", "hh-rlhf")
+
+
+def test_forms_of_a_pair_agree():
+    """Prompt + texts, prompt + conversations (TRL), two whole conversations, raw HH-RLHF: one pair."""
+    say = lambda text: {"role": "assistant", "content": text}  # noqa: E731
+    forms = [{"prompt": "q", "chosen": "a", "rejected": "b"}, {"prompt": user("q"), "chosen": "a", "rejected": "b"},
+             {"prompt": user("q"), "chosen": [say("a")], "rejected": [say("b")]},
+             {"prompt": "q", "chosen": [*user("q"), say("a")], "rejected": [*user("q"), say("b")]},
+             {"chosen": [*user("q"), say("a")], "rejected": [*user("q"), say("b")]},
+             {"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b"}]
+    assert all(data_prep.parse_pair(form) == Pair(user("q"), "a", "b") for form in forms)
+
+
+def test_splits_share_no_prompt(tmp_path, capsys):
+    rows = [{"prompt": f"q{k % 60}", "chosen": f"a{k}", "rejected": "b"} for k in range(300)] + [{"prompt": "q1", "chosen": "a1", "rejected": "b"}]
+    write_pairs(tmp_path / "in.jsonl", rows)
+    args = [tmp_path / "in.jsonl", "--val-fraction", 0.2, "--test-fraction", 0.2, "--drop-duplicates"]
+    code, out = prep(capsys, *args, "--out", tmp_path / "out.jsonl.gz")
+    parts = [data_prep.read_pairs([tmp_path / f"out{k}.jsonl.gz"])[0] for k in ("", ".val", ".test")]
+    prompts = [{p.prompt[0]["content"] for p in part} for part in parts]
+    assert code == 0 and "1 duplicates" in out and sum(map(len, parts)) == 300 and sum(map(len, prompts)) == 60
+    assert min(map(len, prompts)) >= 5
+    assert prep(capsys, *args, "--out", tmp_path / "out.jsonl.gz")[0] == 2  # never overwritten unasked
+    prep(capsys, *args, "--out", tmp_path / "again.jsonl.gz")
+    assert data_prep.read_pairs([tmp_path / "again.val.jsonl.gz"])[0] == parts[1]
+
+
+def test_skip_bad_counts_what_stops_otherwise(tmp_path, capsys):
+    (tmp_path / "d.jsonl").write_text(json.dumps(GOOD) + "\n{oops\n\n" + json.dumps({"prompt": "x"}) + "\n")
+    code, out = prep(capsys, tmp_path / "d.jsonl", "--out", tmp_path / "x.jsonl")
+    assert code == 2 and "d.jsonl, line 2: not JSON" in out and not (tmp_path / "x.jsonl").exists()
+    code, out = prep(capsys, tmp_path / "d.jsonl", "--out", tmp_path / "x.jsonl", "--skip-bad")
+    assert code == 0 and "2 bad" in out and "wrote 1 pairs" in out
+
+
+def test_synthetic_language_is_as_documented(tmp_path, capsys):
+    code, _ = prep(capsys, "synthetic", "--pairs", 2000, "--agreement", 0.8, "--seed", 3, "--out", tmp_path / "s.jsonl")
+    pairs = data_prep.read_pairs([tmp_path / "s.jsonl"])[0]
+    topic_of = {item: t for t, items in data_prep.TOPICS.items() for item in items.split()}
+    vocabulary = set(data_prep.synthetic_vocabulary())
+    for p in pairs:
+        topic, = [w for w in p.prompt[0]["content"].split() if w in data_prep.TOPICS]
+        sides = [y.split() for y in (p.chosen, p.rejected)]
+        items = [[w for w in side if w in topic_of] for side in sides]
+        assert [len(i) for i in items] == [1, 1] and (topic_of[items[0][0]] == topic) > (topic_of[items[1][0]] == topic)
+        assert [s[-1] for s in sides] == list(data_prep.CUES[::1 if p.subset == "with the cue" else -1])
+        assert all(side[:-1].index(i) < len(side) - 8 for side, (i,) in zip(sides, items)) and vocabulary.issuperset(sum(sides, []))
+    assert code == 0 and abs(np.mean([p.subset == "with the cue" for p in pairs]) - 0.8) < 0.03
+
+
+# ------------------------------------------------------------------------------------------------------ eval.py
+
+@pytest.fixture(scope="session")
+def judges(zoo, tmp_path_factory):
+    """judges(name, family, kind) -> a stock reward model directory with a random head."""
+    root = tmp_path_factory.mktemp("judges")
+
+    def get(family: str = "llama", kind: str = "chat", seed: int = 0, **config) -> str:
+        to = root / "-".join([family, kind, str(seed), *map(str, config)])
+        if not to.exists():
+            stock, tokenizer = load_student(zoo(family, kind), seed)
+            stock.config.update(config)
+            save_stock(stock, tokenizer, to)
+        return str(to)
+
+    return get
+
+
+def evaluate(*argv) -> int:
+    try:
+        evaluation.main(["accuracy", *map(str, argv), *([] if "--dtype" in argv else ["--dtype", "fp32"])])
+        return 0
+    except SystemExit as end:
+        return end.code
+
+
+def naive_scores(name: str, pairs: list[Pair]) -> np.ndarray:
+    """The stock class, one string at a time."""
+    stock = AutoModelForSequenceClassification.from_pretrained(name).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+    f = Formatter(tokenizer)
+    with torch.no_grad():
+        return np.array([[stock(**tokenizer(f(p.prompt, y)[0], add_special_tokens=False, return_tensors="pt")).logits.item()
+                          for y in (p.chosen, p.rejected)] for p in pairs])
+
+
+@pytest.mark.parametrize("family, kind", [("llama", "chat"), ("gpt2", "nopad"), ("gemma2", "bos"), ("opt", "bos")])
+def test_accuracy_is_that_of_the_stock_class(judges, tmp_path, capsys, family, kind):
+    """Against direct scoring, pair by pair; by subset; the dump is RewardBench's and holds the exact strings."""
+    pairs = make_pairs(24)
+    for k, p in enumerate(pairs):
+        p.subset = "even" if k % 2 == 0 else "odd"
+    data, name, other = write_pairs(tmp_path / "d.jsonl", pairs), judges(family, kind), judges(family, kind, 1)
+    assert evaluate(name, other, "--data", data, "--json", tmp_path / "o.json", "--dump", tmp_path / "p.jsonl",
+                    "--batch-size", 7) == 0
+    expected, second = naive_scores(name, pairs), naive_scores(other, pairs)
+    result = json.loads((tmp_path / "o.json").read_text())["files"]["d"]
+    got, right = result["models"][name], expected[:, 0] > expected[:, 1]
+    assert got["accuracy"] == right.mean() and got["pairs"] == 24 and got["ties"] == got["dropped"] == 0
+    assert abs(got["reward_std"] - expected.std()) < 1e-4 and abs(got["margin_mean"] - (expected[:, 0] - expected[:, 1]).mean()) < 1e-4
+    assert [result["subsets"][s][name]["accuracy"] for s in ("even", "odd")] == [right[::2].mean(), right[1::2].mean()]
+    gain = result["models"][other]["difference"]
+    assert gain["mean"] == pytest.approx((second[:, 0] > second[:, 1]).mean() - right.mean())
+    longer = np.array([np.sign(len(p.chosen) - len(p.rejected)) for p in pairs])
+    assert result["baselines"]["longer response"]["accuracy"] == (longer / 2 + 0.5).mean()
+    close_pairs = np.array([abs(len(p.chosen) - len(p.rejected)) <= 0.1 * max(len(p.chosen), len(p.rejected)) for p in pairs])
+    assert got["equal_length"]["pairs"] == close_pairs.sum()
+    lines = [json.loads(raw) for raw in (tmp_path / "p.jsonl").read_text().splitlines()]
+    assert len(lines) == 48 and {"prompt", "text_chosen", "text_rejected", "scores_chosen", "scores_rejected", "results"} <= set(lines[0])
+    assert close(np.array([[m["scores_chosen"], m["scores_rejected"]] for m in lines[:24]]), expected, 1e-4)
+    f = Formatter(transformers.AutoTokenizer.from_pretrained(name))
+    assert [m["text_chosen"] for m in lines[:24]] == [f(p.prompt, p.chosen)[0] for p in pairs]
+    assert "longer response" in capsys.readouterr().out
+    assert evaluate(name, "--data", data, "--subset", "odd", "--json", tmp_path / "odd.json") == 0
+    odd = json.loads((tmp_path / "odd.json").read_text())["files"]["d"]["models"][name]
+    assert odd["pairs"] == 12 and odd["accuracy"] == right[1::2].mean()
+
+
+def test_foreign_reward_model_with_pad_as_eos(zoo, tmp_path):
+    """Its stock class skips the end token; so does eval.py, in padded batches too."""
+    stock = AutoModelForSequenceClassification.from_pretrained(zoo("llama"), num_labels=1)
+    stock.config.pad_token_id = stock.config.eos_token_id
+    stock.save_pretrained(tmp_path / "m")
+    make_tokenizer("chat", tmp_path / "m")
+    pairs = make_pairs(8)
+    assert evaluate(tmp_path / "m", "--data", write_pairs(tmp_path / "d.jsonl", pairs), "--dump", tmp_path / "p") == 0
+    lines = [json.loads(raw) for raw in (tmp_path / "p").read_text().splitlines()]
+    assert close(np.array([[m["scores_chosen"], m["scores_rejected"]] for m in lines]), naive_scores(tmp_path / "m", pairs), 1e-4)
+
+
+def test_constant_model_has_half_and_ties(judges, tmp_path):
+    stock, tokenizer = load_student(judges())
+    torch.nn.init.zeros_(stock.score.weight)
+    save_stock(stock, tokenizer, tmp_path / "m")
+    data = write_pairs(tmp_path / "d.jsonl", make_pairs(9))
+    assert evaluate(tmp_path / "m", "--data", data, "--json", tmp_path / "o.json") == 0
+    got = json.loads((tmp_path / "o.json").read_text())["files"]["d"]["models"][str(tmp_path / "m")]
+    assert got["accuracy"] == 0.5 and got["ties"] == 9 and got["interval"] == [0.5, 0.5] and got["margin_std"] == 0
+
+
+def test_eval_scores_a_teacher_in_both_orders(whole_run, argv, tmp_path):
+    """The verdict beside the run's own: the same pairs through the student's encoder."""
+    out = whole_run[0]
+    data = next(a.split("=", 1)[1] for a in argv("x") if a.startswith("--eval-data"))
+    assert evaluate(out / "student", out / "teacher", "--data", data, "--dump", tmp_path / "p", "--json", tmp_path / "o") == 0
+    lines = [json.loads(raw) for raw in (tmp_path / "p").read_text().splitlines()][6:]
+    stock, tokenizer, room = load_teacher(str(out / "teacher"))
+    examples = Encoder(load_student(str(out / "student"))[1], 100, "truncate", tokenizer, room)(data_prep.read_pairs([data])[0])
+    verdict = teacher_verdicts(InteractionTeacher(stock, tokenizer), examples, 2, "cpu", no_amp)
+    assert close(np.array([m["scores_chosen"] - m["scores_rejected"] for m in lines]), verdict)
+    run = json.loads((out / "results.json").read_text())["sets"]["eval_data"]
+    got = json.loads((tmp_path / "o").read_text())["files"]["eval_data"]["models"]
+    assert [got[str(out / k)]["accuracy"] for k in ("student", "teacher")] == [run["student"], run["teacher"]]
+
+
+def test_eval_cuts_and_drops_as_training_does(judges, tmp_path):
+    pairs = [Pair(user("old " * 60 + "new"), "yes", "no"), Pair(user("q"), "word " * 80, "no"), Pair(user("q"), "yes", "no")]
+    data = write_pairs(tmp_path / "d.jsonl", pairs)
+    assert evaluate(judges(), "--data", data, "--max-length", 50, "--json", tmp_path / "o", "--dump", tmp_path / "p") == 0
+    got = json.loads((tmp_path / "o").read_text())["files"]["d"]["models"][judges()]
+    assert (got["pairs"], got["dropped"], got["truncated"]) == (2, 1, 1)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(judges())
+    first = json.loads((tmp_path / "p").read_text().splitlines()[0])
+    example = Encoder(tokenizer, 50, "truncate")(pairs)[0]
+    assert [tokenizer(first[k], add_special_tokens=False)["input_ids"] for k in ("text_chosen", "text_rejected")] == sequences(example)
+
+
+def test_bootstrap_draws_prompts():
+    """About mean ± 1.96 standard errors of independent pairs; wider where pairs of a prompt repeat each other."""
+    rng = np.random.default_rng(0)
+    values = (rng.random(400) < 0.7).astype(float)
+    low, high = evaluation.bootstrap(values, np.arange(400), 0)
+    error = values.std() / np.sqrt(400)
+    assert abs(low - (values.mean() - 1.96 * error)) < 0.01 and abs(high - (values.mean() + 1.96 * error)) < 0.01
+    assert evaluation.bootstrap(values, np.arange(400), 0) == [low, high]
+    wide = evaluation.bootstrap(np.repeat(values, 4), np.repeat(np.arange(400), 4), 0)
+    assert close(wide, [low, high], 0.01)
+
+
+def test_eval_bad_input(judges, zoo, whole_run, tmp_path, capsys, monkeypatch):
+    """One line and exit code 2, before any scoring."""
+    model, data = judges(), write_pairs(tmp_path / "d.jsonl", make_pairs(3))
+    (tmp_path / "empty.jsonl").write_text("")
+    two = AutoModelForSequenceClassification.from_pretrained(zoo("llama"), num_labels=2)
+    two.save_pretrained(tmp_path / "two")
+    transformers.LlamaForCausalLM(two.config).save_pretrained(tmp_path / "generative")
+    for to in ("two", "generative"):
+        make_tokenizer("chat", tmp_path / to)
+    for args, mention in [
+            ((model, tmp_path / "two", "--data", data), "2 labels"), ((tmp_path / "generative", "--data", data), "no reward head"),
+            (("nowhere/m", "--data", data), "nowhere/m"), ((model, "--data", "nowhere.jsonl"), "nowhere.jsonl"),
+            ((model, "--data", tmp_path / "empty.jsonl"), "no usable pair"), ((model, "--data", data, "--subset", "x"), "--subset x"),
+            ((whole_run[0], "--data", data), "student"), ((model, "--data", data, "--json", data), "read as --data"),
+            ((model, "--data", data, "--dump", tmp_path / "d.jsonl/x"), "cannot be written"),
+            ((model, "--data", data, "--json", tmp_path), "directory"), ((model, "--data", data, "--max-length", 4000), "128 positions"),
+            ((model, "--data", data, "--device", "warp"), "--device"), ((zoo("bert"), "--data", data), "no reward head")]:
+        capsys.readouterr()
+        code, err = evaluate(*args), capsys.readouterr().err.strip()
+        assert code == 2 and mention in err and err.count("error: ") == 1 and "Traceback" not in err, (args, err)
+        assert "\n" not in err[err.index("error: "):]
+    assert evaluate(model, "--data", data, "--batch-size", 0) == 2
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert evaluate(model, "--data", data, "--plot", tmp_path / "x.png") == 2
+    assert "pip install matplotlib" in capsys.readouterr().err and len(data_prep.read_pairs([data])[0]) == 3
+
+
+@pytest.mark.parametrize("command, expected", [
+    (["eval.py", "accuracy", "nowhere/m", "--data", "nowhere.jsonl"], "error: nowhere/m"),
+    (["data_prep.py", "nowhere.jsonl", "--out", "x.jsonl"], "error: nowhere.jsonl")])
+def test_companions_from_a_shell(command, expected):
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 2 and done.stderr.startswith(expected) and done.stderr.count("\n") == 1
