@@ -4,7 +4,7 @@
     python eval.py accuracy MODEL... --data FILE... [--json OUT] [--plot OUT.png] [--dump PAIRS.jsonl]
 
 Every verb takes several models and shows them side by side. A model is scored as its stock class scores it: the string
-of idistill.Formatter, tokenised with add_special_tokens=False, read at the right-most token that is not the pad token.
+of data_prep.Formatter, tokenised with add_special_tokens=False, read at the right-most token that is not the pad token.
 A RUN/teacher directory is scored too: its verdict, mean of both orders, as (verdict / 2, -verdict / 2).
 """
 from __future__ import annotations
@@ -24,9 +24,9 @@ import transformers
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from data_prep import Pair, UserError, prompt_key, read_pairs
-from idistill import (CALM, Encoder, InteractionTeacher, load, load_teacher, load_tokenizer, longer_margins, set_up_device,
-                      teacher_verdicts, write_json)
+from data_prep import CALM, Encoder, Pair, UserError, prompt_key, read_pairs
+from idistill import (InteractionTeacher, load, load_teacher, load_tokenizer, longer_margins, set_up_device, teacher_verdicts,
+                      write_json)
 
 # --------------------------------------------------------------------------------------------------------- scoring
 
@@ -143,6 +143,8 @@ def read_files(args) -> dict[str, list[Pair]]:
         subsets |= {p.subset for p in pairs}
         name = Path(path).name.split(".jsonl")[0]
         pairs = [p for p in pairs if not args.subset or p.subset in args.subset]
+        if 0 < args.limit < len(pairs):
+            pairs = [pairs[k] for k in np.sort(np.random.default_rng(args.seed).choice(len(pairs), args.limit, replace=False))]
         if pairs:
             files[name if name not in files else str(path)] = pairs
     unknown = set(args.subset) - subsets
@@ -358,19 +360,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     common.add_argument("--json", metavar="OUT", help="write the numbers there")
     common.add_argument("--plot", metavar="OUT.png", help="draw them (needs matplotlib)")
     common.add_argument("--subset", nargs="+", default=[], metavar="NAME", help="only these subsets (default: all)")
+    common.add_argument("--limit", type=int, default=0, metavar="N", help="a random N pairs of each file, by --seed (default: 0 = all)")
     common.add_argument("--batch-size", type=int, default=32, help="texts a batch, of about equal length (default: 32)")
     common.add_argument("--max-length", type=int, default=0, help="longest prompt + response in tokens; the oldest of the "
                         "prompt is cut, never a response (default: 0 = the model's positions)")
     common.add_argument("--dtype", default="auto", choices=["auto", "fp32", "bf16"], help="auto: bf16 autocast where the hardware "
                         "has it; bf16: the weights too, half the memory (default: auto); the head is always fp32")
     common.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
-    common.add_argument("--seed", type=int, default=0, help="seed of the bootstrap (default: 0)")
+    common.add_argument("--seed", type=int, default=0, help="seed of the bootstrap and of --limit (default: 0)")
     verb = verbs.add_parser("accuracy", parents=[common], help=accuracy.__doc__, description=accuracy.__doc__)
     verb.add_argument("--dump", metavar="PAIRS.jsonl", help="one line a pair, with RewardBench's keys and the exact scored strings")
     verb.set_defaults(run=accuracy)
     args = ap.parse_args(argv)
-    if args.batch_size < 1 or args.max_length < 0:
-        ap.error("--batch-size must be at least 1, --max-length not negative")
+    if args.batch_size < 1 or args.max_length < 0 or args.limit < 0:
+        ap.error("--batch-size must be at least 1, --max-length and --limit not negative")
     if len(set(args.models)) < len(args.models):
         ap.error("a model is named twice")
     return args

@@ -63,7 +63,8 @@ from transformers import (AttentionInterface, AutoConfig, AutoModelForSequenceCl
 from transformers.integrations.sdpa_attention import sdpa_attention_forward  # noqa: E402
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask  # noqa: E402
 
-from data_prep import Pair, UserError, carve, prompt_key, read_pairs, synthetic_pairs, synthetic_vocabulary, write_pairs  # noqa: E402
+from data_prep import (CALM, Encoder, Example, Pair, UserError, carve, make_demo_models, prompt_key, read_pairs,  # noqa: E402
+                       synthetic_pairs, write_pairs)
 
 # ---------------------------------------------------------------------------------------------------------- config
 
@@ -143,232 +144,7 @@ def parse_config(argv: list[str] | None = None) -> Config:
     return Config(**vars(ap.parse_args(argv)))
 
 
-# -------------------------------------------------------------------------------------------- from text to tokens
-
-CALM = 0.2 if sys.stderr.isatty() else 15.0  # seconds between progress lines: a log file needs few
-
-class Formatter:
-    """The one place that builds the string that is scored, for training, evaluation and users.
-
-    Chat template where the tokenizer has one, else "User: ...\\n\\nAssistant: ..."; always ends in the end token
-    (a missing one flips rewards: MOSS-RLHF #21); starts with BOS where the tokenizer would add it. The string is
-    tokenised with add_special_tokens=False, so there is never a second BOS. Control-token strings inside the
-    contents are defused by a space after their first character ("<|im_end|>" becomes "< |im_end|>").
-
-    Raises UserError for a tokenizer without end token, or a template that loses messages."""
-
-    def __init__(self, tokenizer):
-        if tokenizer.eos_token is None:
-            raise UserError(f"{tokenizer.name_or_path}: the tokenizer has no end token (eos_token); set one in its "
-                            "tokenizer_config.json")
-        self.tokenizer, self.eos, self.cache = tokenizer, tokenizer.eos_token, {}
-        bos = tokenizer.bos_token
-        self.bos = bos if bos and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id] else ""
-        special = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special and len(t.content) > 1}
-        self.control = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or r"(?!)")
-        self.defused = 0
-
-    def clean(self, text: str) -> str:
-        """Stripped, and with control tokens defused (counted in self.defused)."""
-        text = text.strip()
-        while self.control.search(text):
-            text, count = self.control.subn(lambda m: m[0][0] + " " + m[0][1:], text)
-            self.defused += count
-        return text
-
-    def markup(self, roles: tuple[str, ...]) -> list[str]:
-        """The literal text before, between and after the contents: len(roles) + 1 pieces."""
-        if roles not in self.cache:
-            marks = [f"\ue000{i}\ue001" for i in range(len(roles))]  # private-use characters that no template has
-            if self.tokenizer.chat_template:
-                messages = [{"role": r, "content": m} for r, m in zip(roles, marks)]
-                try:
-                    text = self.tokenizer.apply_chat_template(messages, tokenize=False)
-                except Exception as why:  # a template raises what it likes
-                    raise UserError(f"{self.tokenizer.name_or_path}: its chat template refuses the roles "
-                                    f"{', '.join(roles)} ({why})") from None
-            else:
-                names = {"system": "System", "user": "User", "assistant": "Assistant"}
-                text = self.bos + "\n\n".join(f"{names[r]}: {m}" for r, m in zip(roles, marks))
-            pieces = re.split("\ue000\\d+\ue001", text)
-            if re.findall("\ue000\\d+\ue001", text) != marks:
-                raise UserError(f"{self.tokenizer.name_or_path}: its chat template loses or repeats messages of "
-                                f"the roles {', '.join(roles)}")
-            tail = pieces[-1].rstrip()
-            pieces[-1] = tail if tail.endswith(self.eos) else tail + self.eos
-            self.cache[roles] = pieces
-        return self.cache[roles]
-
-    def __call__(self, prompt: list[dict], response: str) -> tuple[str, list[int]]:
-        """Cleaned contents -> (the string that is scored, where each content starts in it)."""
-        contents = [m["content"] for m in prompt] + [response]
-        pieces = self.markup(tuple(m["role"] for m in prompt) + ("assistant",))
-        text, starts = pieces[0], []
-        for content, piece in zip(contents, pieces[1:]):
-            starts.append(len(text))
-            text += content + piece
-        return text, starts
-
-
-CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"
-WORD = re.compile(rf"[{CJK}]|[^\s{CJK}]+")  # words are our choice: runs without white space, single CJK characters
-
-
-def words_of(text: str) -> np.ndarray:
-    """Start and end of each word, (W, 2)."""
-    return np.array([m.span() for m in WORD.finditer(text)], dtype=np.int64).reshape(-1, 2)
-
-
-def tokens_to_words(offsets: np.ndarray, spans: np.ndarray) -> np.ndarray:
-    """For tokens with character offsets (n, 2) the index of the first word (W, 2) each touches, -1 for none."""
-    if not len(spans) or not len(offsets):
-        return np.full(len(offsets), -1)
-    first = np.searchsorted(spans[:, 1], offsets[:, 0], side="right")  # first word that ends after the token starts
-    inside = spans[np.minimum(first, len(spans) - 1), 0] < offsets[:, 1]
-    return np.where((first < len(spans)) & inside & (offsets[:, 1] > offsets[:, 0]), first, -1)
-
-
-@dataclass
-class Example:
-    """One pair, encoded. Student: packed layout u; teacher: three token runs that either order can join."""
-    ids: np.ndarray       # (n,) tokens of [x | y_c | y_r]
-    seg: np.ndarray       # (n,) 0 = x, 1 = y_c, 2 = y_r
-    word: np.ndarray      # (n,) word of each token, -1 = markup
-    word_seg: np.ndarray  # (W,) segment of each word, -1 = a word that one of the models does not see
-    runs: list            # teacher: [(ids, word)] of x, y_c, y_r; empty without a teacher
-    pair: Pair            # as read
-
-
-class Encoder:
-    """Pairs -> Examples, with the counts of what was cut, dropped or defused."""
-
-    def __init__(self, tokenizer, max_length: int, overlong: str, teacher_tokenizer=None, teacher_length: int = 512):
-        self.formatter, self.tokenizer = Formatter(tokenizer), tokenizer
-        self.max_length, self.overlong = max_length, overlong
-        self.teacher, self.teacher_length = teacher_tokenizer, teacher_length
-        self.counts = Counter()
-
-    def tokenise(self, tokenizer, texts: list[str]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """(ids (n,), offsets (n, 2)) of each text, all in one parallel call."""
-        enc = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False,
-                        return_token_type_ids=False, verbose=False)
-        return [(np.array(i, dtype=np.int64), np.array(o, dtype=np.int64).reshape(-1, 2))
-                for i, o in zip(enc["input_ids"], enc["offset_mapping"])]
-
-    def shorten(self, prompt: list[dict], sides: list[str]):
-        """Cuts the oldest of the prompt until both sequences fit; None if a response cannot."""
-        prompt = [dict(m) for m in prompt]
-        while True:
-            texts, starts = zip(*(self.formatter(prompt, y) for y in sides))
-            tokens = self.tokenise(self.tokenizer, list(texts))
-            longest = max(range(len(sides)), key=lambda k: len(tokens[k][0]))
-            excess = len(tokens[longest][0]) - self.max_length
-            if excess <= 0:
-                return prompt, tokens, starts
-            filled = [i for i, m in enumerate(prompt) if m["content"]]
-            if not filled:
-                return None
-            target = next((i for i in filled if prompt[i]["role"] != "system"), filled[0])  # the system text goes last
-            first = next((i for i, m in enumerate(prompt) if m["role"] != "system"), target)
-            later = next((i for i, m in enumerate(prompt) if m["role"] == "user" and i > target), None)
-            begin = starts[longest][target]
-            offsets = tokens[longest][1]
-            inside = np.flatnonzero((offsets[:, 0] >= begin) & (offsets[:, 0] < begin + len(prompt[target]["content"])))
-            if len(inside) <= excess and later is not None and target >= first:
-                del prompt[first:later]  # the whole oldest turn goes, its markup too
-                continue
-            cut = offsets[inside[excess], 0] - begin if len(inside) > excess else len(prompt[target]["content"])
-            prompt[target]["content"] = prompt[target]["content"][max(cut, 1):].lstrip()
-
-    def __call__(self, pairs: list[Pair], chunk: int = 1024, progress: str = "") -> list[Example]:
-        """Encodes in chunks of pairs; overlong pairs are cut, dropped or raise UserError, as asked; all counted."""
-        examples = []
-        bar = tqdm(total=len(pairs), desc=progress, disable=not progress, leave=False, mininterval=CALM)
-        for start in range(0, len(pairs), chunk):
-            part = pairs[start:start + chunk]
-            clean = self.formatter.clean
-            todo = [([{**m, "content": clean(m["content"])} for m in p.prompt], [clean(p.chosen), clean(p.rejected)])
-                    for p in part]
-            built = [self.formatter(prompt, y) for prompt, sides in todo for y in sides]
-            tokens = self.tokenise(self.tokenizer, [text for text, _ in built])
-            kept = []
-            for k, (pair, (prompt, sides)) in enumerate(zip(part, todo)):
-                two, starts = tokens[2 * k:2 * k + 2], [built[2 * k][1], built[2 * k + 1][1]]
-                if max(len(t[0]) for t in two) > self.max_length:
-                    if self.overlong == "error":
-                        raise UserError(f"pair {pair.id or start + k + 1} has {max(len(t[0]) for t in two)} tokens, over "
-                                        f"--max-length {self.max_length}; raise it, or use --overlong truncate or drop")
-                    cut = self.shorten(prompt, sides) if self.overlong == "truncate" else None
-                    self.counts["truncated" if cut else "dropped"] += 1
-                    if cut is None:
-                        continue
-                    prompt, two, starts = cut
-                kept.append((pair, prompt, sides, two, starts))
-            examples += self.pack(kept)
-            bar.update(len(part))
-        self.counts["defused control tokens"] = self.formatter.defused
-        return examples
-
-    def pack(self, kept: list) -> list[Example]:
-        """Packed layout and words of each pair; the teacher's runs where there is a teacher."""
-        out, flat = [], []
-        for pair, prompt, sides, two, starts in kept:
-            contents = [m["content"] for m in prompt]
-            spans = [words_of(c) for c in contents]
-            P, C, R = sum(map(len, spans)), *(words_of(y) for y in sides)
-            words = []
-            for (ids, offsets), at, y in zip(two, starts, (C, R)):
-                placed = np.concatenate([s + a for s, a in zip(spans + [y], at)])
-                words.append(tokens_to_words(offsets, placed))
-            (ids_c, off_c), (ids_r, off_r) = two
-            inside = min(int((off[:, 1] <= at[-1]).argmin()) if (off[:, 1] > at[-1]).any() else len(off)
-                         for off, at in zip((off_c, off_r), starts))
-            differ = np.flatnonzero(ids_c[:inside] != ids_r[:inside])
-            nx = int(differ[0]) if len(differ) else inside  # longest common token prefix inside the prompt
-            shift = np.where(words[1] >= P, words[1] + len(C), words[1])  # words of y_r come after those of y_c
-            seg = np.repeat([0, 1, 2], [nx, len(ids_c) - nx, len(ids_r) - nx])
-            ex = Example(np.concatenate([ids_c, ids_r[nx:]]), seg, np.concatenate([words[0], shift[nx:]]),
-                         np.repeat([0, 1, 2], [P, len(C), len(R)]), [], pair)
-            ex.word_seg[np.setdiff1d(np.arange(len(ex.word_seg)), ex.word)] = -1
-            out.append(ex)
-            x, x_starts = "", []  # the teacher reads the same contents, its own role marks between several turns
-            for m in prompt:
-                x += ("\n" if x else "") + (m["role"].capitalize() + ": " if len(prompt) > 1 else "")
-                x_starts.append(len(x))
-                x += m["content"]
-            x_words = np.concatenate([s + a for s, a in zip(spans, x_starts)] or [words_of("")])
-            flat.append((x, sides, x_words, C, R, P))
-        if self.teacher is not None and out:
-            texts = [t for x, sides, *_ in flat for t in (x, *sides)]
-            tokens = self.tokenise(self.teacher, texts)
-            for k, (ex, (_, _, x_words, C, R, P)) in enumerate(zip(out, flat)):
-                self.add_runs(ex, tokens[3 * k:3 * k + 3], (x_words, C, R), (0, P, P + len(C)))
-        return out
-
-    def add_runs(self, ex: Example, tokens: list, spans: tuple, first: tuple) -> None:
-        """The teacher's tokens of x, y_c, y_r; if too long, the oldest of x goes, then the ends of the responses."""
-        room = self.teacher_length - 4
-        sizes = [len(ids) for ids, _ in tokens]
-        keep_x = max(0, min(sizes[0], room - sizes[1] - sizes[2]))
-        keep_c = min(sizes[1], max(room // 2, room - sizes[2]))
-        keep_r = min(sizes[2], room - keep_c)
-        self.counts["pairs cut for the teacher"] += keep_x + keep_c + keep_r < sum(sizes)
-        cuts = (slice(sizes[0] - keep_x, None), slice(keep_c), slice(keep_r))
-        special = np.array([i for i in self.teacher.all_special_ids if i != self.teacher.unk_token_id])
-        harmless = self.teacher.unk_token_id if self.teacher.unk_token_id is not None else self.teacher.mask_token_id
-        seen = np.zeros(len(ex.word_seg), dtype=bool)
-        for (ids, offsets), words, base, cut in zip(tokens, spans, first, cuts):
-            word = tokens_to_words(offsets, words)
-            word = np.where(word >= 0, word + base, -1)
-            kept = np.zeros(len(word), dtype=bool)
-            kept[cut] = True
-            seen[word[word >= 0]] = True
-            seen[word[(word >= 0) & ~kept]] = False  # a word cut in two is dropped whole
-            ids = np.where(np.isin(ids, special), harmless, ids)  # "[SEP]" typed by a user is no separator
-            ex.runs.append((ids[cut], word[cut]))
-        ex.word_seg[~seen] = -1
-        self.counts["words the teacher cannot see"] += int((~seen).sum())
-
+# ---------------------------------------------------------------- data (text becomes tokens in data_prep.Encoder)
 
 def collate(examples: list[Example], pad_id: int, device="cpu") -> dict[str, Tensor]:
     """Examples -> one padded batch of the packed layout, padding on the right.
@@ -1113,7 +889,7 @@ def set_up_device(cfg: Config):
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as why:
         raise UserError(f"--device {name}: not usable here ({first_line(why)})") from None
-    native = {"cuda": lambda: torch.cuda.is_bf16_supported(), 
+    native = {"cuda": lambda: torch.cuda.is_bf16_supported(),
               "cpu": lambda: torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()}
     bf16 = cfg.dtype == "bf16" or (cfg.dtype == "auto" and native.get(device.type, lambda: False)())
     return device, (lambda: torch.autocast(device.type, dtype=torch.bfloat16)) if bf16 else nullcontext
@@ -1225,7 +1001,8 @@ def train_in(run: Run, cfg: Config, needs_teacher: bool, device, amp) -> dict:
         probe = torch.tensor([[5, 6, 7, 8]], device=device)  # the tap raises now, not after the fine-tuning
         teacher.attend(dict(ids=probe, mask=torch.ones_like(probe), seg=probe - 5))
     if cfg.gradient_checkpointing:
-        stock.gradient_checkpointing_enable({"use_reentrant": False})
+        enable = getattr(stock, "activation_checkpointing_enable", None) or stock.gradient_checkpointing_enable  # the new name, the old
+        enable({"use_reentrant": False})
 
     encoder = Encoder(tokenizer, cfg.max_length, cfg.overlong, teacher.tokenizer if teacher else None,
                       min(room, 2 * cfg.max_length))
@@ -1250,7 +1027,7 @@ def train_in(run: Run, cfg: Config, needs_teacher: bool, device, amp) -> dict:
         if cfg.teacher_epochs > 0 and not trained:
             train_teacher(run, teacher, examples, held["validation"], swaps, device, amp)
         teacher.eval().requires_grad_(False)
-        teacher_accuracy = {name: accuracy(teacher_verdicts(teacher, part, 2 * cfg.batch_size, device, amp))
+        teacher_accuracy = {name: accuracy(teacher_verdicts(teacher, part, 2 * cfg.batch_size, device, amp, f"teacher: {name}"))
                             for name, part in held.items()}
         n, got = len(held["validation"]), teacher_accuracy["validation"]
         print(f"teacher: validation accuracy {got:.4f} on {n} pairs, frozen")
@@ -1263,7 +1040,7 @@ def train_in(run: Run, cfg: Config, needs_teacher: bool, device, amp) -> dict:
     model = RewardModel(load_student(str(run.dir / "student"))[0].to(device), cfg.encoding)  # the best, from disk
     results = {"method": cfg.method, "seed": cfg.seed, "seconds": round(time.perf_counter() - started, 1), "sets": {}}
     for name, part in held.items():
-        s = score_pairs(model, part, 2 * cfg.batch_size, device, amp)
+        s = score_pairs(model, part, 2 * cfg.batch_size, device, amp, f"student: {name}")
         results["sets"][name] = {"pairs": len(part), "student": accuracy(s[:, 0] - s[:, 1]),
                                  "ties": int((s[:, 0] == s[:, 1]).sum()), "teacher": teacher_accuracy.get(name),
                                  "longer": accuracy(longer_margins([e.pair for e in part])),
@@ -1283,26 +1060,6 @@ def print_table(results: dict) -> None:
 
 # ----------------------------------------------------------------------------------------------------------- demo
 
-def make_demo_models(to: Path, words: list[str], seed: int) -> None:
-    """A word-level Llama and a word-level ModernBERT, untrained, as ordinary directories."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "</s>"]
-    inner = Tokenizer(models.WordLevel({w: i for i, w in enumerate(special + ["User:", "Assistant:"] + words)}, "[UNK]"))
-    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="[PAD]", unk_token="[UNK]",
-                                                     cls_token="[CLS]", sep_token="[SEP]", eos_token="</s>")
-    size = dict(vocab_size=len(tokenizer), hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128,
-                max_position_embeddings=256, pad_token_id=0, bos_token_id=2, eos_token_id=4, cls_token_id=2, sep_token_id=3)
-    torch.manual_seed(seed)
-    student = transformers.LlamaForCausalLM(transformers.LlamaConfig(**size))
-    # every layer global, larger initial weights: with 0.02, or a post-norm BERT, it does not learn the task
-    teacher = transformers.ModernBertForTokenClassification(transformers.ModernBertConfig(
-        **size, num_labels=1, initializer_range=0.1, global_attn_every_n_layers=1))
-    for model, name in ((student, "student"), (teacher, "teacher")):
-        model.save_pretrained(to / name)
-        tokenizer.save_pretrained(to / name)
-
-
 def demo(cfg: Config) -> None:
     """Generated pairs in which a closing cue agrees with the label in 90 % of the training pairs, and only early
     content always decides. Four models learn from them; which of them follows the cue?"""
@@ -1318,7 +1075,7 @@ def demo(cfg: Config) -> None:
         for k, (name, rate) in enumerate({"train": 0.9, **columns}.items()):
             rows = synthetic_pairs(12_800 if name == "train" else 600, rate, seed * 10 + k)
             write_pairs(here / "data" / f"{name}.jsonl", rows, overwrite=cfg.overwrite)
-        make_demo_models(here / "models", synthetic_vocabulary(), seed)
+        make_demo_models(here / "models", seed)
         base = dataclasses.replace(
             cfg, model=str(here / "models/student"), teacher=str(here / "models/teacher"), seed=seed, batch_size=32, lr=1e-3,
             teacher_lr=1e-3, epochs=2, teacher_epochs=5, max_length=128, data=[str(here / "data/train.jsonl")],

@@ -27,10 +27,10 @@ from transformers import AutoModel, AutoModelForSequenceClassification
 import data_prep
 import eval as evaluation
 import idistill
-from idistill import (AttentionTap, Config, Encoder, Formatter, InteractionTeacher, Pair, RewardModel,
-                      UserError, alignment_loss, attention_map, block_masks, collate, collate_teacher,
-                      distillation_losses, load_student, load_teacher, pool_words, probe_student, save_stock,
-                      score_pairs, teacher_verdicts, tokens_to_words, tree_mask, words_of)
+from data_prep import Encoder, Formatter, Pair, UserError, tokens_to_words, words_of
+from idistill import (AttentionTap, Config, InteractionTeacher, RewardModel, alignment_loss, attention_map, block_masks,
+                      collate, collate_teacher, distillation_losses, load_student, load_teacher, pool_words, probe_student,
+                      save_stock, score_pairs, teacher_verdicts, tree_mask)
 
 torch.set_num_threads(1)  # the models are too small for more to help
 transformers.logging.set_verbosity_error()
@@ -461,7 +461,8 @@ def test_gradient_checkpointing_changes_nothing(zoo, encoding):
         teacher, teacher_tokenizer, room = teacher_of(zoo, "bert", (0, 2))
         examples = Encoder(tokenizer, 100, "truncate", teacher_tokenizer, room)(make_pairs(5))
         if checkpointing:
-            model.stock.gradient_checkpointing_enable({"use_reentrant": False})
+            enable = getattr(model.stock, "activation_checkpointing_enable", model.stock.gradient_checkpointing_enable)
+            enable({"use_reentrant": False})
         model.train()
         terms = distillation_losses(model, teacher, examples, np.zeros(5, bool), Config(), "cpu", [0])
         terms["loss"].mean().backward()
@@ -1010,6 +1011,9 @@ def test_accuracy_is_that_of_the_stock_class(judges, tmp_path, capsys, family, k
     assert evaluate(name, "--data", data, "--subset", "odd", "--json", tmp_path / "odd.json") == 0
     odd = json.loads((tmp_path / "odd.json").read_text())["files"]["d"]["models"][name]
     assert odd["pairs"] == 12 and odd["accuracy"] == right[1::2].mean()
+    assert evaluate(name, "--data", data, "--limit", 5, "--dump", tmp_path / "few") == 0
+    few = [json.loads(raw)["id"] for raw in (tmp_path / "few").read_text().splitlines()]
+    assert len(set(few)) == 5 and few == sorted(few, key=int) and few != [p.id for p in pairs[:5]]
 
 
 def test_foreign_reward_model_with_pad_as_eos(zoo, tmp_path):
