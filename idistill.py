@@ -403,6 +403,8 @@ def probe_student(model: RewardModel, name: str, max_length: int = 0) -> None:
     to keep up to date). Raises UserError with the flag to use."""
     if model.encoding == "packed":
         check_window(model.stock, max_length, name)
+    if model.layers and getattr(model.stock.config.get_text_config(), "attn_logit_softcapping", None):  # Gemma 2
+        raise UserError(f"{name}: caps its attention logits, so its queries and keys alone do not give its map; use --method bt")
     stock, vocabulary = model.stock, model.stock.get_input_embeddings().num_embeddings
     device = stock.score.weight.device
     ids = torch.randint(vocabulary // 2, (1, 8), generator=torch.Generator().manual_seed(0)).to(device)
