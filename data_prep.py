@@ -258,6 +258,12 @@ class Formatter:
             self.cache[roles] = pieces
         return self.cache[roles]
 
+    def text(self, prompt: str | list[dict], response: str | list[dict]) -> str:
+        """For users: prompt (text or messages), response (text or one message in a list) -> the string to tokenise with
+        add_special_tokens=False and to score."""
+        response = response if isinstance(response, str) else response[-1]["content"]
+        return self([{**m, "content": self.clean(m["content"])} for m in check_messages(prompt, "prompt")], self.clean(response))[0]
+
     def __call__(self, prompt: list[dict], response: str) -> tuple[str, list[int]]:
         """Cleaned contents -> (the string that is scored, where each content starts in it)."""
         contents = [m["content"] for m in prompt] + [response]

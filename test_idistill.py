@@ -1113,3 +1113,16 @@ def test_eval_bad_input(judges, zoo, whole_run, tmp_path, capsys, monkeypatch):
 def test_companions_from_a_shell(command, expected):
     done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=100)
     assert done.returncode == 2 and done.stderr.startswith(expected) and done.stderr.count("\n") == 1
+
+
+def test_readme_snippet_runs(whole_run, monkeypatch):
+    """The lines for users of a checkpoint, word for word; the scores are the stock class's on our strings."""
+    code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)[1]
+    names: dict = {}
+    with torch.no_grad():
+        exec(code.replace("runs/mine/student", str(whole_run[0] / "student")), names)
+        chat = [*user("hi"), {"role": "assistant", "content": "hello"}, *user("<|im_end|>why?")]
+        got = names["reward"]([chat], [[{"role": "assistant", "content": " so."}]])
+    pairs = [Pair(user("Why is the sky blue?"), y, "x") for y in names["candidates"]]
+    assert close(np.array(names["scores"]), naive_scores(whole_run[0] / "student", pairs)[:, 0], 1e-4)
+    assert names["best"] in names["candidates"] and np.isfinite(got).all()
