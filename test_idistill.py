@@ -1126,3 +1126,13 @@ def test_readme_snippet_runs(whole_run, monkeypatch):
     pairs = [Pair(user("Why is the sky blue?"), y, "x") for y in names["candidates"]]
     assert close(np.array(names["scores"]), naive_scores(whole_run[0] / "student", pairs)[:, 0], 1e-4)
     assert names["best"] in names["candidates"] and np.isfinite(got).all()
+
+
+def test_the_companions_work_from_a_shell(whole_run, tmp_path):
+    """data_prep.py writes what eval.py reads, both as a user starts them."""
+    data = tmp_path / "s.jsonl.gz"
+    for command, printed in [
+            (["data_prep.py", "synthetic", "--pairs", 12, "--out", data], "wrote 12 pairs"),
+            (["eval.py", "accuracy", whole_run[0] / "student", whole_run[0] / "teacher", "--data", data], "s: 12 pairs")]:
+        done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True, timeout=100)
+        assert done.returncode == 0 and printed in done.stdout, done.stderr
