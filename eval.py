@@ -118,7 +118,7 @@ def open_judge(name: str, args, max_length: int = 0) -> Judge:
         stock, tokenizer, room = load_teacher(name)
         view = load_tokenizer(name)  # the teacher alone: its own tokens serve where the student's words are asked for
         view.eos_token = view.eos_token or view.sep_token
-        encoder = Encoder(view, 10**9, "truncate", tokenizer, max_length or room)
+        encoder = Encoder(view, 10**9, "truncate", tokenizer, min(room, 2 * max_length or room))  # as in training
         return Judge(name, InteractionTeacher(stock.to(device).eval(), tokenizer), encoder, device, amp)
     tokenizer = load_tokenizer(name)
     model, info = load(AutoModelForSequenceClassification, name, output_loading_info=True,
@@ -282,6 +282,8 @@ def accuracy(args) -> None:
                           "scores_rejected": float(r[1]), "results": float(outcomes(r[0] - r[1])), "subset": p.subset, "id": p.id,
                           "model": name, "data": file} for p, t, r in zip(pairs, texts, rewards) if t]
         del judge
+        if args.json:  # after each model: a failure later loses nothing
+            save_json(args.json, "accuracy", args, {"files": result})
     for file, pairs in files.items():
         longer = outcomes(longer_margins(pairs))
         groups = np.array([prompt_key(p.prompt) for p in pairs])

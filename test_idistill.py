@@ -1045,12 +1045,14 @@ def test_eval_scores_a_teacher_in_both_orders(whole_run, argv, tmp_path):
     """The verdict beside the run's own: the same pairs through the student's encoder."""
     out = whole_run[0]
     data = next(a.split("=", 1)[1] for a in argv("x") if a.startswith("--eval-data"))
-    assert evaluate(out / "student", out / "teacher", "--data", data, "--dump", tmp_path / "p", "--json", tmp_path / "o") == 0
+    assert evaluate(out / "student", out / "teacher", "--data", data, "--max-length", 100, "--dump", tmp_path / "p", "--json", tmp_path / "o") == 0
     lines = [json.loads(raw) for raw in (tmp_path / "p").read_text().splitlines()][6:]
     stock, tokenizer, room = load_teacher(str(out / "teacher"))
     examples = Encoder(load_student(str(out / "student"))[1], 100, "truncate", tokenizer, room)(data_prep.read_pairs([data])[0])
     verdict = teacher_verdicts(InteractionTeacher(stock, tokenizer), examples, 2, "cpu", no_amp)
     assert close(np.array([m["scores_chosen"] - m["scores_rejected"] for m in lines]), verdict)
+    long = write_pairs(tmp_path / "long.jsonl", [Pair(user("word " * 90), "yes " * 90, "no")])  # beyond its 128 positions
+    assert evaluate(out / "teacher", "--data", long, "--max-length", 400) == 0
     run = json.loads((out / "results.json").read_text())["sets"]["eval_data"]
     got = json.loads((tmp_path / "o").read_text())["files"]["eval_data"]["models"]
     assert [got[str(out / k)]["accuracy"] for k in ("student", "teacher")] == [run["student"], run["teacher"]]
