@@ -544,8 +544,8 @@ def convert(args: argparse.Namespace) -> None:
     for name in ("val_fraction", "test_fraction", "agreement"):
         if not 0 <= getattr(args, name) <= 1 or args.val_fraction + args.test_fraction >= 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: shares lie in 0 to 1, and some must be left to train on")
-    if args.limit < 0 or args.pairs < 1 or args.topics < 2 or args.items < 1 or args.fillers < 1 or not 0 <= args.shortest <= args.longest:
-        raise UserError("sizes must be positive, --topics at least 2, and --shortest not over --longest")
+    if args.seed < 0 or args.limit < 0 or args.pairs < 1 or args.topics < 2 or args.items < 1 or args.fillers < 1 or not 0 <= args.shortest <= args.longest:
+        raise UserError("sizes must be positive, --seed not negative, --topics at least 2, and --shortest not over --longest")
     if args.source == ["synthetic"]:
         pairs, counts = synthetic_pairs(args.pairs, args.agreement, args.seed, args.topics, args.items, args.fillers,
                                         args.shortest, args.longest), Counter(pairs=args.pairs)

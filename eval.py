@@ -126,6 +126,7 @@ def open_judge(name: str, args, max_length: int = 0) -> Judge:
     if info["missing_keys"]:
         raise UserError(f"{name}: its weights lack {sorted(info['missing_keys'])[0]}; scores would be random")
     positions = getattr(config.get_text_config(), "max_position_embeddings", None) or 10**9
+    positions -= (config.pad_token_id or 0) + 1 if config.model_type in ("roberta", "xlm-roberta", "camembert") else 0  # numbered from pad + 1
     if max_length > positions:
         raise UserError(f"{name}: --max-length {max_length} is over the model's {positions} positions; use --max-length {positions}")
     tokenizer.padding_side = "right"

@@ -98,7 +98,7 @@ class Config:
                              "segment", choices=["teacher", "uniform", "shuffled"])
     align_support: str = flag("full", "causal = compare only where the student attends (the other reading)",
                               choices=["full", "causal"])
-    teacher_epochs: float = flag(1.0, "teacher fine-tuning, passes over the data; 0 = already fine-tuned")
+    teacher_epochs: float = flag(1.0, "teacher fine-tuning, passes over the data; 0 = use it as it is")
     encoding: str = flag("packed", "packed = one tree-masked row a pair, siamese = two rows (any causal model)",
                          choices=["packed", "siamese"])
     max_length: int = flag(1024, "longest prompt + response, in student tokens")
@@ -106,14 +106,14 @@ class Config:
                          "response (a pair that still does not fit is dropped)", choices=["truncate", "drop", "error"])
     # optimiser
     epochs: float = flag(1.0, "passes over the training pairs")
-    max_steps: int = flag(0, "stop the student after this many steps; 0 = --epochs decides")
+    max_steps: int = flag(0, "steps of the student, in place of --epochs; 0 = --epochs decides")
     batch_size: int = flag(16, "pairs a step")
     grad_accum: int = flag(1, "micro-batches a step is cut into (less memory, same loss)")
-    lr: float = flag(1e-5, "peak learning rate of the student")
-    teacher_lr: float = flag(5e-5, "peak learning rate of the teacher")
+    lr: float = flag(1e-5, "peak learning rate of the student (AdamW, a step)")
+    teacher_lr: float = flag(5e-5, "peak learning rate of the teacher (AdamW, a step)")
     warmup: float = flag(0.05, "fraction of the steps with rising learning rate, then cosine to 0")
     weight_decay: float = flag(0.01, "AdamW decay of the matrices (none on norms, biases)")
-    clip: float = flag(1.0, "largest gradient norm")
+    clip: float = flag(1.0, "largest gradient norm, over 0; longer gradients are scaled down to it")
     # evaluation and logging
     val_fraction: float = flag(0.1, "share of --data carved for validation when --val-data is not given")
     val_max: int = flag(512, "most pairs of the carved validation split")
@@ -404,7 +404,8 @@ def probe_student(model: RewardModel, name: str, max_length: int = 0) -> None:
     if model.encoding == "packed":
         check_window(model.stock, max_length, name)
     if model.layers and getattr(model.stock.config.get_text_config(), "attn_logit_softcapping", None):  # Gemma 2
-        raise UserError(f"{name}: caps its attention logits, so its queries and keys alone do not give its map; use --method bt")
+        raise UserError(f"{name}: caps its attention logits, so queries and keys alone do not give its map; use --method bt "
+                        "--encoding siamese")
     stock, vocabulary = model.stock, model.stock.get_input_embeddings().num_embeddings
     device = stock.score.weight.device
     ids = torch.randint(vocabulary // 2, (1, 8), generator=torch.Generator().manual_seed(0)).to(device)
@@ -414,6 +415,13 @@ def probe_student(model: RewardModel, name: str, max_length: int = 0) -> None:
     was, encoding = stock.training, model.encoding
     stock.eval()
     try:
+        if model.tap is not None:  # the tap must change nothing (attention sinks, say, are lost in it)
+            rows, scores = siamese_rows(batch)[0], []
+            for implementation in (model.tap.before, TAP):
+                stock.set_attn_implementation(implementation)
+                scores.append(stock.base_model(**rows, use_cache=False).last_hidden_state)
+            if not torch.allclose(*scores, atol=1e-3, rtol=1e-3):
+                raise UserError(f"{name}: {type(stock).__name__} attends in a way that the tap does not keep; use --method bt")
         model.encoding = "siamese"
         try:
             apart = model(batch)
@@ -445,7 +453,7 @@ def check_window(model, max_length: int, name: str) -> None:
     """The tree mask takes the place of a sliding window: refused where the two could differ."""
     config = model.config.get_text_config()
     window = getattr(config, "sliding_window", None)
-    used = getattr(config, "use_sliding_window", True) and "full_attention" != set(getattr(config, "layer_types", None) or [0])
+    used = getattr(config, "use_sliding_window", True) and {"full_attention"} != set(getattr(config, "layer_types", None) or [0])
     if window and used and max_length > window:
         raise UserError(f"{name}: attention is limited to {window} tokens, which the tree mask cannot express; use "
                         f"--max-length {window} or --encoding siamese")
@@ -503,9 +511,14 @@ def load_teacher(name: str, seed: int = 0):
     torch.manual_seed(seed + 1)
     if type(config) not in transformers.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING:
         raise UserError(f"{name}: {config.model_type} has no token-classification class; a teacher is a bidirectional encoder")
-    model = load(AutoModelForTokenClassification, name, config=config, dtype=torch.float32)
-    if tokenizer.pad_token_id is None or (tokenizer.sep_token_id is None and tokenizer.eos_token_id is None):
-        raise UserError(f"{name}: the tokenizer has no pad or separator token; a teacher is a bidirectional encoder")
+    model, info = load(AutoModelForTokenClassification, name, config=config, dtype=torch.float32, output_loading_info=True)
+    base = model.base_model_prefix + "."
+    lost = sorted(k for k in info["missing_keys"] if k.startswith(base))  # a missing head is new, and trained
+    if lost:
+        raise UserError(f"{name}: its weights lack {len(lost)} tensors of {type(model).__name__}, {lost[0]} first")
+    for one, other in (("pad", "pad"), ("sep", "eos"), ("cls", "bos")):
+        if getattr(tokenizer, one + "_token_id") is None and getattr(tokenizer, other + "_token_id") is None:
+            raise UserError(f"{name}: the tokenizer has no {one} token; a teacher is a bidirectional encoder")
     ids = torch.arange(5, 13)[None]
     other = ids.clone()
     other[0, -1] += 1
@@ -558,7 +571,7 @@ def alignment_loss(T: Tensor, S: Tensor, block: Tensor, kind: str = "kl", eps: f
 
 
 def shuffle_rows(T: Tensor, word_seg: Tensor, seed: list[int]) -> Tensor:
-    """Control: the rows of each map (B, W, W) permuted inside each segment, so that only who attends is lost."""
+    """Control: the rows of each map (B, W, W) permuted inside each segment, so each keeps its distribution but belongs to another word."""
     rng, order = np.random.default_rng(seed), np.tile(np.arange(T.shape[1]), (T.shape[0], 1))
     for b, segments in enumerate(word_seg.cpu().numpy()):
         for s in (0, 1, 2):
@@ -692,18 +705,22 @@ class Run:
         self.lock.truncate(0)
         self.lock.write(f"host {socket.gethostname()} pid {os.getpid()}\n")
         self.lock.flush()
-        known = (self.dir / "config.json").exists()
+        try:  # any model directory has a config.json: ours lists flags
+            before = json.loads((self.dir / "config.json").read_text())["flags"]
+        except (OSError, ValueError, KeyError, TypeError):
+            before = None
+        known, taken = before is not None, (self.dir / "config.json").exists()
         foreign = [n for n in ("student", "teacher", "checkpoints") if (self.dir / n).exists()]
         inputs = [Path(p).resolve() for p in (cfg.model, cfg.teacher, *cfg.data, *cfg.val_data, *cfg.eval_data) if p]
         inside = [p for p in inputs if any(p.is_relative_to((self.dir / n).resolve()) for n in foreign)]
-        if (foreign and not known) or (inside and not cfg.resume):
-            raise UserError(f"{self.dir}: its {foreign[0]} is no output of an earlier run here, or is read by this one; "
+        if ((foreign or taken) and not known) or (inside and not cfg.resume):
+            raise UserError(f"{self.dir}: its {(foreign + ['config.json'])[0]} is no output of an earlier run here, or is read by this one; "
                             "choose another --output-dir")
         if known and not (cfg.resume or cfg.overwrite):
             raise UserError(f"{self.dir}: holds an earlier run; go on with --resume, replace it with --overwrite, or "
                             "choose another --output-dir")
         if known and cfg.resume:
-            self.compare_flags(json.loads((self.dir / "config.json").read_text())["flags"])
+            self.compare_flags(before)
 
     def compare_flags(self, before: dict) -> None:
         """--resume with other flags: refused, but for those that change no step."""
@@ -804,8 +821,8 @@ def fit(run: Run, phase: int, model: nn.Module, examples: list[Example], losses,
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         torch.set_rng_state(saved["rng"])
-        if device.type == "cuda":
-            torch.cuda.set_rng_state(saved["cuda_rng"])
+        if device.type == "cuda" and "cuda_rng" in saved:
+            torch.cuda.set_rng_state(saved["cuda_rng"], device)
         best = saved["best"]
         print(f"resuming the {name} after step {done} of {total}")
     elif phase == 1 or not state:
@@ -821,7 +838,7 @@ def fit(run: Run, phase: int, model: nn.Module, examples: list[Example], losses,
             plan, planned = plan_epoch(lengths, cfg.batch_size, cfg.seed + phase, epoch), epoch
         began, sums, rewards = time.perf_counter(), Counter(), []
         for group in optimizer.param_groups:
-            group["lr"] = lr * min(step / warm, 0.5 + 0.5 * math.cos(math.pi * max(0, step - warm) / (total - warm + 1)))
+            group["lr"] = lr * min(step / warm, 0.5 + 0.5 * math.cos(math.pi * max(0, step - warm) / max(1, total - warm + 1)))
         for part in np.array_split(plan[at], min(cfg.grad_accum, len(plan[at]))):
             with amp():
                 terms = losses([examples[i] for i in part], part, epoch)
@@ -852,7 +869,7 @@ def fit(run: Run, phase: int, model: nn.Module, examples: list[Example], losses,
                 best = [value["accuracy"], -value["loss"]]
                 save_best()
         if (step % cfg.save_every == 0 if cfg.save_every else due) or run.stop or step == total:
-            cuda_rng = {"cuda_rng": torch.cuda.get_rng_state()} if device.type == "cuda" else {}
+            cuda_rng = {"cuda_rng": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}
             run.save(phase, step, {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "best": best,
                                    "rng": torch.get_rng_state(), **cuda_rng})
         if run.stop and not (phase == 1 and step == total):
@@ -901,7 +918,7 @@ def check_config(cfg: Config) -> bool:
     """Refuses flags that cannot work; returns whether a teacher is needed. Raises UserError."""
     for name in ("model", "data", "output_dir"):
         if not getattr(cfg, name):
-            raise UserError(f"--{name.replace('_', '-')} is needed beside --model (no flags at all: the demo)")
+            raise UserError(f"--{name.replace('_', '-')} is needed beside --model")
     for name in ("batch_size", "grad_accum", "log_every", "max_length"):
         if getattr(cfg, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, is {getattr(cfg, name)}")
@@ -909,6 +926,11 @@ def check_config(cfg: Config) -> bool:
         value = getattr(cfg, f.name)
         if isinstance(value, (int, float)) and not (value >= 0 and math.isfinite(value)):
             raise UserError(f"--{f.name.replace('_', '-')} must not be negative or infinite, is {value}")
+    for name, good in {"warmup": cfg.warmup <= 1, "val_fraction": cfg.val_fraction < 1, "clip": cfg.clip > 0,
+                       "epochs": cfg.epochs > 0 or cfg.max_steps > 0}.items():
+        if not good:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: --warmup and --val-fraction are shares (at most 1, "
+                            "under 1); --clip and --epochs are over 0")
     if cfg.method == "bt":
         cfg.lambda_intra = cfg.lambda_inter = cfg.lambda_score = 0.0
     maps = cfg.lambda_intra > 0 or cfg.lambda_inter > 0
@@ -923,7 +945,8 @@ def read_all(cfg: Config) -> tuple[list[Pair], dict[str, list[Pair]], Counter]:
     held out is a leak, and is said. Raises UserError."""
     pairs, counts = read_pairs(cfg.data)
     if cfg.val_data:
-        val = read_pairs(cfg.val_data)[0]
+        val, more = read_pairs(cfg.val_data)
+        counts.update({f"{k} (validation)": v for k, v in more.items() if k != "pairs"})
     else:
         pairs, val = carve(pairs, min(cfg.val_max, round(cfg.val_fraction * len(pairs))))
     if not val or not pairs:
@@ -931,7 +954,8 @@ def read_all(cfg: Config) -> tuple[list[Pair], dict[str, list[Pair]], Counter]:
     held = {"validation": val}
     for path in cfg.eval_data:
         name = Path(path).name.split(".jsonl")[0]
-        held[name if name not in held else str(path)] = read_pairs([path])[0]
+        held[name if name not in held else f"evaluation {path}"], more = read_pairs([path])
+        counts.update({f"{k} ({name})": v for k, v in more.items() if k != "pairs"})
     seen = {prompt_key(p.prompt) for p in pairs}
     for name, part in held.items():
         shared = sum(prompt_key(p.prompt) in seen for p in part)
@@ -1008,12 +1032,16 @@ def train_in(run: Run, cfg: Config, needs_teacher: bool, device, amp) -> dict:
 
     encoder = Encoder(tokenizer, cfg.max_length, cfg.overlong, teacher.tokenizer if teacher else None,
                       min(room, 2 * cfg.max_length))
-    examples = encoder(pairs, progress="encoding")
-    held = {name: encoder(part, progress=f"encoding {name}") for name, part in held_pairs.items()}
+    examples, held = encoder(pairs, progress="encoding"), {}
+    counts.update(encoder.counts)
+    for name, part in held_pairs.items():
+        encoder.counts.clear()
+        encoder.formatter.defused = 0
+        held[name] = encoder(part, progress=f"encoding {name}")
+        counts.update({f"{k} ({name})": v for k, v in encoder.counts.items()})
     for name, part in {"the training data": examples, **held}.items():
         if not part:
             raise UserError(f"{name}: no pair fits into --max-length {cfg.max_length}")
-    counts.update(encoder.counts)
     counts.update({"training pairs": len(examples), **{f"pairs of {k}": len(v) for k, v in held.items()}})
     print("data: " + ", ".join(f"{v} {k}" for k, v in counts.items() if v))
     run.begin()
@@ -1065,6 +1093,13 @@ def print_table(results: dict) -> None:
 def demo(cfg: Config) -> None:
     """Generated pairs in which a closing cue agrees with the label in 90 % of the training pairs, and only early
     content always decides. Four models learn from them; which of them follows the cue?"""
+    free = {"output_dir", "overwrite", "seed", "seeds", "device", "dtype", "max_steps"}
+    fixed = ["--" + k.replace("_", "-") for k, v in dataclasses.asdict(cfg).items() if k not in free and v != getattr(Config(), k)]
+    if fixed:
+        raise UserError(f"{', '.join(fixed)}: of no use in the demo (no --model), which takes "
+                        + ", ".join("--" + k.replace("_", "-") for k in sorted(free)))
+    if cfg.seeds < 1 or cfg.seed < 0:
+        raise UserError(f"--seeds {cfg.seeds} --seed {cfg.seed}: at least 1 seed, from 0 on")
     root = Path(cfg.output_dir or "runs/demo")
     if not cfg.output_dir:  # an earlier demo is never overwritten
         root = next(p for p in [root, *(root.with_name(f"demo-{i}") for i in range(2, 10_000))] if not p.exists())
@@ -1112,7 +1147,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         if not cfg.model:
             if cfg.data or cfg.teacher or cfg.resume:
-                raise UserError("--model is needed beside --data and --teacher (no flags at all: the demo)")
+                raise UserError("--model is needed beside --data, --teacher and --resume (no flags at all: the demo)")
             return demo(cfg)
         results = train(cfg)
     except UserError as why:

@@ -781,7 +781,8 @@ def test_bad_line_is_named(argv, tmp_path, capsys, name):
     (dict(max_length=4000), "128 positions"), (dict(align_layers="9:0"), "--align-layers"),
     (dict(align_layers="x"), "--align-layers"), (dict(lr=-1), "--lr"), (dict(batch_size=0), "--batch-size"),
     (dict(lambda_intra="nan"), "--lambda-intra"), (dict(device="warp"), "--device"),
-    (dict(max_length=5), "--max-length 5"),
+    (dict(max_length=5), "--max-length 5"), (dict(warmup=20), "--warmup"), (dict(val_fraction=5), "--val-fraction"),
+    (dict(clip=0), "--clip"), (dict(epochs=0), "--epochs"), (dict(seed=-1), "--seed"),
 ])
 def test_bad_flag_is_named(argv, tmp_path, capsys, change, mention):
     refused(capsys, argv(**{"out": tmp_path / "run", **change}), mention)
@@ -811,6 +812,28 @@ def test_broken_model_directories(zoo, argv, tmp_path, capsys):
     two.save_pretrained(tmp_path / "two")
     make_tokenizer("chat", tmp_path / "two")
     refused(capsys, argv(tmp_path / "run", model=tmp_path / "two"), "two")
+
+
+def test_damaged_teacher_and_foreign_model_directory(zoo, argv, tmp_path, capsys):
+    """An encoder that lacks a layer is no teacher; a model directory is no run, and stays as it is."""
+    from safetensors.torch import load_file, save_file
+    shutil.copytree(zoo("bert"), tmp_path / "teacher")
+    path = tmp_path / "teacher/model.safetensors"
+    save_file({k: v for k, v in load_file(path).items() if ".layer.1." not in k}, path, {"format": "pt"})
+    refused(capsys, argv(tmp_path / "run", teacher=tmp_path / "teacher"), "lack", "layer.1")
+    shutil.copytree(zoo("llama"), tmp_path / "model")
+    before = (tmp_path / "model/config.json").read_bytes()
+    for flag in ("resume", "overwrite"):
+        refused(capsys, argv(tmp_path / "model", **{flag: True}), "config.json")
+    assert (tmp_path / "model/config.json").read_bytes() == before
+
+
+def test_counts_of_every_set_are_printed(argv, tmp_path, capsys):
+    held = write_pairs(tmp_path / "validation", [GOOD, {**GOOD, "rejected": "yes"}, {**GOOD, "rejected": "<|im_end|>"}])
+    assert main(*argv(tmp_path / "run", method="bt", max_steps=1, eval_data=held)) == 0
+    out = capsys.readouterr().out
+    assert "1 chosen equals rejected (validation)" in out and "defused control tokens (evaluation" in out
+    assert set(json.loads((tmp_path / "run/results.json").read_text())["sets"]) == {"validation", f"evaluation {held}"}
 
 
 def test_only_empty_responses(argv, tmp_path, capsys):
@@ -870,6 +893,8 @@ def test_demo_in_small(tmp_path, monkeypatch, capsys):
     again = json.loads((tmp_path / "b/demo.json").read_text())
     assert all(again["accuracy"][k][0] == v[0] for k, v in table["accuracy"].items())
     refused(capsys, ["--output-dir", str(tmp_path / "b")], "exists")
+    for flags, mention in ((["--method", "bt"], "--method"), (["--lr", "1"], "--lr"), (["--seeds", "0"], "--seeds"), (["--seed", "-1"], "--seed")):
+        refused(capsys, ["--output-dir", str(tmp_path / "c"), *flags], mention)
 
 
 # ------------------------------------------------------------------------------------------------ data_prep.py
