@@ -94,6 +94,7 @@ def scored_texts(encoder: Encoder, items: list[tuple[list[dict], list[str]]]) ->
             encoder.counts["truncated" if cut else "dropped"] += 1
             texts = cut and [encoder.formatter(cut[0], y)[0] for y in responses]
         out.append(texts)
+    encoder.counts["defused control tokens"] = encoder.formatter.defused
     return out
 
 
@@ -268,7 +269,11 @@ def accuracy(args) -> None:
         judge = open_judge(name, args, args.max_length)
         for file, pairs in files.items():
             judge.encoder.counts.clear()
+            judge.encoder.formatter.defused = 0
             rewards, texts = judge.score(pairs, args.batch_size)
+            counts = ", ".join(f"{v} {k}" for k, v in judge.encoder.counts.items() if v)
+            if counts:
+                print(f"{name} on {file}: {counts}")
             compared = first.get(file)
             first.setdefault(file, rewards)
             parts = {s: [k for k, p in enumerate(pairs) if p.subset == s] for s in sorted({p.subset for p in pairs} - {""})}
@@ -391,6 +396,9 @@ def main(argv: list[str] | None = None) -> None:
         for name in args.models:
             check_model(name)
         args.run(args)
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        raise SystemExit(130) from None
     except UserError as why:
         print(f"error: {why}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -1150,6 +1150,9 @@ def main(argv: list[str] | None = None) -> None:
                 raise UserError("--model is needed beside --data, --teacher and --resume (no flags at all: the demo)")
             return demo(cfg)
         results = train(cfg)
+    except KeyboardInterrupt:  # before the training loop, which saves first
+        print("\nstopped", file=sys.stderr)
+        raise SystemExit(130) from None
     except UserError as why:
         print(f"error: {why}", file=sys.stderr)
         raise SystemExit(2) from None
