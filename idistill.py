@@ -372,9 +372,6 @@ def load_student(name: str, seed: int = 0, max_length: int = 0):
     tokenizer = load_tokenizer(name)
     config = load(AutoConfig, name, num_labels=1)
     text = config.get_text_config()
-    positions = getattr(text, "max_position_embeddings", None)
-    if positions and max_length > positions:
-        raise UserError(f"{name}: --max-length {max_length} is over the model's {positions} positions; use --max-length {positions}")
     for key, value in text.to_dict().items():
         if "drop" in key and isinstance(value, float):
             setattr(text, key, 0.0)  # dropout off: noise in r would be noise in the margin
@@ -383,6 +380,9 @@ def load_student(name: str, seed: int = 0, max_length: int = 0):
     model, info = load(AutoModelForSequenceClassification, name, config=config, dtype=torch.float32, output_loading_info=True)
     if not hasattr(model, "score"):
         raise UserError(f"{name}: {type(model).__name__} is no decoder reward model (an encoder serves as --teacher)")
+    positions = getattr(text, "max_position_embeddings", None)
+    if positions and max_length > positions:
+        raise UserError(f"{name}: --max-length {max_length} is over the model's {positions} positions; use --max-length {positions}")
     if any(k.startswith("score") for k in info["missing_keys"]):
         nn.init.normal_(model.score.weight, std=1 / math.sqrt(model.score.in_features + 1))  # arXiv 2009.01325
     lost = [k for k in info["missing_keys"] if not k.startswith("score")]
