@@ -216,7 +216,7 @@ class Formatter:
 
     Raises UserError for a tokenizer without end token, or a template that loses messages."""
 
-    def __init__(self, tokenizer):
+    def __init__(self, tokenizer, counts: Counter | None = None):
         if tokenizer.eos_token is None:
             raise UserError(f"{tokenizer.name_or_path}: the tokenizer has no end token (eos_token); set one in its "
                             "tokenizer_config.json")
@@ -225,14 +225,14 @@ class Formatter:
         self.bos = bos if bos and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id] else ""
         special = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special and len(t.content) > 1}
         self.control = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or r"(?!)")
-        self.defused = 0
+        self.counts = Counter() if counts is None else counts
 
     def clean(self, text: str) -> str:
-        """Stripped, and with control tokens defused (counted in self.defused)."""
+        """Stripped, and with control tokens defused (counted)."""
         text = text.strip()
         while self.control.search(text):
             text, count = self.control.subn(lambda m: m[0][0] + " " + m[0][1:], text)
-            self.defused += count
+            self.counts["defused control tokens"] += count
         return text
 
     def markup(self, roles: tuple[str, ...]) -> list[str]:
@@ -308,10 +308,10 @@ class Encoder:
     """Pairs -> Examples, with the counts of what was cut, dropped or defused."""
 
     def __init__(self, tokenizer, max_length: int, overlong: str, teacher_tokenizer=None, teacher_length: int = 512):
-        self.formatter, self.tokenizer = Formatter(tokenizer), tokenizer
+        self.counts = Counter()
+        self.formatter, self.tokenizer = Formatter(tokenizer, self.counts), tokenizer
         self.max_length, self.overlong = max_length, overlong
         self.teacher, self.teacher_length = teacher_tokenizer, teacher_length
-        self.counts = Counter()
 
     def tokenise(self, tokenizer, texts: list[str]) -> list[tuple[np.ndarray, np.ndarray]]:
         """(ids (n,), offsets (n, 2)) of each text, all in one parallel call."""
@@ -371,7 +371,6 @@ class Encoder:
                 kept.append((pair, prompt, sides, two, starts))
             examples += self.pack(kept)
             bar.update(len(part))
-        self.counts["defused control tokens"] = self.formatter.defused
         return examples
 
     def pack(self, kept: list) -> list[Example]:

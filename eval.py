@@ -10,7 +10,6 @@ A RUN/teacher directory is scored too: its verdict, mean of both orders, as (ver
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import sys
@@ -25,8 +24,8 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from data_prep import CALM, Encoder, Pair, UserError, prompt_key, read_pairs
-from idistill import (InteractionTeacher, load, load_teacher, load_tokenizer, longer_margins, set_up_device, teacher_verdicts,
-                      write_json)
+from idistill import (InteractionTeacher, load, load_teacher, load_tokenizer, longer_margins, outcomes, positions_of,
+                      refuse_missing, set_up_device, teacher_verdicts, unused_name, write_json, written)
 
 # --------------------------------------------------------------------------------------------------------- scoring
 
@@ -94,7 +93,6 @@ def scored_texts(encoder: Encoder, items: list[tuple[list[dict], list[str]]]) ->
             encoder.counts["truncated" if cut else "dropped"] += 1
             texts = cut and [encoder.formatter(cut[0], y)[0] for y in responses]
         out.append(texts)
-    encoder.counts["defused control tokens"] = encoder.formatter.defused
     return out
 
 
@@ -112,26 +110,22 @@ def check_model(name: str):
     return config
 
 
-def open_judge(name: str, args, max_length: int = 0) -> Judge:
+def open_judge(name: str, args) -> Judge:
     """A reward model (or interaction teacher), ready to score. Raises UserError for what is neither."""
     config, (device, amp) = check_model(name), set_up_device(args)
     if config.architectures[0].endswith("ForTokenClassification"):
         stock, tokenizer, room = load_teacher(name)
         view = load_tokenizer(name)  # the teacher alone: its own tokens serve where the student's words are asked for
         view.eos_token = view.eos_token or view.sep_token
-        encoder = Encoder(view, 10**9, "truncate", tokenizer, min(room, 2 * max_length or room))  # as in training
+        encoder = Encoder(view, 10**9, "truncate", tokenizer, min(room, 2 * args.max_length or room))  # as in training
         return Judge(name, InteractionTeacher(stock.to(device).eval(), tokenizer), encoder, device, amp)
     tokenizer = load_tokenizer(name)
     model, info = load(AutoModelForSequenceClassification, name, output_loading_info=True,
                        dtype=torch.bfloat16 if args.dtype == "bf16" else torch.float32)
-    if info["missing_keys"]:
-        raise UserError(f"{name}: its weights lack {sorted(info['missing_keys'])[0]}; scores would be random")
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None) or 10**9
-    positions -= (config.pad_token_id or 0) + 1 if config.model_type in ("roberta", "xlm-roberta", "camembert") else 0  # numbered from pad + 1
-    if max_length > positions:
-        raise UserError(f"{name}: --max-length {max_length} is over the model's {positions} positions; use --max-length {positions}")
+    refuse_missing(name, model, info["missing_keys"])
+    positions = positions_of(config, name, args.max_length)
     tokenizer.padding_side = "right"
-    return Judge(name, model.to(device).eval(), Encoder(tokenizer, max_length or positions, "truncate"), device, amp)
+    return Judge(name, model.to(device).eval(), Encoder(tokenizer, args.max_length or positions, "truncate"), device, amp)
 
 
 def read_files(args) -> dict[str, list[Pair]]:
@@ -143,12 +137,11 @@ def read_files(args) -> dict[str, list[Pair]]:
         if left_out:
             print(f"{path}: left out " + ", ".join(f"{v} ({k})" for k, v in left_out.items()))
         subsets |= {p.subset for p in pairs}
-        name = Path(path).name.split(".jsonl")[0]
         pairs = [p for p in pairs if not args.subset or p.subset in args.subset]
         if 0 < args.limit < len(pairs):
             pairs = [pairs[k] for k in np.sort(np.random.default_rng(args.seed).choice(len(pairs), args.limit, replace=False))]
         if pairs:
-            files[name if name not in files else str(path)] = pairs
+            files[unused_name(path, files)] = pairs
     unknown = set(args.subset) - subsets
     if unknown:
         raise UserError(f"--subset {' '.join(sorted(unknown))}: not in the data; there are: {', '.join(sorted(subsets - {''})) or 'none'}")
@@ -156,11 +149,6 @@ def read_files(args) -> dict[str, list[Pair]]:
 
 
 # ------------------------------------------------------------------------------------------------------ statistics
-
-def outcomes(margins: np.ndarray) -> np.ndarray:
-    """1 for a positive margin, 0 for a negative one, ties half: (N,) -> (N,)."""
-    return (margins > 0) + 0.5 * (margins == 0)
-
 
 def bootstrap(values: np.ndarray, groups: np.ndarray, seed: int, rounds: int = 2000) -> list[float]:
     """95 % interval of the mean of values (N,). Prompts (groups (N,)) are drawn, not pairs: pairs that share a prompt
@@ -175,10 +163,14 @@ def bootstrap(values: np.ndarray, groups: np.ndarray, seed: int, rounds: int = 2
     return [float(q) for q in np.quantile(means, [0.025, 0.975])]
 
 
-def summary(pairs: list[Pair], rewards: np.ndarray, first: np.ndarray | None, seed: int) -> dict:
+def prompt_groups(pairs: list[Pair]) -> np.ndarray:
+    return np.array([prompt_key(p.prompt) for p in pairs])
+
+
+def summary(pairs: list[Pair], groups: np.ndarray, rewards: np.ndarray, first: np.ndarray | None, seed: int) -> dict:
     """All that the accuracy table says of one model on some pairs; first: the rewards of the model compared with."""
     scored = ~np.isnan(rewards).any(1)
-    groups, lengths = np.array([prompt_key(p.prompt) for p in pairs]), np.array([(len(p.chosen.strip()), len(p.rejected.strip())) for p in pairs])
+    lengths = np.array([(len(p.chosen.strip()), len(p.rejected.strip())) for p in pairs])
     if not scored.any():
         return {"pairs": 0, "dropped": len(pairs)}
     margins = rewards[:, 0] - rewards[:, 1]
@@ -239,18 +231,10 @@ def check_outputs(args) -> None:
             raise UserError(f"--plot {args.plot}: its name must end in .png, .pdf or .svg")
 
 
-@contextlib.contextmanager
-def written(path: str):
-    """A text file written aside and renamed: a reader sees the old file or the new one, never half."""
-    with open(path + ".tmp", "w", encoding="utf-8") as f:
-        yield f
-    os.replace(path + ".tmp", path)
-
-
 def save_json(path: str, verb: str, args, result: dict) -> None:
     versions = {m.__name__: m.__version__ for m in (torch, transformers, np)}
     flags = {k: v for k, v in vars(args).items() if k not in ("run", "json", "plot", "dump")}
-    write_json(Path(path), {"verb": verb, "flags": flags, "versions": versions, **result})
+    write_json(path, {"verb": verb, "flags": flags, "versions": versions, **result})
 
 
 def save_plot(figure, path: str) -> None:
@@ -263,13 +247,17 @@ def save_plot(figure, path: str) -> None:
 def accuracy(args) -> None:
     """Accuracy with 95 % intervals, by subset, beside what length alone and a constant answer reach."""
     files = read_files(args)
-    result, dump = {name: {"models": {}, "subsets": {}} for name in files}, []
-    first = {}
+    groups = {file: prompt_groups(pairs) for file, pairs in files.items()}
+    result, dump, first = {}, [], {}
+    for file, pairs in files.items():
+        longer = outcomes(longer_margins(pairs))
+        baselines = {"longer response": {"accuracy": float(longer.mean()), "interval": bootstrap(longer, groups[file], args.seed)},
+                     "majority": {"accuracy": 0.5}}
+        result[file] = {"models": {}, "subsets": {}, "baselines": baselines}
     for name in args.models:
-        judge = open_judge(name, args, args.max_length)
+        judge = open_judge(name, args)
         for file, pairs in files.items():
             judge.encoder.counts.clear()
-            judge.encoder.formatter.defused = 0
             rewards, texts = judge.score(pairs, args.batch_size)
             counts = ", ".join(f"{v} {k}" for k, v in judge.encoder.counts.items() if v)
             if counts:
@@ -279,7 +267,7 @@ def accuracy(args) -> None:
             parts = {s: [k for k, p in enumerate(pairs) if p.subset == s] for s in sorted({p.subset for p in pairs} - {""})}
             for subset, index in {"": range(len(pairs)), **(parts if len(parts) > 1 else {})}.items():
                 index = list(index)
-                some = summary([pairs[k] for k in index], rewards[index], None if compared is None else compared[index], args.seed)
+                some = summary([pairs[k] for k in index], groups[file][index], rewards[index], None if compared is None else compared[index], args.seed)
                 some.update({k: v for k, v in judge.encoder.counts.items() if v and not subset and k != "dropped"})
                 where = result[file]["subsets"].setdefault(subset, {}) if subset else result[file]["models"]
                 where[name] = some
@@ -291,18 +279,12 @@ def accuracy(args) -> None:
         if args.json:  # after each model: a failure later loses nothing
             save_json(args.json, "accuracy", args, {"files": result})
     for file, pairs in files.items():
-        longer = outcomes(longer_margins(pairs))
-        groups = np.array([prompt_key(p.prompt) for p in pairs])
-        result[file]["baselines"] = {"longer response": {"accuracy": float(longer.mean()), "interval": bootstrap(longer, groups, args.seed)},
-                                     "majority": {"accuracy": 0.5}}
         print_accuracy(file, pairs, result[file])
     print("\n(majority: either side of a pair comes first, so a constant answer is right in half; equal length: within 10 %\n"
           " in characters; ties count half; intervals: 95 %, bootstrap over prompts; - first: paired with the first model)")
     if args.dump:
         with written(args.dump) as f:
             f.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in dump)
-    if args.json:
-        save_json(args.json, "accuracy", args, {"files": result})
     if args.plot:
         plot_accuracy(result, args.plot)
 

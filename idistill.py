@@ -44,7 +44,7 @@ import socket
 import sys
 import time
 from collections import Counter
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -345,6 +345,21 @@ def load(auto, name: str, **kwargs):
         raise UserError(f"{name}: cannot be loaded{hint}: {first_line(why)}") from None
 
 
+def positions_of(config, name: str = "", max_length: int = 0) -> int:
+    """The longest input of a model, in tokens (10**9: no limit). Raises UserError where max_length is over it."""
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None) or 10**9
+    if config.model_type in ("roberta", "xlm-roberta", "camembert"):  # they number positions from pad + 1
+        positions -= (config.pad_token_id or 0) + 1
+    if max_length > positions:
+        raise UserError(f"{name}: --max-length {max_length} is over the model's {positions} positions; use --max-length {positions}")
+    return positions
+
+
+def refuse_missing(name: str, model, keys: list[str]) -> None:
+    if keys:
+        raise UserError(f"{name}: its weights lack {len(keys)} tensors of {type(model).__name__}, {min(keys)} first; they would be random")
+
+
 def load_tokenizer(name: str):
     """A tokenizer, checked to be one that can serve here."""
     tokenizer = load(AutoTokenizer, name)
@@ -380,14 +395,10 @@ def load_student(name: str, seed: int = 0, max_length: int = 0):
     model, info = load(AutoModelForSequenceClassification, name, config=config, dtype=torch.float32, output_loading_info=True)
     if not hasattr(model, "score"):
         raise UserError(f"{name}: {type(model).__name__} is no decoder reward model (an encoder serves as --teacher)")
-    positions = getattr(text, "max_position_embeddings", None)
-    if positions and max_length > positions:
-        raise UserError(f"{name}: --max-length {max_length} is over the model's {positions} positions; use --max-length {positions}")
-    if any(k.startswith("score") for k in info["missing_keys"]):
+    positions_of(config, name, max_length)
+    refuse_missing(name, model, [k for k in info["missing_keys"] if not k.startswith("score")])
+    if info["missing_keys"]:
         nn.init.normal_(model.score.weight, std=1 / math.sqrt(model.score.in_features + 1))  # arXiv 2009.01325
-    lost = [k for k in info["missing_keys"] if not k.startswith("score")]
-    if lost:
-        raise UserError(f"{name}: its weights lack {len(lost)} tensors of {type(model).__name__}, {lost[0]} first")
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         if len(tokenizer) - model.get_input_embeddings().num_embeddings > 1:
             raise UserError(f"{name}: the tokenizer has {len(tokenizer)} tokens, the model only "
@@ -512,10 +523,8 @@ def load_teacher(name: str, seed: int = 0):
     if type(config) not in transformers.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING:
         raise UserError(f"{name}: {config.model_type} has no token-classification class; a teacher is a bidirectional encoder")
     model, info = load(AutoModelForTokenClassification, name, config=config, dtype=torch.float32, output_loading_info=True)
-    base = model.base_model_prefix + "."
-    lost = sorted(k for k in info["missing_keys"] if k.startswith(base))  # a missing head is new, and trained
-    if lost:
-        raise UserError(f"{name}: its weights lack {len(lost)} tensors of {type(model).__name__}, {lost[0]} first")
+    base = model.base_model_prefix + "."  # a missing head is new, and trained
+    refuse_missing(name, model, [k for k in info["missing_keys"] if k.startswith(base)])
     for one, other in (("pad", "pad"), ("sep", "eos"), ("cls", "bos")):
         if getattr(tokenizer, one + "_token_id") is None and getattr(tokenizer, other + "_token_id") is None:
             raise UserError(f"{name}: the tokenizer has no {one} token; a teacher is a bidirectional encoder")
@@ -528,9 +537,7 @@ def load_teacher(name: str, seed: int = 0):
     if torch.equal(*first):
         raise UserError(f"{name}: {type(model).__name__} is causal: its early tokens never see late ones; a teacher "
                         "is a bidirectional encoder (BERT, RoBERTa, ModernBERT, DeBERTa ...)")
-    length = getattr(config, "max_position_embeddings", 0) or 512
-    length -= (config.pad_token_id or 0) + 1 if config.model_type in ("roberta", "xlm-roberta", "camembert") else 0
-    return model, tokenizer, length  # RoBERTa numbers its positions from pad + 1
+    return model, tokenizer, positions_of(config)
 
 
 # --------------------------------------------------------------------------------------------------------- losses
@@ -648,9 +655,14 @@ def teacher_verdicts(teacher: InteractionTeacher, examples: list[Example], batch
     return verdicts
 
 
+def outcomes(margins: np.ndarray) -> np.ndarray:
+    """1 for a positive margin, 0 for a negative one, ties half: (N,) -> (N,)."""
+    return (margins > 0) + 0.5 * (margins == 0)
+
+
 def accuracy(margins: np.ndarray) -> float:
     """Share of positive margins (N,), ties counted as half."""
-    return float(((margins > 0) + 0.5 * (margins == 0)).mean())
+    return float(outcomes(margins).mean())
 
 
 def longer_margins(pairs: list[Pair]) -> np.ndarray:
@@ -660,13 +672,19 @@ def longer_margins(pairs: list[Pair]) -> np.ndarray:
 
 # ------------------------------------------------------------------------------------------------------- training
 
-def write_json(path: Path, obj) -> None:
-    """Written aside, flushed to disk, renamed: a reader sees the old file or the new one, never half."""
-    with open(path.with_name(path.name + ".tmp"), "w") as f:
-        json.dump(obj, f, indent=1)
+@contextmanager
+def written(path: str | Path, mode: str = "w"):
+    """A file written aside, flushed to disk, renamed: a reader sees the old file or the new one, never half."""
+    with open(f"{path}.tmp", mode, encoding=None if "b" in mode else "utf-8") as f:
+        yield f
         f.flush()
         os.fsync(f.fileno())
-    os.replace(path.with_name(path.name + ".tmp"), path)
+    os.replace(f"{path}.tmp", path)
+
+
+def write_json(path: str | Path, obj) -> None:
+    with written(path) as f:
+        json.dump(obj, f, indent=1)
 
 
 def save_stock(stock, tokenizer, to: Path) -> None:
@@ -709,12 +727,12 @@ class Run:
             before = json.loads((self.dir / "config.json").read_text())["flags"]
         except (OSError, ValueError, KeyError, TypeError):
             before = None
-        known, taken = before is not None, (self.dir / "config.json").exists()
-        foreign = [n for n in ("student", "teacher", "checkpoints") if (self.dir / n).exists()]
+        known = before is not None
+        foreign = [n for n in ("student", "teacher", "checkpoints", *(() if known else ("config.json",))) if (self.dir / n).exists()]
         inputs = [Path(p).resolve() for p in (cfg.model, cfg.teacher, *cfg.data, *cfg.val_data, *cfg.eval_data) if p]
         inside = [p for p in inputs if any(p.is_relative_to((self.dir / n).resolve()) for n in foreign)]
-        if ((foreign or taken) and not known) or (inside and not cfg.resume):
-            raise UserError(f"{self.dir}: its {(foreign + ['config.json'])[0]} is no output of an earlier run here, or is read by this one; "
+        if (foreign and not known) or (inside and not cfg.resume):
+            raise UserError(f"{self.dir}: its {foreign[0]} is no output of an earlier run here, or is read by this one; "
                             "choose another --output-dir")
         if known and not (cfg.resume or cfg.overwrite):
             raise UserError(f"{self.dir}: holds an earlier run; go on with --resume, replace it with --overwrite, or "
@@ -775,11 +793,8 @@ class Run:
         """Written aside, flushed, renamed; the last two are kept."""
         path = self.dir / "checkpoints" / f"{phase}-{step:08d}.pt"
         path.parent.mkdir(exist_ok=True)
-        with open(path.with_suffix(".tmp"), "wb") as f:
+        with written(path, "wb") as f:
             torch.save(state, f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(path.with_suffix(".tmp"), path)
         for *_, old in self.checkpoints()[2:]:
             old.unlink()
 
@@ -792,8 +807,8 @@ class Run:
         path = self.dir / "metrics.jsonl"
         lines = [json.loads(raw) for raw in path.read_text().splitlines() if raw.endswith("}")] if path.exists() else []
         keep = [m for m in lines if (m["phase"] == "student", m["step"]) <= (phase == 1, step)]
-        path.with_suffix(".tmp").write_text("".join(json.dumps(m) + "\n" for m in keep))
-        os.replace(path.with_suffix(".tmp"), path)
+        with written(path) as f:
+            f.writelines(json.dumps(m) + "\n" for m in keep)
 
 
 def make_optimizer(model: nn.Module, lr: float, decay: float) -> torch.optim.AdamW:
@@ -838,7 +853,7 @@ def fit(run: Run, phase: int, model: nn.Module, examples: list[Example], losses,
             plan, planned = plan_epoch(lengths, cfg.batch_size, cfg.seed + phase, epoch), epoch
         began, sums, rewards = time.perf_counter(), Counter(), []
         for group in optimizer.param_groups:
-            group["lr"] = lr * min(step / warm, 0.5 + 0.5 * math.cos(math.pi * max(0, step - warm) / max(1, total - warm + 1)))
+            group["lr"] = lr * min(step / warm, 0.5 + 0.5 * math.cos(math.pi * max(0, step - warm) / (total - warm + 1)))
         for part in np.array_split(plan[at], min(cfg.grad_accum, len(plan[at]))):
             with amp():
                 terms = losses([examples[i] for i in part], part, epoch)
@@ -940,22 +955,32 @@ def check_config(cfg: Config) -> bool:
     return needed
 
 
+def labelled(counts: Counter, name: str) -> dict[str, int]:
+    return {f"{k} ({name})": v for k, v in counts.items() if k != "pairs"}
+
+
+def unused_name(path: str, taken) -> str:
+    """What a data file is called in tables: its name without ending, the whole path where that is taken."""
+    name = Path(path).name.split(".jsonl")[0]
+    return name if name not in taken else str(path)
+
+
 def read_all(cfg: Config) -> tuple[list[Pair], dict[str, list[Pair]], Counter]:
     """(training pairs, {"validation": ..., each evaluation file: ...}, counts). A prompt that is both trained on and
     held out is a leak, and is said. Raises UserError."""
     pairs, counts = read_pairs(cfg.data)
     if cfg.val_data:
         val, more = read_pairs(cfg.val_data)
-        counts.update({f"{k} (validation)": v for k, v in more.items() if k != "pairs"})
+        counts.update(labelled(more, "validation"))
     else:
         pairs, val = carve(pairs, min(cfg.val_max, round(cfg.val_fraction * len(pairs))))
     if not val or not pairs:
         raise UserError(f"{len(pairs)} training and {len(val)} validation pairs: both are needed; give --val-data or more pairs")
     held = {"validation": val}
     for path in cfg.eval_data:
-        name = Path(path).name.split(".jsonl")[0]
-        held[name if name not in held else f"evaluation {path}"], more = read_pairs([path])
-        counts.update({f"{k} ({name})": v for k, v in more.items() if k != "pairs"})
+        name = unused_name(path, held)
+        held[name], more = read_pairs([path])
+        counts.update(labelled(more, name))
     seen = {prompt_key(p.prompt) for p in pairs}
     for name, part in held.items():
         shared = sum(prompt_key(p.prompt) in seen for p in part)
@@ -1036,9 +1061,8 @@ def train_in(run: Run, cfg: Config, needs_teacher: bool, device, amp) -> dict:
     counts.update(encoder.counts)
     for name, part in held_pairs.items():
         encoder.counts.clear()
-        encoder.formatter.defused = 0
         held[name] = encoder(part, progress=f"encoding {name}")
-        counts.update({f"{k} ({name})": v for k, v in encoder.counts.items()})
+        counts.update(labelled(encoder.counts, name))
     for name, part in {"the training data": examples, **held}.items():
         if not part:
             raise UserError(f"{name}: no pair fits into --max-length {cfg.max_length}")
@@ -1094,9 +1118,10 @@ def demo(cfg: Config) -> None:
     """Generated pairs in which a closing cue agrees with the label in 90 % of the training pairs, and only early
     content always decides. Four models learn from them; which of them follows the cue?"""
     free = {"output_dir", "overwrite", "seed", "seeds", "device", "dtype", "max_steps"}
-    fixed = ["--" + k.replace("_", "-") for k, v in dataclasses.asdict(cfg).items() if k not in free and v != getattr(Config(), k)]
+    default = dataclasses.asdict(Config())
+    fixed = ["--" + k.replace("_", "-") for k, v in dataclasses.asdict(cfg).items() if k not in free and v != default[k]]
     if fixed:
-        raise UserError(f"{', '.join(fixed)}: of no use in the demo (no --model), which takes "
+        raise UserError(f"{', '.join(fixed)}: --model is needed beside it; the demo (no --model) takes "
                         + ", ".join("--" + k.replace("_", "-") for k in sorted(free)))
     if cfg.seeds < 1 or cfg.seed < 0:
         raise UserError(f"--seeds {cfg.seeds} --seed {cfg.seed}: at least 1 seed, from 0 on")
@@ -1146,8 +1171,6 @@ def main(argv: list[str] | None = None) -> None:
     transformers.logging.disable_progress_bar()
     try:
         if not cfg.model:
-            if cfg.data or cfg.teacher or cfg.resume:
-                raise UserError("--model is needed beside --data, --teacher and --resume (no flags at all: the demo)")
             return demo(cfg)
         results = train(cfg)
     except KeyboardInterrupt:  # before the training loop, which saves first

@@ -832,7 +832,7 @@ def test_counts_of_every_set_are_printed(argv, tmp_path, capsys):
     held = write_pairs(tmp_path / "validation", [GOOD, {**GOOD, "rejected": "yes"}, {**GOOD, "rejected": "<|im_end|>"}])
     assert main(*argv(tmp_path / "run", method="bt", max_steps=1, eval_data=held)) == 0
     out = capsys.readouterr().out
-    assert "1 chosen equals rejected (validation)" in out and "defused control tokens (evaluation" in out
+    assert f"1 chosen equals rejected ({held})" in out and f"1 defused control tokens ({held})" in out
     assert set(json.loads((tmp_path / "run/results.json").read_text())["sets"]) == {"validation", f"evaluation {held}"}
 
 
