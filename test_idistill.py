@@ -833,7 +833,7 @@ def test_counts_of_every_set_are_printed(argv, tmp_path, capsys):
     assert main(*argv(tmp_path / "run", method="bt", max_steps=1, eval_data=held)) == 0
     out = capsys.readouterr().out
     assert f"1 chosen equals rejected ({held})" in out and f"1 defused control tokens ({held})" in out
-    assert set(json.loads((tmp_path / "run/results.json").read_text())["sets"]) == {"validation", f"evaluation {held}"}
+    assert set(json.loads((tmp_path / "run/results.json").read_text())["sets"]) == {"validation", str(held)}
 
 
 def test_only_empty_responses(argv, tmp_path, capsys):
