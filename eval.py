@@ -1,7 +1,9 @@
 #!/usr/bin/env python3
 """Looks at reward models: any stock Hugging Face sequence-classification directory or hub id, trained here or not.
 
-    python eval.py accuracy MODEL... --data FILE... [--json OUT] [--plot OUT.png] [--dump PAIRS.jsonl]
+    python eval.py accuracy  MODEL... --data FILE... [--json OUT] [--plot OUT.png] [--dump PAIRS.jsonl]
+    python eval.py attention MODEL... --data FILE... [--teacher RUN/teacher] [--stages 10] [--json OUT] [--plot OUT.png]
+    python eval.py show      MODEL... --data FILE... [--teacher RUN/teacher] [--pair 0] [--html OUT.html] [--plot OUT.png]
 
 Every verb takes several models and shows them side by side. A model is scored as its stock class scores it: the string
 of data_prep.Formatter, tokenised with add_special_tokens=False, read at the right-most token that is not the pad token.
@@ -13,6 +15,7 @@ import argparse
 import json
 import os
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,8 +27,9 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from data_prep import CALM, Encoder, Pair, UserError, prompt_key, read_pairs
-from idistill import (InteractionTeacher, load, load_teacher, load_tokenizer, longer_margins, outcomes, positions_of,
-                      refuse_missing, set_up_device, teacher_verdicts, unused_name, write_json, written)
+from idistill import (AttentionTap, InteractionTeacher, RewardModel, attention_map, block_masks, collate, collate_teacher, load,
+                      load_teacher, load_tokenizer, longer_margins, outcomes, pool_words, positions_of, refuse_missing,
+                      row_divergence, set_up_device, teacher_verdicts, unused_name, write_json, written)
 
 # --------------------------------------------------------------------------------------------------------- scoring
 
@@ -51,32 +55,100 @@ class Judge:
         rewards[[t is not None for t in texts]] = self.score_texts(flat, batch_size).reshape(-1, 2)
         return rewards, texts
 
-    @torch.no_grad()
     def score_texts(self, texts: list[str], batch_size: int) -> np.ndarray:
-        """Rewards (N,) of finished strings: batched by length, padded on the right, the head in fp32."""
-        ids = self.encoder.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+        """Rewards (N,) of finished strings."""
+        return self.score_rows(self.encoder.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else [], batch_size)
+
+    def batches(self, rows: list[list[int]], batch_size: int, hidden: list[tuple[int, int]] | None = None):
+        """Token rows, batched by length behind a progress bar and padded on the right: (index, inputs of the model,
+        scoring position (B,)). hidden: the range of each row that no token may attend to; its places stay."""
         pad = self.model.config.get_text_config().pad_token_id
-        # the stock class reads the right-most token that is not pad, even where that is not the last one (pad = eos)
-        last = [max((k for k, i in enumerate(row) if i != pad), default=len(row) - 1) for row in ids]
-        rewards, order = np.zeros(len(ids), dtype=np.float32), np.argsort([-len(row) for row in ids], kind="stable")
-        bar = tqdm(total=len(ids), desc=self.name[-40:], unit="text", leave=False, mininterval=CALM)
+        order = np.argsort([-len(row) for row in rows], kind="stable")
+        bar = tqdm(total=len(rows), desc=self.name[-40:], unit="text", leave=False, mininterval=CALM)
         for index in (order[i:i + batch_size] for i in range(0, len(order), batch_size)):
-            n = max(len(ids[i]) for i in index)
-            batch = torch.tensor([ids[i] + [pad or 0] * (n - len(ids[i])) for i in index], device=self.device)
-            mask = torch.tensor([[1] * len(ids[i]) + [0] * (n - len(ids[i])) for i in index], device=self.device)
-            at = torch.tensor([last[i] for i in index], device=self.device)
-            with self.amp():
-                if hasattr(self.model, "score"):
-                    hidden = self.model.base_model(input_ids=batch, attention_mask=mask, use_cache=False).last_hidden_state
-                else:  # other heads (DeBERTa, BERT ...) as they are
-                    hidden = self.model(input_ids=batch, attention_mask=mask).logits
-            if hasattr(self.model, "score"):  # bf16 logits tie often: the head in fp32
-                head, hidden = self.model.score, hidden[torch.arange(len(index), device=self.device), at]
-                hidden = F.linear(hidden.float(), head.weight.float(), head.bias)
-            rewards[index] = hidden[:, 0].float().cpu().numpy()
+            shape, at = (len(index), len(rows[index[0]])), []
+            ids, mask = np.full(shape, pad or 0), np.zeros(shape, dtype=np.int64)
+            for b, i in enumerate(index):
+                row = rows[i]
+                ids[b, :len(row)], mask[b, :len(row)] = row, 1
+                if hidden is not None:
+                    mask[b, slice(*hidden[i])] = 0
+                # the stock class reads the right-most token that is not pad, even where that is not the last (pad = eos)
+                at.append(max((k for k, t in enumerate(row) if t != pad), default=len(row) - 1))
+            inputs = dict(input_ids=ids, attention_mask=mask)
+            if hidden is not None:  # OPT would count positions by the mask
+                inputs["position_ids"] = np.tile(np.arange(shape[1]), (len(index), 1))
+            yield index, {k: torch.from_numpy(v).to(self.device) for k, v in inputs.items()}, torch.tensor(at, device=self.device)
             bar.update(len(index))
         bar.close()
+
+    @torch.no_grad()
+    def score_rows(self, rows: list[list[int]], batch_size: int, hidden: list[tuple[int, int]] | None = None) -> np.ndarray:
+        """Rewards (N,) of token rows, the head in fp32."""
+        rewards = np.zeros(len(rows), dtype=np.float32)
+        for index, inputs, at in self.batches(rows, batch_size, hidden):
+            with self.amp():
+                if hasattr(self.model, "score"):
+                    out = self.model.base_model(**inputs, use_cache=False).last_hidden_state
+                else:  # other heads (DeBERTa, BERT ...) as they are
+                    out = self.model(**inputs).logits
+            if hasattr(self.model, "score"):  # bf16 logits tie often: the head in fp32
+                head = self.model.score
+                out = F.linear(out[torch.arange(len(index)), at].float(), head.weight.float(), head.bias)
+            rewards[index] = out[:, 0].float().cpu().numpy()
         return rewards
+
+    @torch.no_grad()
+    def end_attention(self, rows: list[list[int]], layers: str, rollout: bool, batch_size: int) -> list[np.ndarray]:
+        """What the scoring position attends to: (n,) for each row, mean over heads and layers; rollout: through all
+        layers, half of each step on the residual stream (arXiv 2005.00928). Raises UserError."""
+        model, out = self.model, [np.zeros(0)] * len(rows)
+        chosen = pick_layers(self, "all" if rollout else layers)
+        hides = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)  # Gemma 2: Q and K are not all
+        tap = None if hides else AttentionTap(model, chosen)
+        if hides:
+            before = model.config._attn_implementation
+            model.set_attn_implementation("eager")
+        for index, inputs, at in self.batches(rows, batch_size):
+            B, n = inputs["input_ids"].shape
+            causal = torch.ones(1, 1, n, n, dtype=torch.bool, device=self.device).tril()
+            with self.amp(), tap or nullcontext():
+                seen = model.base_model(**inputs, use_cache=False, output_attentions=bool(hides))
+            row = F.one_hot(at, n).float()[:, None]  # (B, 1, n)
+            total = torch.zeros_like(row)
+            for k in reversed(chosen):
+                if hides:
+                    A = seen.attentions[k].float().mean(1)
+                else:
+                    query, key, scale, mask = tap.kept[k]
+                    visible = causal if mask is None else mask if mask.dtype == torch.bool else mask == 0
+                    A = attention_map(query, key, scale, visible)
+                if rollout:
+                    row = row / 2 + row @ A / 2
+                else:
+                    total += row @ A / len(chosen)
+            for i, values in zip(index, (row if rollout else total)[:, 0].cpu().numpy()):
+                out[i] = values[:len(rows[i])]
+        tap.remove() if tap else model.set_attn_implementation(before)
+        return out
+
+
+def pick_layers(judge: Judge, spec: str) -> list[int]:
+    """last, all, or numbers such as 0,3,-1 -> attention layers from 0, counted by running the model on a few tokens."""
+    config = judge.model.config.get_text_config()
+    count = config.num_hidden_layers
+    if not getattr(config, "attn_logit_softcapping", None):  # hybrids have fewer attention layers than layers
+        tap = AttentionTap(judge.model, [])
+        with torch.no_grad(), judge.amp(), tap:
+            judge.model.base_model(torch.tensor([[5, 6, 7]], device=judge.device), use_cache=False)
+        tap.remove()
+        count = tap.calls
+    try:
+        layers = {"last": [-1], "all": list(range(count))}.get(spec) or [int(k) for k in spec.split(",")]
+        return [range(count)[k] for k in layers]
+    except (ValueError, IndexError):
+        raise UserError(f"--layers {spec!r}: give last, all, or numbers within the {count} attention layers of "
+                        f"{judge.name}, such as 0,-1") from None
 
 
 def scored_texts(encoder: Encoder, items: list[tuple[list[dict], list[str]]]) -> list[list[str] | None]:
@@ -126,6 +198,16 @@ def open_judge(name: str, args) -> Judge:
     positions = positions_of(config, name, args.max_length)
     tokenizer.padding_side = "right"
     return Judge(name, model.to(device).eval(), Encoder(tokenizer, args.max_length or positions, "truncate"), device, amp)
+
+
+def open_teacher(name: str, args) -> Judge:
+    """An interaction teacher that shows the map of its last layer, the default of training. Raises UserError."""
+    judge = open_judge(name, args)
+    if not isinstance(judge.model, InteractionTeacher):
+        raise UserError(f"--teacher {name}: is no interaction teacher (a token classifier with one label, as RUN/teacher)")
+    stock = judge.model.stock
+    judge.model = InteractionTeacher(stock, judge.encoder.teacher, (stock.config.num_hidden_layers - 1,))
+    return judge
 
 
 def read_files(args) -> dict[str, list[Pair]]:
@@ -207,7 +289,7 @@ def print_rows(header: list[str], rows: list[list[str]]) -> None:
 
 def check_outputs(args) -> None:
     """Before the long work: every file to be written can be written and is no input; matplotlib is there for --plot."""
-    for flag in ("json", "plot", "dump"):
+    for flag in ("json", "plot", "dump", "html"):
         path = getattr(args, flag, None)
         if not path:
             continue
@@ -233,8 +315,20 @@ def check_outputs(args) -> None:
 
 def save_json(path: str, verb: str, args, result: dict) -> None:
     versions = {m.__name__: m.__version__ for m in (torch, transformers, np)}
-    flags = {k: v for k, v in vars(args).items() if k not in ("run", "json", "plot", "dump")}
+    flags = {k: v for k, v in vars(args).items() if k not in ("run", "json", "plot", "dump", "html")}
     write_json(path, {"verb": verb, "flags": flags, "versions": versions, **result})
+
+
+def pyplot():
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    return plt
+
+
+def short(name: str) -> str:
+    """The end of a model's path, for a legend."""
+    return "/".join(Path(name).parts[-3:])
 
 
 def save_plot(figure, path: str) -> None:
@@ -315,9 +409,7 @@ def print_accuracy(file: str, pairs: list[Pair], result: dict) -> None:
 
 
 def plot_accuracy(result: dict, path: str) -> None:
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    plt = pyplot()
     names = list(next(iter(result.values()))["models"])
     figure, axes = plt.subplots(figsize=(1.8 + 1.6 * len(result), 3.4))
     width = 0.8 / len(names)
@@ -326,7 +418,7 @@ def plot_accuracy(result: dict, path: str) -> None:
         at = np.arange(len(rows)) + (k - (len(names) - 1) / 2) * width
         height = np.array([100 * r.get("accuracy", np.nan) for r in rows])
         ends = 100 * np.array([r.get("interval", [np.nan] * 2) for r in rows]).T
-        axes.bar(at, height, width, yerr=np.abs(ends - height), capsize=3, label="/".join(Path(name).parts[-3:]),
+        axes.bar(at, height, width, yerr=np.abs(ends - height), capsize=3, label=short(name),
                  color=str(0.3 + 0.6 * k / max(1, len(names) - 1)),
                  edgecolor="black", hatch=["", "//", "..", "xx"][k % 4])
     for x, r in enumerate(result.values()):
@@ -336,6 +428,300 @@ def plot_accuracy(result: dict, path: str) -> None:
     axes.set(ylabel="accuracy %, 95 % interval", xticks=range(len(result)), xticklabels=list(result))
     axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     save_plot(figure, path)
+
+
+# ------------------------------------------------------------------------------------------------- verb: attention
+
+def response_rows(examples: list) -> tuple[list[list[int]], list[tuple[int, int]]]:
+    """Token rows of (x, y_c) and (x, y_r) of each example in turn, and the token range of the response in each."""
+    rows, spans = [], []
+    for e in examples:
+        segment = np.where(e.word >= 0, e.word_seg[e.word], -1)
+        for s in (1, 2):
+            mine = np.flatnonzero((e.seg == 0) | (e.seg == s))
+            words = np.flatnonzero(segment[mine] == s)
+            rows.append(e.ids[mine].tolist())
+            spans.append((int(words[0]), int(words[-1]) + 1) if len(words) else (len(mine) - 1, len(mine) - 1))
+    return rows, spans
+
+
+def stage_edges(start: int, end: int, stages: int) -> np.ndarray:
+    """Cuts the tokens start..end into stages of about equal length: (stages + 1,) edges."""
+    return start + np.round(np.arange(stages + 1) / stages * (end - start)).astype(int)
+
+
+def stage_density(attention: np.ndarray, edges: np.ndarray) -> np.ndarray:
+    """Share of the attention inside the edges that each stage gets, over its share of the tokens: (stages,), 1 where
+    attention is even, NaN for a stage without token."""
+    mass = np.array([attention[a:b].sum() for a, b in zip(edges, edges[1:])])
+    size = np.diff(edges).astype(float)
+    size[size == 0] = np.nan
+    return (mass / mass.sum()) / (size / np.nansum(size)) if mass.sum() > 0 else np.full(len(size), np.nan)
+
+
+@torch.no_grad()
+def word_maps(judge: Judge, teacher: Judge | None, examples: list, layers: str):
+    """The simulated word map S of the model, the teacher's T (mean of both orders; None without), the words' segments:
+    (B, W, W), (B, W, W), (B, W). Raises UserError where queries and keys do not give the map."""
+    if getattr(judge.model.config.get_text_config(), "attn_logit_softcapping", None):
+        raise UserError(f"{judge.name}: caps its attention logits, so queries and keys do not give a simulated map")
+    model = RewardModel(judge.model.requires_grad_(False), "siamese", tuple(pick_layers(judge, layers)))
+    batch = collate(examples, judge.model.config.get_text_config().pad_token_id or 0, judge.device)
+    W = batch["word_seg"].shape[1]
+    with judge.amp(), torch.enable_grad():  # the student keeps its maps where it trains only
+        model(batch)
+    model.tap.remove()
+    S, T = pool_words(torch.stack(model.maps).mean(0), batch["word"], W), None
+    if teacher is not None:
+        for swapped in (False, True):
+            both = collate_teacher(examples, np.full(len(examples), swapped), teacher.encoder.teacher, judge.device)
+            with judge.amp():
+                one = pool_words(teacher.model.attend(both)[1][0], both["word"], W) / 2
+            T = one if T is None else T + one
+    return S, T, batch["word_seg"]
+
+
+def with_teacher(encoder: Encoder, teacher: Judge | None) -> Encoder:
+    """The same encoder, for a teacher too: words that the teacher does not see are left out of both maps."""
+    length, other = (teacher.encoder.teacher_length, teacher.encoder.teacher) if teacher else (0, None)
+    return Encoder(encoder.tokenizer, encoder.max_length, encoder.overlong, other, length)
+
+
+def teacher_agreement(judge: Judge, teacher: Judge, pairs: list[Pair], args) -> dict[str, np.ndarray]:
+    """KL(T_i || S_i) of the words of both responses, mean by stage: {"intra", "inter": (N, stages)}."""
+    examples = with_teacher(judge.encoder, teacher)(pairs)
+    out = {name: np.full((len(examples), args.stages), np.nan) for name in ("intra", "inter")}
+    few = max(1, args.batch_size // 4)  # maps need memory
+    for start in tqdm(range(0, len(examples), few), desc="teacher agreement", leave=False, mininterval=CALM):
+        S, T, word_seg = word_maps(judge, teacher, examples[start:start + few], args.layers)
+        for name, block in zip(out, block_masks(word_seg)):
+            rows = torch.where(block.any(-1), row_divergence(T, S, block), torch.nan).cpu().numpy()
+            for b, segments in enumerate(word_seg.cpu().numpy()):
+                stage = np.full(len(segments), -1)
+                for s in (1, 2):
+                    words = np.flatnonzero(segments == s)
+                    stage[words] = np.arange(len(words)) * args.stages // max(1, len(words))
+                values = [rows[b][(stage == k) & ~np.isnan(rows[b])] for k in range(args.stages)]
+                out[name][start + b] = [v.mean() if len(v) else np.nan for v in values]
+    return out
+
+
+def curve(values: np.ndarray, groups: np.ndarray, seed: int) -> dict:
+    """Mean and 95 % interval of each column of (N, stages), NaN left out."""
+    real = [~np.isnan(v) for v in values.T]
+    return {"mean": [float(v[r].mean()) if r.any() else None for v, r in zip(values.T, real)],
+            "interval": [bootstrap(v[r], groups[r], seed) if r.any() else None for v, r in zip(values.T, real)]}
+
+
+def attention(args) -> None:
+    """The paper's Figure 1: accuracy as the response is masked stage by stage, and the attention that the scoring
+    position pays to each stage, in rightly and wrongly ranked pairs; with --teacher the KL of the maps by stage."""
+    files, result, K = read_files(args), {}, args.stages
+    teacher = open_teacher(args.teacher, args) if args.teacher else None
+    for name in args.models:
+        judge = open_judge(name, args)
+        if not hasattr(judge.model, "score"):
+            raise UserError(f"{name}: attention reads decoder reward models (a teacher is given as --teacher)")
+        for file, pairs in files.items():
+            judge.encoder.counts.clear()
+            examples = judge.encoder(pairs, progress="encoding")
+            if not examples:
+                raise UserError(f"{file}: no pair fits into --max-length {judge.encoder.max_length}")
+            groups = prompt_groups([e.pair for e in examples])
+            rows, spans = response_rows(examples)
+            if args.span == "all":
+                spans = [(0 if args.with_first else 1, end) for _, end in spans]
+            edges = [stage_edges(*span, K) for span in spans]
+
+            def right(hidden: list[tuple[int, int]]) -> np.ndarray:
+                kept, hide = rows, hidden
+                if args.delete:
+                    kept, hide = [row[:a] + row[b:] for row, (a, b) in zip(rows, hidden)], None
+                r = judge.score_rows(kept, args.batch_size, hide).reshape(-1, 2)
+                return outcomes(r[:, 0] - r[:, 1])
+
+            plain, blank = right([(0, 0)] * len(rows)), right([(e[0], e[K]) for e in edges])
+            start = [plain, *(right([(e[0], e[k]) for e in edges]) for k in range(1, K)), blank]
+            end = [plain, *(right([(e[K - k], e[K]) for e in edges]) for k in range(1, K)), blank]
+            seen = judge.end_attention(rows, args.layers, args.rollout, args.batch_size)
+            first = 0 if args.with_first else 1
+            density = np.array([stage_density(a, e) for a, e in zip(seen, edges)]).reshape(-1, 2, K).mean(1)
+            shares = {"first token": [a[0] for a in seen], "stages": [a[s:e].sum() for a, (s, e) in zip(seen, spans)]}
+            shares["before the stages"] = [a[first:s].sum() for a, (s, _) in zip(seen, spans)]
+            some = {"pairs": len(examples), **{k: v for k, v in judge.encoder.counts.items() if v},
+                    "masked_from_start": curve(np.stack(start, 1), groups, args.seed),
+                    "masked_from_end": curve(np.stack(end, 1), groups, args.seed),
+                    "shares": {k: float(np.mean(v)) for k, v in shares.items()}}
+            for k, those in (("right", plain == 1), ("wrong", plain == 0)):
+                some[f"density_{k}"] = {"pairs": int(those.sum()), **curve(density[those], groups[those], args.seed)}
+            if teacher is not None:
+                for k, v in teacher_agreement(judge, teacher, pairs, args).items():
+                    some[f"kl_{k}"] = curve(v, groups, args.seed)
+            result.setdefault(file, {})[name] = some
+            print_attention(file, name, some, K)
+        if args.json:  # after each model: a failure later loses nothing
+            save_json(args.json, "attention", args, {"files": result})
+    if args.plot:
+        plot_attention(result, args.plot)
+
+
+def print_attention(file: str, name: str, r: dict, stages: int) -> None:
+    def cells(key: str, shift: int, scale: float, digits: int) -> list[str]:
+        if key not in r:
+            return [""] * (stages + 1)
+        texts = ["-" if m is None else f"{scale * m:.{digits}f} [{scale * i[0]:.{digits}f}, {scale * i[1]:.{digits}f}]"
+                 for m, i in zip(r[key]["mean"], r[key]["interval"])]
+        return [""] * shift + texts
+
+    columns = {"masked to here %": cells("masked_from_start", 0, 100, 1),
+               "masked from here %": cells("masked_from_end", 0, 100, 1)[::-1],
+               f"density, {r['density_right']['pairs']} right": cells("density_right", 1, 1, 2),
+               f"density, {r['density_wrong']['pairs']} wrong": cells("density_wrong", 1, 1, 2),
+               "KL intra": cells("kl_intra", 1, 1, 2), "KL inter": cells("kl_inter", 1, 1, 2)}
+    columns = {k: v for k, v in columns.items() if any(v)}
+    print(f"\n{file}, {name}: {r['pairs']} pairs; the scoring position gives "
+          + ", ".join(f"{100 * v:.0f} % to {'the ' * (k == 'first token')}{k}" for k, v in r["shares"].items()))
+    print_rows(["stage", *columns], [[str(k) if k else "0", *(c[k] for c in columns.values())] for k in range(stages + 1)])
+
+
+def plot_attention(result: dict, path: str) -> None:
+    plt = pyplot()
+    models = list(next(iter(result.values())))
+    figure, grid = plt.subplots(len(result), 1 + len(models), figsize=(4 * (1 + len(models)), 3.2 * len(result)), squeeze=False)
+    for axes, (file, rows) in zip(grid, result.items()):
+        for k, (name, r) in enumerate(rows.items()):
+            share = np.linspace(0, 100, len(r["masked_from_start"]["mean"]))
+            for side, line in (("start", "-"), ("end", "--")):
+                c = r[f"masked_from_{side}"]
+                low, high = 100 * np.array(c["interval"]).T
+                axes[0].plot(share, 100 * np.array(c["mean"]), line, marker="os^D"[k % 4], color=str(0.6 * k / len(models)),
+                             markersize=4, label=f"{short(name)}, from the {side}")
+                axes[0].fill_between(share, low, high, color=str(0.6 * k / len(models)), alpha=0.1)
+            at, panel = np.arange(1, len(share)), axes[1 + k]
+            for shift, side, hatch, colour in ((-0.2, "right", "", "0.8"), (0.2, "wrong", "//", "0.5")):
+                c = r[f"density_{side}"]
+                mean = np.array([np.nan if m is None else m for m in c["mean"]])
+                ends = np.array([[np.nan] * 2 if i is None else i for i in c["interval"]]).T
+                panel.bar(at + shift, mean, 0.4, yerr=np.abs(ends - mean), hatch=hatch, color=colour, edgecolor="black",
+                          capsize=2, label=f"ranked {side} ({c['pairs']})")
+            panel.axhline(1, color="black", linewidth=0.7)
+            panel.set(title=short(name), xlabel="stage", ylabel="attention density (1 = even)", xticks=at)
+            panel.legend(fontsize=7)
+        axes[0].axhline(50, color="black", linewidth=0.7)
+        axes[0].set(title=file, xlabel="share of the stages masked, %", ylabel="pair accuracy %, 95 % band")
+        axes[0].legend(fontsize=7)
+    figure.tight_layout()
+    save_plot(figure, path)
+
+
+# ------------------------------------------------------------------------------------------------------ verb: show
+
+def show(args) -> None:
+    """One pair: its words shaded by the attention of the scoring position, and the simulated map (beside the
+    teacher's with --teacher), its rows renormalised in the intra and the inter block."""
+    pairs = [p for some in read_files(args).values() for p in some]
+    found = [p for p in pairs if p.id == args.pair] or [p for k, p in enumerate(pairs) if str(k) == args.pair]
+    if not found:
+        raise UserError(f"--pair {args.pair}: neither an id in the data nor a number from 0 to {len(pairs) - 1}")
+    teacher, pages = open_teacher(args.teacher, args) if args.teacher else None, []
+    for name in args.models:
+        judge = open_judge(name, args)
+        if not hasattr(judge.model, "score"):
+            raise UserError(f"{name}: show reads decoder reward models (a teacher is given as --teacher)")
+        examples = with_teacher(judge.encoder, teacher)(found[:1])
+        if not examples:
+            raise UserError(f"pair {args.pair}: does not fit into --max-length {judge.encoder.max_length}")
+        plain = judge.encoder(found[:1])[0]  # with the words that the teacher does not see
+        rows, _ = response_rows([plain])
+        ends, words = judge.end_attention(rows, args.layers, args.rollout, args.batch_size), []
+        for w, s in enumerate(plain.word_seg):
+            own = (plain.word == w) & ((plain.seg != 2) | (s == 2))
+            words.append(judge.encoder.tokenizer.decode(plain.ids[own]).strip())
+        page = {"model": name, "id": found[0].id, "words": words, "segments": plain.word_seg.tolist(), "maps": {},
+                "rewards": [float(r) for r in judge.score_rows(rows, args.batch_size)], "attention": []}
+        for s, attention in zip((1, 2), ends):
+            mine = (plain.seg == 0) | (plain.seg == s)
+            at = plain.word[mine]
+            page["attention"].append(np.bincount(at[at >= 0], attention[at >= 0], len(words)).tolist())
+        S, T, word_seg = word_maps(judge, teacher, examples, args.layers)
+        for kind, block in zip(("intra", "inter"), block_masks(word_seg)):
+            for who, P in (("student, simulated", S), ("teacher", T)):
+                if P is not None:
+                    P = P.float() * block
+                    P = (P / P.sum(-1, keepdim=True).clamp_min(1e-8))[0].cpu().double().numpy()
+                    page["maps"][f"{kind}: {who}"] = P.round(5).tolist()
+        print_page(page)
+        pages.append(page)
+    if args.json:
+        save_json(args.json, "show", args, {"models": pages})
+    if args.html:
+        with written(args.html) as f:
+            f.write(HTML.replace("PAGES", json.dumps(pages).replace("<", "\\u003c")))
+    if args.plot:
+        plot_show(pages, args.plot)
+
+
+def print_page(page: dict) -> None:
+    """The words of each side, in a terminal on a background as red as their share of the scoring position's attention."""
+    for s, side, reward, attention in zip((1, 2), ("chosen", "rejected"), page["rewards"], page["attention"]):
+        top = max(attention) or 1.0
+        print(f"\n{page['model']}, {side}, reward {reward:.3f}; {100 * sum(attention):.0f} % of the attention is on words, most on "
+              + ", ".join(f"{page['words'][w]} ({100 * attention[w]:.1f} %)" for w in np.argsort(attention)[::-1][:5]))
+        for segment in (0, s):
+            shown = [(word, a) for word, t, a in zip(page["words"], page["segments"], attention) if t == segment]
+            print(" ".join(f"\x1b[48;2;255;{int(255 - 200 * a / top)};{int(255 - 200 * a / top)}m\x1b[30m{word}\x1b[0m"
+                           if sys.stdout.isatty() else word for word, a in shown))
+
+
+def plot_show(pages: list[dict], path: str) -> None:
+    plt = pyplot()
+    figure, grid = plt.subplots(len(pages), len(pages[0]["maps"]), squeeze=False,
+                                figsize=(4 * len(pages[0]["maps"]), 4 * len(pages)))
+    for axes, page in zip(grid, pages):
+        for panel, (name, values) in zip(axes, page["maps"].items()):
+            values = np.sqrt(np.array(values))  # the root shows small shares too
+            panel.imshow(values, cmap="Greys", vmax=np.quantile(values, 0.995) or 1)
+            edges = np.flatnonzero(np.diff(np.maximum(page["segments"], 0))) + 0.5
+            for edge in edges:
+                panel.axhline(edge, color="black", linewidth=0.5)
+                panel.axvline(edge, color="black", linewidth=0.5)
+            panel.set(title=f"{short(page['model'])}\n{name}", xlabel="attended word", ylabel="attending word")
+    figure.tight_layout()
+    save_plot(figure, path)
+
+
+HTML = """<!doctype html><meta charset="utf-8"><title>attention of a reward model</title>
+<style>body{font:15px/1.7 sans-serif;margin:2em;max-width:75em} span{padding:1px 2px;cursor:pointer} .on{outline:2px solid #000}
+figure{display:inline-block;margin:0 1em 1em 0} canvas{width:20em;height:20em;image-rendering:pixelated;border:1px solid #999}
+</style><h1>One pair</h1><p>Words are shaded by the attention of the scoring position, the darkest for the strongest. Click a word:
+all words are then shaded by its row of the simulated map (student) or of the teacher's. Maps: rows attend to columns.</p>
+<div id="page"></div><script>
+const add = (to, tag, text) => { const e = document.createElement(tag); if (text) e.textContent = text; to.append(e); return e }
+for (const page of PAGES) {
+  const root = document.getElementById("page"), sides = ["prompt", "chosen", "rejected"], spans = []
+  add(root, "h2", page.model)
+  const paint = (s, list, colour) => s.e.style.background =
+    `rgba(${colour},${(0.85 * list[s.i] / (Math.max(...list) || 1)).toFixed(3)})`
+  const reset = () => { for (const s of spans) { s.e.className = ""; paint(s, page.attention[s.view], "200,40,0") } }
+  for (const k of [0, 1]) {
+    add(root, "h3", `${sides[k + 1]}: reward ${page.rewards[k].toFixed(3)}`)
+    for (const segment of [0, k + 1]) { const p = add(root, "p"); add(p, "b", sides[segment] + ": ")
+      page.words.forEach((w, i) => { if (page.segments[i] == segment) { const e = add(p, "span", w), s = {e, i, view: k}
+        spans.push(s); p.append(" "); e.onclick = () => click(s) } }) } }
+  const choose = add(root, "p"), names = Object.keys(page.maps); let which = names[0], picked = null
+  const show = () => { reset(); if (!picked) return; picked.e.className = "on"
+    for (const s of spans) paint(s, page.maps[which][picked.i], "0,60,200") }
+  const click = s => { picked = picked === s ? null : s; show() }
+  add(choose, "b", "A clicked word shows its row of: ")
+  for (const n of names) { const b = add(choose, "button", n); b.onclick = () => { which = n; show() } }
+  for (const n of names) { const f = add(root, "figure"), c = add(f, "canvas"), W = page.words.length; add(f, "figcaption", n)
+    c.width = c.height = W; const g = c.getContext("2d"), m = page.maps[n], top = Math.max(...m.flat()) || 1
+    for (let i = 0; i < W; i++) for (let j = 0; j < W; j++) { const v = 255 - Math.round(255 * Math.sqrt(m[i][j] / top))
+      g.fillStyle = `rgb(${v},${v},${v})`; g.fillRect(j, i, 1, 1) } }
+  reset()
+}
+</script>
+"""
 
 
 # ---------------------------------------------------------------------------------------------------- command line
@@ -361,9 +747,27 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     verb = verbs.add_parser("accuracy", parents=[common], help=accuracy.__doc__, description=accuracy.__doc__)
     verb.add_argument("--dump", metavar="PAIRS.jsonl", help="one line a pair, with RewardBench's keys and the exact scored strings")
     verb.set_defaults(run=accuracy)
+    maps = argparse.ArgumentParser(add_help=False)
+    maps.add_argument("--teacher", metavar="DIR", help="interaction teacher to compare the simulated maps with (RUN/teacher)")
+    maps.add_argument("--layers", default="last", help="attention layers to average: last, all, or numbers as 0,-1 (default: last)")
+    maps.add_argument("--rollout", action="store_true", help="attention rollout through all layers (arXiv 2005.00928)")
+    verb = verbs.add_parser("attention", parents=[common, maps], help=attention.__doc__, description=attention.__doc__)
+    verb.add_argument("--stages", type=int, default=10, help="stages, by token position (default: 10)")
+    verb.add_argument("--span", default="response", choices=["response", "all"], help="what is cut into stages: the "
+                      "response, or prompt + response (default: response)")
+    verb.add_argument("--with-first", action="store_true", help="count the first token (attention sink, arXiv 2309.17453) into "
+                      "the stages of --span all (default: apart)")
+    verb.add_argument("--delete", action="store_true", help="delete the masked tokens instead of hiding them in place")
+    verb.set_defaults(run=attention)
+    verb = verbs.add_parser("show", parents=[common, maps], help=show.__doc__, description=show.__doc__)
+    verb.add_argument("--pair", default="0", help="id of the pair, or its number from 0 (default: 0)")
+    verb.add_argument("--html", metavar="OUT.html", help="a page that stands alone; click a word to see its row of the maps")
+    verb.set_defaults(run=show)
     args = ap.parse_args(argv)
     if args.batch_size < 1 or args.max_length < 0 or args.limit < 0:
         ap.error("--batch-size must be at least 1, --max-length and --limit not negative")
+    if getattr(args, "stages", 2) < 2:
+        ap.error("--stages must be at least 2")
     if len(set(args.models)) < len(args.models):
         ap.error("a model is named twice")
     return args
@@ -375,7 +779,7 @@ def main(argv: list[str] | None = None) -> None:
     transformers.logging.disable_progress_bar()
     try:
         check_outputs(args)
-        for name in args.models:
+        for name in [*args.models, *filter(None, [getattr(args, "teacher", None)])]:
             check_model(name)
         args.run(args)
     except KeyboardInterrupt:

@@ -565,16 +565,18 @@ def block_masks(word_seg: Tensor, support: str = "full") -> tuple[Tensor, Tensor
     return real & ~cross, real & cross
 
 
-def alignment_loss(T: Tensor, S: Tensor, block: Tensor, kind: str = "kl", eps: float = 1e-8) -> Tensor:
-    """Attentional alignment inside one block set (E6), per pair: word maps T, S and block (B, W, W) -> (B,).
-
-    Rows are renormalised inside the block; kl: mean over its rows of KL(T_i || S_i); mse: of the squared distance
-    (VIRT, arXiv 2112.04195). A pair without rows in the block gives 0."""
+def row_divergence(T: Tensor, S: Tensor, block: Tensor, kind: str = "kl", eps: float = 1e-8) -> Tensor:
+    """Word maps T, S and block (B, W, W) -> (B, W), for each row renormalised inside the block: KL(T_i || S_i), or mse,
+    the squared distance (VIRT, arXiv 2112.04195); 0 for rows without block."""
     T, S = (P.float() * block for P in (T, S))
     T, S = (P / P.sum(-1, keepdim=True).clamp_min(eps) for P in (T, S))
-    row = (T * ((T + eps).log() - (S + eps).log())).sum(-1) if kind == "kl" else (T - S).square().sum(-1)
-    rows = block.any(-1)
-    return (row * rows).sum(-1) / rows.sum(-1).clamp_min(1)
+    return (T * ((T + eps).log() - (S + eps).log())).sum(-1) if kind == "kl" else (T - S).square().sum(-1)
+
+
+def alignment_loss(T: Tensor, S: Tensor, block: Tensor, kind: str = "kl") -> Tensor:
+    """Attentional alignment inside one block set (E6), per pair: the mean of row_divergence over the rows of the
+    block, (B, W, W) x 3 -> (B,). A pair without rows in the block gives 0."""
+    return row_divergence(T, S, block, kind).sum(-1) / block.any(-1).sum(-1).clamp_min(1)
 
 
 def shuffle_rows(T: Tensor, word_seg: Tensor, seed: list[int]) -> Tensor:

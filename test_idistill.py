@@ -991,9 +991,9 @@ def judges(zoo, tmp_path_factory):
     return get
 
 
-def evaluate(*argv) -> int:
+def evaluate(*argv, verb: str = "accuracy") -> int:
     try:
-        evaluation.main(["accuracy", *map(str, argv), *([] if "--dtype" in argv else ["--dtype", "fp32"])])
+        evaluation.main([verb, *map(str, argv), *([] if "--dtype" in argv else ["--dtype", "fp32"])])
         return 0
     except SystemExit as end:
         return end.code
@@ -1163,3 +1163,141 @@ def test_the_companions_work_from_a_shell(whole_run, tmp_path):
             (["eval.py", "accuracy", whole_run[0] / "student", whole_run[0] / "teacher", "--data", data], "s: 12 pairs")]:
         done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True, timeout=100)
         assert done.returncode == 0 and printed in done.stdout, done.stderr
+
+
+# ------------------------------------------------------------------------------------ eval.py: attention, show
+
+def open_judge(name: str, **flags):
+    args = evaluation.parse_args(["attention", name, "--data", "x", "--dtype", "fp32"])
+    return evaluation.open_judge(name, args)
+
+
+def last_word_model(to: Path) -> str:
+    """Hand-made: one layer whose queries and keys are constant but for their rotation, strongest one token back, so the
+    scoring position reads the last word alone; the reward is one number of that word's embedding."""
+    make_tokenizer("nopad", to)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(to)
+    config = transformers.LlamaConfig(vocab_size=len(tokenizer) + 1, hidden_size=32, num_hidden_layers=1, num_attention_heads=1,
+                                      intermediate_size=8, max_position_embeddings=128, attention_bias=True, num_labels=1,
+                                      pad_token_id=len(tokenizer), eos_token_id=tokenizer.eos_token_id)
+    torch.manual_seed(0)
+    model = transformers.LlamaForSequenceClassification(config)
+    layer = model.model.layers[0]
+    with torch.no_grad():
+        for part in (*layer.self_attn.parameters(), *layer.mlp.parameters(), model.score.weight):
+            part.zero_()
+        angle = 10000.0 ** (-torch.arange(16) / 16)  # the key is the query, turned back by one position
+        layer.self_attn.q_proj.bias[:16] = 8.0
+        layer.self_attn.k_proj.bias[:16], layer.self_attn.k_proj.bias[16:] = 8 * torch.cos(angle), 8 * torch.sin(angle)
+        layer.self_attn.v_proj.weight.copy_(torch.eye(32))
+        layer.self_attn.o_proj.weight.copy_(torch.eye(32))
+        model.model.embed_tokens.weight.normal_()
+        model.score.weight[0, 0] = 1
+    model.save_pretrained(to)
+    return str(to)
+
+
+def test_masking_curve_and_mass_of_a_model_that_reads_the_last_word(tmp_path):
+    name = last_word_model(tmp_path / "m")
+    judge, pairs = open_judge(name), make_pairs(30)
+    for p in pairs:
+        p.chosen, p.rejected = p.chosen + " bread at home", p.rejected + " ten minutes oven"
+    rewards = judge.score(pairs, 8)[0]
+    for p, (a, b) in zip(pairs, rewards):
+        p.chosen, p.rejected = (p.chosen, p.rejected) if a > b else (p.rejected, p.chosen)
+    data = write_pairs(tmp_path / "d.jsonl", pairs)
+    assert evaluate(name, "--data", data, "--stages", 3, "--json", tmp_path / "o", verb="attention") == 0
+    got = json.loads((tmp_path / "o").read_text())["files"]["d"][name]
+    assert got["masked_from_start"]["mean"] == [1, 1, 1, 0.5] and got["masked_from_start"]["interval"][3] == [0.5, 0.5]
+    assert got["masked_from_end"]["mean"][0] == 1 and max(got["masked_from_end"]["mean"][1:]) < 1
+    first, second, last = got["density_right"]["mean"]
+    assert max(first, second) < 0.05 and last > 2.5 and got["density_wrong"]["mean"] == [None] * 3
+    assert got["shares"]["stages"] > 0.9 and got["shares"]["first token"] < 0.01
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "opt"])
+def test_attention_of_the_scoring_position(judges, family):
+    """Beside output_attentions of the stock model in eager mode; rollout beside its definition, layer by layer."""
+    judge = open_judge(judges(family))
+    rows, spans = evaluation.response_rows(judge.encoder(make_pairs(5)))
+    judge.model.eval()
+    last, rollout = (judge.end_attention(rows, "last", r, 4) for r in (False, True))
+    some = judge.end_attention(rows, "0,-1", False, 4)
+    hidden = judge.score_rows(rows, 4, spans)
+    stock = AutoModelForSequenceClassification.from_pretrained(judge.name, attn_implementation="eager").eval()
+    for row, (a, b), one, rolled, two, reward in zip(rows, spans, last, rollout, some, hidden):
+        ids = torch.tensor([row])
+        with torch.no_grad():
+            maps = [m[0].mean(0) for m in stock(ids, output_attentions=True).attentions]
+            mask = torch.ones_like(ids)
+            mask[0, a:b] = 0
+            naive = stock(ids, attention_mask=mask, position_ids=torch.arange(len(row))[None]).logits.item()
+        product = torch.eye(len(row))
+        for A in maps:
+            product = (0.5 * A + 0.5 * torch.eye(len(row))) @ product
+        assert close(one, maps[-1][-1]) and close(two, (maps[0][-1] + maps[-1][-1]) / 2) and close(rolled, product[-1])
+        assert abs(naive - reward) < 1e-4
+        text = judge.encoder.tokenizer.decode(row[a:b])
+        assert text.strip().startswith(("good", "sorry")) and "<|im_end|>" not in text
+
+
+def test_stage_density():
+    assert close(evaluation.stage_density(np.ones(9), evaluation.stage_edges(1, 9, 4)), np.ones(4))
+    assert evaluation.stage_edges(2, 12, 5).tolist() == [2, 4, 6, 8, 10, 12]
+    late = evaluation.stage_density(np.array([5.0, 0, 0, 0, 1]), evaluation.stage_edges(1, 5, 4))
+    assert late.tolist() == [0, 0, 0, 4]
+    short = evaluation.stage_density(np.ones(2), evaluation.stage_edges(0, 2, 4))
+    assert np.isnan(short).sum() == 2 and np.nansum(short) == 2
+
+
+def test_word_maps_are_those_of_training(judges, whole_run):
+    """The simulated map of the training pass; the teacher's map is the mean of both orders."""
+    judge = open_judge(judges())
+    args = evaluation.parse_args(["attention", judges(), "--data", "x", "--dtype", "fp32"])
+    teacher = evaluation.open_teacher(str(whole_run[0] / "teacher"), args)
+    examples = evaluation.with_teacher(judge.encoder, teacher)(make_pairs(5))
+    S, T, word_seg = evaluation.word_maps(judge, teacher, examples, "last")
+    stock, tokenizer = load_student(judges())
+    model, batch = RewardModel(stock, "packed", (2,)), collate(examples, stock.config.pad_token_id)
+    model(batch)
+    W = word_seg.shape[1]
+    assert close(S, pool_words(model.maps[0], batch["word"], W)) and close(batch["word_seg"], word_seg)
+    orders = [collate_teacher(examples, np.full(5, k), teacher.encoder.teacher) for k in (False, True)]
+    naive = [pool_words(teacher.model.attend(o)[1][0], o["word"], W) for o in orders]
+    assert close(T, (naive[0] + naive[1]) / 2) and not close(naive[0], naive[1], 1e-3)
+    got = evaluation.teacher_agreement(judge, teacher, make_pairs(5), args)
+    intra = alignment_loss(T, S, block_masks(word_seg)[0])
+    one = [evaluation.row_divergence(T, S, block_masks(word_seg)[0])[0][word_seg[0] == s] for s in (1, 2)]
+    assert got["intra"].shape == (5, 10) and (intra > 0).all()
+    assert np.nanmin(got["intra"][0]) >= min(v.min() for v in one) - 1e-5 and np.nanmax(got["intra"][0]) <= max(v.max() for v in one) + 1e-5
+
+
+def test_attention_and_show_as_a_user_runs_them(judges, whole_run, tmp_path, capsys):
+    """All outputs are written; a word that is markup stays a word; wrong flags are one line."""
+    pairs = make_pairs(6)
+    pairs[2].chosen = "good </script><b>bold</b>"
+    data, model, teacher = write_pairs(tmp_path / "d.jsonl", pairs), judges(), whole_run[0] / "teacher"
+    common = ("--data", data, "--teacher", teacher, "--max-length", 100)
+    assert evaluate(model, judges("gpt2"), *common, "--json", tmp_path / "a", "--plot", tmp_path / "a.png", "--stages", 4,
+                    "--span", "all", "--delete", "--rollout", verb="attention") == 0
+    got = json.loads((tmp_path / "a").read_text())["files"]["d"][model]
+    assert len(got["kl_inter"]["mean"]) == 4 and got["pairs"] == 6 and (tmp_path / "a.png").stat().st_size > 10_000
+    assert got["shares"]["before the stages"] == 0 and sum(got["shares"].values()) <= 1
+    assert evaluate(model, judges("gpt2"), *common, "--json", tmp_path / "s", "--plot", tmp_path / "s.png", "--html", tmp_path / "s.html",
+                    "--pair", "2", verb="show") == 0
+    page, html = json.loads((tmp_path / "s").read_text())["models"][0], (tmp_path / "s.html").read_text()
+    assert page["words"][-len(pairs[2].rejected.split()):] == pairs[2].rejected.split() and page["id"] == "2"
+    assert html.count("</script>") == 1 and "PAGES" not in html and len(page["maps"]) == 4
+    rows = np.array(page["maps"]["inter: student, simulated"]).sum(1)
+    assert ((abs(rows - 1) < 1e-3) | (rows == 0)).all() and rows.any()
+    assert close(np.array(page["rewards"]), naive_scores(model, pairs[2:3])[0], 1e-4)
+    for verb, args, mention in [
+            ("attention", (model, *common, "--layers", "9"), "--layers '9'"), ("show", (model, *common, "--pair", "x"), "--pair x"),
+            ("attention", (model, "--data", data, "--teacher", model), "no interaction teacher"),
+            ("attention", (teacher, "--data", data), "--teacher"), ("show", (teacher, "--data", data), "--teacher"),
+            ("attention", (model, "--data", data, "--teacher", "nowhere/t"), "nowhere/t"),
+            ("show", (judges("gemma2"), *common), "caps its attention"), ("show", (model, *common, "--html", data), "read as --data")]:
+        capsys.readouterr()
+        code, err = evaluate(*args, verb=verb), capsys.readouterr().err.strip()
+        assert code == 2 and mention in err and err.count("error: ") == 1 and "Traceback" not in err, (args, err)
+    assert evaluate(model, "--data", data, "--stages", 1, verb="attention") == 2
