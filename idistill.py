@@ -1142,7 +1142,7 @@ def demo(cfg: Config) -> None:
         make_demo_models(here / "models", seed)
         base = dataclasses.replace(
             cfg, model=str(here / "models/student"), teacher=str(here / "models/teacher"), seed=seed, batch_size=32, lr=1e-3,
-            teacher_lr=1e-3, epochs=2, teacher_epochs=5, max_length=128, data=[str(here / "data/train.jsonl")],
+            teacher_lr=2e-3, epochs=2, teacher_epochs=8, max_length=128, data=[str(here / "data/train.jsonl")],
             eval_data=[str(here / f"data/{c}.jsonl") for c in columns],
             dtype="fp32" if cfg.dtype == "auto" else cfg.dtype, eval_every=400, log_every=20)
         for name, changes in {"ID": {}, "BT": {"method": "bt"}, "ID, uniform target": {"align_target": "uniform"}}.items():
