@@ -2,6 +2,7 @@
 """Looks at reward models: any stock Hugging Face sequence-classification directory or hub id, trained here or not.
 
     python eval.py accuracy MODEL... --data FILE... [--json OUT] [--plot OUT.png] [--dump PAIRS.jsonl]
+           [--strength OUT.jsonl]
 
 Every verb takes several models and shows them side by side. A model is scored as its stock class scores it: the string
 of data_prep.Formatter, tokenised with add_special_tokens=False, read at the right-most token that is not the pad token.
@@ -13,7 +14,7 @@ import argparse
 import json
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ import transformers
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from data_prep import CALM, Encoder, Pair, UserError, prompt_key, read_pairs
+from data_prep import CALM, Encoder, Pair, UserError, prompt_key, read_pairs, write_pairs
 from idistill import (InteractionTeacher, load, load_teacher, load_tokenizer, longer_margins, outcomes, positions_of,
                       refuse_missing, set_up_device, teacher_verdicts, unused_name, write_json, written)
 
@@ -207,7 +208,7 @@ def print_rows(header: list[str], rows: list[list[str]]) -> None:
 
 def check_outputs(args) -> None:
     """Before the long work: every file to be written can be written and is no input; matplotlib is there for --plot."""
-    for flag in ("json", "plot", "dump"):
+    for flag in ("json", "plot", "dump", "strength"):
         path = getattr(args, flag, None)
         if not path:
             continue
@@ -233,7 +234,7 @@ def check_outputs(args) -> None:
 
 def save_json(path: str, verb: str, args, result: dict) -> None:
     versions = {m.__name__: m.__version__ for m in (torch, transformers, np)}
-    flags = {k: v for k, v in vars(args).items() if k not in ("run", "json", "plot", "dump")}
+    flags = {k: v for k, v in vars(args).items() if k not in ("run", "json", "plot", "dump", "strength")}
     write_json(path, {"verb": verb, "flags": flags, "versions": versions, **result})
 
 
@@ -248,7 +249,7 @@ def accuracy(args) -> None:
     """Accuracy with 95 % intervals, by subset, beside what length alone and a constant answer reach."""
     files = read_files(args)
     groups = {file: prompt_groups(pairs) for file, pairs in files.items()}
-    result, dump, first = {}, [], {}
+    result, dump, first, margins = {}, [], {}, {}
     for file, pairs in files.items():
         longer = outcomes(longer_margins(pairs))
         baselines = {"longer response": {"accuracy": float(longer.mean()), "interval": bootstrap(longer, groups[file], args.seed)},
@@ -262,6 +263,7 @@ def accuracy(args) -> None:
             counts = ", ".join(f"{v} {k}" for k, v in judge.encoder.counts.items() if v)
             if counts:
                 print(f"{name} on {file}: {counts}")
+            margins.setdefault(file, []).append(rewards[:, 0] - rewards[:, 1])
             compared = first.get(file)
             first.setdefault(file, rewards)
             parts = {s: [k for k, p in enumerate(pairs) if p.subset == s] for s in sorted({p.subset for p in pairs} - {""})}
@@ -285,8 +287,21 @@ def accuracy(args) -> None:
     if args.dump:
         with written(args.dump) as f:
             f.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in dump)
+    if args.strength:
+        write_strengths(args.strength, files, margins)
     if args.plot:
         plot_accuracy(result, args.plot)
+
+
+def write_strengths(path: str, files: dict[str, list[Pair]], margins: dict[str, list[np.ndarray]]) -> None:
+    """The pairs of all files with strength = mean over the models of r_c - r_r (arXiv 2401.06080, Eq. 4); pairs
+    that one of the models could not score are left out."""
+    means = np.concatenate([np.mean(margins[file], axis=0) for file in files])
+    scored = zip((p for pairs in files.values() for p in pairs), means)
+    pairs = [replace(p, strength=float(s)) for p, s in scored if not np.isnan(s)]
+    write_pairs(path, pairs, overwrite=True)
+    negative = sum(p.strength < 0 for p in pairs)
+    print(f"{path}: {len(pairs)} pairs with strength ({negative} negative), {len(means) - len(pairs)} dropped")
 
 
 def print_accuracy(file: str, pairs: list[Pair], result: dict) -> None:
@@ -360,6 +375,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     common.add_argument("--seed", type=int, default=0, help="seed of the bootstrap and of --limit (default: 0)")
     verb = verbs.add_parser("accuracy", parents=[common], help=accuracy.__doc__, description=accuracy.__doc__)
     verb.add_argument("--dump", metavar="PAIRS.jsonl", help="one line a pair, with RewardBench's keys and the exact scored strings")
+    verb.add_argument("--strength", metavar="OUT.jsonl", help="write the pairs with the field strength: the mean "
+                      "margin of the MODELs, for idistill.py --margin-field strength and others")
     verb.set_defaults(run=accuracy)
     args = ap.parse_args(argv)
     if args.batch_size < 1 or args.max_length < 0 or args.limit < 0:
