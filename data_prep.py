@@ -7,8 +7,9 @@
     python data_prep.py synthetic --pairs 12800 --agreement 0.9 --out data/synthetic.jsonl
 
 A pair is one JSON line {"prompt": text or [{"role", "content"}, ...], "chosen": text, "rejected": text, and, if known,
-"source", "subset", "id"}. Also read: whole conversations as chosen and rejected (message lists, as TRL and OpenRLHF
-write them) and raw HH-RLHF dialogues ("\\n\\nHuman: ... \\n\\nAssistant: ...").
+"source", "subset", "id", "margin" (how much better, from 0) and "strength" (an ensemble's mean reward of chosen
+minus that of rejected; eval.py writes it)}. Also read: whole conversations as chosen and rejected (message lists,
+as TRL and OpenRLHF write them) and raw HH-RLHF dialogues ("\\n\\nHuman: ... \\n\\nAssistant: ...").
 
 The generated language (a test bed for attention hacking): early content decides, a late cue tempts.
     prompt    0-3 fillers, a topic, 1-4 fillers                     "well fruit should maybe"
@@ -29,7 +30,7 @@ import re
 import sys
 import zlib
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +56,8 @@ class Pair:
     source: str = ""
     subset: str = ""
     id: str = ""
+    margin: float | None = None    # how much better chosen is, from 0
+    strength: float | None = None  # an ensemble's mean r_c - r_r (arXiv 2401.06080, Eq. 4)
 
 
 def check_messages(messages, name: str) -> list[dict]:
@@ -112,12 +115,21 @@ def parse_pair(obj: dict) -> Pair:
             raise UnusablePair(f"the {name} response is empty")
     if sides[0].strip() == sides[1].strip():
         raise UnusablePair("chosen equals rejected")
+    numbers = {k: parse_number(obj[k], k) for k in ("margin", "strength") if obj.get(k) is not None}
+    if numbers.get("margin", 0) < 0:
+        raise ValueError(f'the field "margin" must not be negative, is {numbers["margin"]}')
     extra = {k: str(obj[k]) for k in ("source", "subset", "id") if obj.get(k) is not None}
     try:
         "".join([m["content"] for m in prompt] + sides + list(extra.values())).encode()
     except UnicodeEncodeError:
         raise ValueError("the text holds half a surrogate pair, which is no character") from None
-    return Pair(prompt, sides[0], sides[1], **extra)
+    return Pair(prompt, sides[0], sides[1], **extra, **numbers)
+
+
+def parse_number(value, name: str) -> float:
+    if type(value) not in (int, float) or not abs(value) < 1e30:  # NaN fails too
+        raise ValueError(f'the field "{name}" is no finite number')
+    return float(value)
 
 
 def read_pairs(paths: list[str], skip_bad: bool = False) -> tuple[list[Pair], Counter]:
@@ -149,10 +161,27 @@ def read_pairs(paths: list[str], skip_bad: bool = False) -> tuple[list[Pair], Co
     return pairs, counts
 
 
-def prompt_key(prompt: list[dict]) -> float:
-    """A hash of the prompt in [0, 1): equal prompts always fall into the same split."""
-    text = json.dumps([[m["role"], m["content"].strip()] for m in prompt], ensure_ascii=False)
+def prompt_key(prompt: list[dict], *more) -> float:
+    """A hash of the prompt (and of more) in [0, 1): equal prompts always fall into the same split."""
+    text = json.dumps([*([m["role"], m["content"].strip()] for m in prompt), *more], ensure_ascii=False)
     return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big") / 2**64
+
+
+def flip_labels(pairs: list[Pair], noise: float, seed: int, by_strength: bool) -> tuple[list[Pair], Counter]:
+    """Some pairs with chosen and rejected exchanged, and counts: a share `noise` at random, drawn from the seed and
+    the pair itself (order and other pairs do not matter); then, by_strength, those that an ensemble holds for
+    mislabelled (strength < 0, arXiv 2401.06080, 2.4.1). A flip turns the sign of strength; margin stays."""
+    out, counts = [], Counter()
+    for p in pairs:
+        noisy = prompt_key(p.prompt, p.chosen, p.rejected, seed) < noise
+        strength = -p.strength if noisy and p.strength is not None else p.strength
+        mistrusted = by_strength and strength < 0
+        counts["labels flipped by --label-noise"] += noisy
+        counts["labels flipped by --flip-negative-strength"] += mistrusted
+        if noisy != mistrusted:  # flipped twice is as it was
+            p = replace(p, chosen=p.rejected, rejected=p.chosen, strength=p.strength and -p.strength)
+        out.append(p)
+    return out, +counts  # without zeros
 
 
 def carve(pairs: list[Pair], count: int) -> tuple[list[Pair], list[Pair]]:
@@ -176,7 +205,8 @@ def write_pairs(path: str | Path, pairs: list[Pair], overwrite: bool = False) ->
             for p in pairs:
                 single = len(p.prompt) == 1 and p.prompt[0]["role"] == "user"
                 line = {"prompt": p.prompt[0]["content"] if single else p.prompt, "chosen": p.chosen, "rejected": p.rejected}
-                line |= {k: getattr(p, k) for k in ("source", "subset", "id") if getattr(p, k)}
+                known = {k: getattr(p, k) for k in ("source", "subset", "id", "margin", "strength")}
+                line |= {k: v for k, v in known.items() if v not in ("", None)}
                 f.write(json.dumps(line, ensure_ascii=False) + "\n")
         os.replace(aside, path)
     except OSError as why:

@@ -2,6 +2,7 @@
 """Looks at reward models: any stock Hugging Face sequence-classification directory or hub id, trained here or not.
 
     python eval.py accuracy  MODEL... --data FILE... [--json OUT] [--plot OUT.png] [--dump PAIRS.jsonl]
+            [--strength OUT.jsonl]
     python eval.py attention MODEL... --data FILE... [--teacher RUN/teacher] [--stages 10] [--json OUT] [--plot OUT.png]
     python eval.py show      MODEL... --data FILE... [--teacher RUN/teacher] [--pair 0] [--html OUT.html] [--plot OUT.png]
 
@@ -16,7 +17,7 @@ import json
 import os
 import sys
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,7 @@ import transformers
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from data_prep import CALM, Encoder, Pair, UserError, prompt_key, read_pairs
+from data_prep import CALM, Encoder, Pair, UserError, prompt_key, read_pairs, write_pairs
 from idistill import (AttentionTap, InteractionTeacher, RewardModel, attention_map, block_masks, collate, collate_teacher, load,
                       load_teacher, load_tokenizer, longer_margins, outcomes, pool_words, positions_of, refuse_missing,
                       row_divergence, set_up_device, teacher_verdicts, unused_name, write_json, written)
@@ -289,7 +290,7 @@ def print_rows(header: list[str], rows: list[list[str]]) -> None:
 
 def check_outputs(args) -> None:
     """Before the long work: every file to be written can be written and is no input; matplotlib is there for --plot."""
-    for flag in ("json", "plot", "dump", "html"):
+    for flag in ("json", "plot", "dump", "html", "strength"):
         path = getattr(args, flag, None)
         if not path:
             continue
@@ -315,7 +316,7 @@ def check_outputs(args) -> None:
 
 def save_json(path: str, verb: str, args, result: dict) -> None:
     versions = {m.__name__: m.__version__ for m in (torch, transformers, np)}
-    flags = {k: v for k, v in vars(args).items() if k not in ("run", "json", "plot", "dump", "html")}
+    flags = {k: v for k, v in vars(args).items() if k not in ("run", "json", "plot", "dump", "html", "strength")}
     write_json(path, {"verb": verb, "flags": flags, "versions": versions, **result})
 
 
@@ -342,7 +343,7 @@ def accuracy(args) -> None:
     """Accuracy with 95 % intervals, by subset, beside what length alone and a constant answer reach."""
     files = read_files(args)
     groups = {file: prompt_groups(pairs) for file, pairs in files.items()}
-    result, dump, first = {}, [], {}
+    result, dump, first, margins = {}, [], {}, {}
     for file, pairs in files.items():
         longer = outcomes(longer_margins(pairs))
         baselines = {"longer response": {"accuracy": float(longer.mean()), "interval": bootstrap(longer, groups[file], args.seed)},
@@ -356,6 +357,7 @@ def accuracy(args) -> None:
             counts = ", ".join(f"{v} {k}" for k, v in judge.encoder.counts.items() if v)
             if counts:
                 print(f"{name} on {file}: {counts}")
+            margins.setdefault(file, []).append(rewards[:, 0] - rewards[:, 1])
             compared = first.get(file)
             first.setdefault(file, rewards)
             parts = {s: [k for k, p in enumerate(pairs) if p.subset == s] for s in sorted({p.subset for p in pairs} - {""})}
@@ -379,8 +381,21 @@ def accuracy(args) -> None:
     if args.dump:
         with written(args.dump) as f:
             f.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in dump)
+    if args.strength:
+        write_strengths(args.strength, files, margins)
     if args.plot:
         plot_accuracy(result, args.plot)
+
+
+def write_strengths(path: str, files: dict[str, list[Pair]], margins: dict[str, list[np.ndarray]]) -> None:
+    """The pairs of all files with strength = mean over the models of r_c - r_r (arXiv 2401.06080, Eq. 4); pairs
+    that one of the models could not score are left out."""
+    means = np.concatenate([np.mean(margins[file], axis=0) for file in files])
+    scored = zip((p for pairs in files.values() for p in pairs), means)
+    pairs = [replace(p, strength=float(s)) for p, s in scored if not np.isnan(s)]
+    write_pairs(path, pairs, overwrite=True)
+    negative = sum(p.strength < 0 for p in pairs)
+    print(f"{path}: {len(pairs)} pairs with strength ({negative} negative), {len(means) - len(pairs)} dropped")
 
 
 def print_accuracy(file: str, pairs: list[Pair], result: dict) -> None:
@@ -746,6 +761,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     common.add_argument("--seed", type=int, default=0, help="seed of the bootstrap and of --limit (default: 0)")
     verb = verbs.add_parser("accuracy", parents=[common], help=accuracy.__doc__, description=accuracy.__doc__)
     verb.add_argument("--dump", metavar="PAIRS.jsonl", help="one line a pair, with RewardBench's keys and the exact scored strings")
+    verb.add_argument("--strength", metavar="OUT.jsonl", help="write the pairs with the field strength: the mean "
+                      "margin of the MODELs, for idistill.py --margin-field strength and others")
     verb.set_defaults(run=accuracy)
     maps = argparse.ArgumentParser(add_help=False)
     maps.add_argument("--teacher", metavar="DIR", help="interaction teacher to compare the simulated maps with (RUN/teacher)")

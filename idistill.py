@@ -28,6 +28,7 @@ Letters: B pairs, n tokens, W words, H heads, d head size; s segment: 0 = x, 1 =
   blocks          intra I: all but y_c x y_r;  inter X: y_c x y_r, both ways; rows renormalised inside each
   alignment       L_I = mean over rows i of KL(T_i^I || S_i^I),  L_X likewise                                (E6)
   total           L = L_BT + lambda_intra L_I + lambda_inter L_X  (+ lambda_score MarginMSE, + centring)     (E7)
+  baselines       preference_loss in place of L_BT;  + batch sum, + sft_loss: see there
 """
 from __future__ import annotations
 
@@ -63,8 +64,8 @@ from transformers import (AttentionInterface, AutoConfig, AutoModelForSequenceCl
 from transformers.integrations.sdpa_attention import sdpa_attention_forward  # noqa: E402
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask  # noqa: E402
 
-from data_prep import (CALM, Encoder, Example, Pair, UserError, carve, make_demo_models, prompt_key, read_pairs,  # noqa: E402
-                       synthetic_pairs, write_pairs)
+from data_prep import (CALM, Encoder, Example, Pair, UserError, carve, flip_labels,  # noqa: E402
+                       make_demo_models, prompt_key, read_pairs, synthetic_pairs, write_pairs)
 
 # ---------------------------------------------------------------------------------------------------------- config
 
@@ -90,7 +91,18 @@ class Config:
     lambda_intra: float = flag(1.0, "weight of the intra-sequence alignment loss")
     lambda_inter: float = flag(1.0, "weight of the inter-sequence alignment loss")
     lambda_score: float = flag(0.0, "weight of MarginMSE against the teacher's verdict (arXiv 2010.02666)")
-    center_rewards: float = flag(0.0, "weight of the squared mean reward of a pair (arXiv 2312.09244)")
+    center_rewards: float = flag(0.0, "weight of the squared sum of the two rewards of a pair (arXiv 2312.09244)")
+    batch_sum: float = flag(0.0, "weight of batch-sum regularisation (arXiv 2505.07271, there 0.001)")
+    lambda_sft: float = flag(0.0, "weight of the language-modelling loss on chosen (GRM, arXiv 2406.10216)")
+    preference_loss: str = flag("bt", "smooth = conservative BT (label smoothing), soft = only where strength < 0 "
+                                "(arXiv 2401.06080), robust = unbiased under random flips (arXiv 2403.00409)",
+                                choices=["bt", "smooth", "soft", "robust"])
+    flip_rate: float = flag(0.1, "share of wrong labels that smooth, soft and robust reckon with, under 0.5")
+    margin_field: str = flag("none", "field of a pair by which r_c is to exceed r_r: margin (arXiv 2307.09288) "
+                             "or strength (adaptive, arXiv 2401.06080)", choices=["none", "margin", "strength"])
+    flip_negative_strength: bool = flag(False, "exchange the responses of training pairs with strength < 0")
+    label_noise: float = flag(0.0, "share of training labels flipped on purpose, by --seed and the pair "
+                              "itself; validation and evaluation pairs stay as they are")
     align_loss: str = flag("kl", "kl, or mse as in VIRT (arXiv 2112.04195)", choices=["kl", "mse"])
     align_layers: str = flag("last", "student:teacher layers, as last or 12:3,5:2 (from 0; from the end: "
                              "--align-layers=-1:-1)")
@@ -284,13 +296,13 @@ def tree_mask(seg: Tensor) -> Tensor:
 class RewardModel(nn.Module):
     """A stock decoder for sequence classification with one label, read at the last token of each response (E1).
 
-    forward(batch of collate) -> rewards (B, 2) = (r_c, r_r) in fp32; with `layers`, self.maps then lists the
-    simulated token maps (B, n, n) of those layers, in their order."""
+    forward(batch of collate) -> rewards (B, 2) = (r_c, r_r) in fp32. Afterwards self.hidden is the last hidden
+    state (B, n, hidden); with `layers`, self.maps lists their simulated token maps (B, n, n), in their order."""
 
     def __init__(self, stock, encoding: str = "packed", layers: tuple[int, ...] = ()):
         super().__init__()
         self.stock, self.encoding, self.layers = stock, encoding, layers
-        self.tap, self.maps = AttentionTap(stock, list(layers)) if layers else None, []
+        self.tap, self.hidden, self.maps = AttentionTap(stock, list(layers)) if layers else None, None, []
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
         seg, last = batch["seg"], batch["last"]
@@ -302,7 +314,7 @@ class RewardModel(nn.Module):
             hidden = self.stock.base_model(**inputs, use_cache=False).last_hidden_state
         if self.encoding == "siamese":  # back to the packed layout: x from the first of the two rows
             hidden = hidden.flatten(0, 1)[where]
-        self.maps = []
+        self.hidden, self.maps = hidden, []
         for layer in self.layers if self.tap is not None and torch.is_grad_enabled() else ():
             query, key, scale, _ = self.tap.kept[layer]
             if self.encoding == "siamese":
@@ -543,8 +555,34 @@ def load_teacher(name: str, seed: int = 0):
 # --------------------------------------------------------------------------------------------------------- losses
 
 def bt_loss(r_c: Tensor, r_r: Tensor) -> Tensor:
-    """Bradley-Terry, per pair (E2): (B,), (B,) -> (B,). Further preference losses of the same form go here."""
+    """Bradley-Terry, per pair (E2): (B,), (B,) -> (B,)."""
     return -F.logsigmoid(r_c - r_r)
+
+
+def preference_loss(r_c: Tensor, r_r: Tensor, kind: str, flip_rate=0.0, margin=0.0, strength=None) -> Tensor:
+    """BT and its variants against wrong labels, per pair: r_c, r_r, margin, strength (B,) -> (B,).
+
+    margin: Llama 2 (arXiv 2307.09288); margin = strength: arXiv 2401.06080, Eq. 6 (printed there outside of
+    log sigmoid, without gradient). smooth: cDPO (Mitchell, "A note on DPO with noisy preferences", Eq. 3) =
+    2401.06080, Eq. 5. soft: the same where the ensemble doubts the label (2401.06080, 2.5). robust: arXiv
+    2403.00409; its mean over random flips is the clean loss, so one pair's can be negative, without bound."""
+    as_labelled, flipped = bt_loss(r_c - margin, r_r), bt_loss(r_r, r_c - margin)
+    if kind == "robust":
+        return ((1 - flip_rate) * as_labelled - flip_rate * flipped) / (1 - 2 * flip_rate)
+    if kind in ("smooth", "soft"):
+        rate = flip_rate * (strength < 0) if kind == "soft" else flip_rate
+        return (1 - rate) * as_labelled + rate * flipped
+    return as_labelled
+
+
+def sft_loss(hidden: Tensor, ids: Tensor, seg: Tensor, embedding: Tensor, beta: float = 0.1) -> Tensor:
+    """GRM's regulariser, SFT variant, per pair: -log sigmoid(beta log pi(y_c | x)) (arXiv 2406.10216).
+
+    hidden (B, n, hidden), ids, seg (B, n), the tied embedding (vocabulary, hidden) -> (B,)."""
+    pair, at = (seg[:, 1:] == 1).nonzero(as_tuple=True)  # y_c follows x: its tokens are told at t - 1
+    logits = F.linear(hidden[pair, at], embedding).float()
+    log_p = -F.cross_entropy(logits, ids[pair, at + 1], reduction="none")
+    return -F.logsigmoid(beta * log_p.new_zeros(len(ids)).index_add(0, pair, log_p))
 
 
 def pool_words(token_map: Tensor, word: Tensor, W: int) -> Tensor:
@@ -591,12 +629,18 @@ def shuffle_rows(T: Tensor, word_seg: Tensor, seed: list[int]) -> Tensor:
 
 def distillation_losses(model: RewardModel, teacher: InteractionTeacher | None, examples: list[Example],
                         swap: np.ndarray, cfg: Config, device, seed: list[int]) -> dict[str, Tensor]:
-    """Every term of L (E7) per pair, (B,) each: bt, intra, inter, score, center, and their weighted sum loss; also
-    the rewards (B, 2)."""
+    """Every term of L (E7) per pair, (B,) each: bt (or preference in its place), intra, inter, score, center,
+    batch_sum, sft, and their weighted sum loss; also the rewards (B, 2)."""
     batch = collate(examples, model.stock.config.get_text_config().pad_token_id, device)
     rewards = model(batch)
     out = {"rewards": rewards.detach(), "bt": bt_loss(rewards[:, 0], rewards[:, 1])}
     out["loss"] = out["bt"]
+    if cfg.preference_loss != "bt" or cfg.margin_field != "none":
+        given = {k: torch.tensor([getattr(e.pair, k) for e in examples], device=device)
+                 for k in needed_fields(cfg)}
+        out["preference"] = preference_loss(rewards[:, 0], rewards[:, 1], cfg.preference_loss, cfg.flip_rate,
+                                            given.get(cfg.margin_field, 0.0), given.get("strength"))
+        out["loss"] = out["preference"]
     W, word_seg, teacher_maps = batch["word_seg"].shape[1], batch["word_seg"], [None] * len(model.layers)
     if teacher is not None:
         teacher_batch = collate_teacher(examples, swap, teacher.tokenizer, device)
@@ -615,8 +659,15 @@ def distillation_losses(model: RewardModel, teacher: InteractionTeacher | None, 
                 out[name] = out.get(name, 0) + term.detach()
                 out["loss"] = out["loss"] + weight * term if weight else out["loss"]
     if cfg.center_rewards:
-        out["center"] = rewards.mean(1).square()
+        out["center"] = rewards.sum(1).square()
         out["loss"] = out["loss"] + cfg.center_rewards * out["center"]
+    if cfg.batch_sum:  # (sum of 2B rewards)^2 / 4B, as in the authors' code; the same for every pair
+        out["batch_sum"] = (len(rewards) * rewards.mean().square()).expand(len(rewards))
+        out["loss"] = out["loss"] + cfg.batch_sum * out["batch_sum"]
+    if cfg.lambda_sft:
+        embedding = model.stock.get_input_embeddings().weight
+        out["sft"] = sft_loss(model.hidden, batch["ids"], batch["seg"], embedding)
+        out["loss"] = out["loss"] + cfg.lambda_sft * out["sft"]
     return out
 
 
@@ -944,10 +995,13 @@ def check_config(cfg: Config) -> bool:
         if isinstance(value, (int, float)) and not (value >= 0 and math.isfinite(value)):
             raise UserError(f"--{f.name.replace('_', '-')} must not be negative or infinite, is {value}")
     for name, good in {"warmup": cfg.warmup <= 1, "val_fraction": cfg.val_fraction < 1, "clip": cfg.clip > 0,
-                       "epochs": cfg.epochs > 0 or cfg.max_steps > 0}.items():
+                       "epochs": cfg.epochs > 0 or cfg.max_steps > 0, "label_noise": cfg.label_noise <= 1,
+                       "flip_rate": cfg.flip_rate < 0.5,
+                       "batch_sum": not cfg.batch_sum or cfg.grad_accum == 1}.items():
         if not good:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: --warmup and --val-fraction are shares (at most 1, "
-                            "under 1); --clip and --epochs are over 0")
+            raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: --warmup, --label-noise, --val-fraction "
+                            "and --flip-rate are shares (at most 1, 1, under 1, under 0.5); --clip and --epochs are "
+                            "over 0; --batch-sum needs the whole batch at once (--grad-accum 1)")
     if cfg.method == "bt":
         cfg.lambda_intra = cfg.lambda_inter = cfg.lambda_score = 0.0
     maps = cfg.lambda_intra > 0 or cfg.lambda_inter > 0
@@ -967,10 +1021,24 @@ def unused_name(path: str, taken) -> str:
     return name if name not in taken else str(path)
 
 
+def needed_fields(cfg: Config) -> dict[str, str]:
+    """Fields that every training pair must have -> the flag that asks for each."""
+    asked = [("strength", "--flip-negative-strength", cfg.flip_negative_strength),
+             ("strength", "--preference-loss soft", cfg.preference_loss == "soft"),
+             (cfg.margin_field, f"--margin-field {cfg.margin_field}", cfg.margin_field != "none")]
+    return {field: flag for field, flag, on in asked if on}
+
+
 def read_all(cfg: Config) -> tuple[list[Pair], dict[str, list[Pair]], Counter]:
     """(training pairs, {"validation": ..., each evaluation file: ...}, counts). A prompt that is both trained on and
     held out is a leak, and is said. Raises UserError."""
     pairs, counts = read_pairs(cfg.data)
+    for name, flag in needed_fields(cfg).items():
+        missing = sum(getattr(p, name) is None for p in pairs)
+        if missing:
+            hint = " (eval.py accuracy MODEL... --strength OUT writes it)" if name == "strength" else ""
+            raise UserError(f"{', '.join(cfg.data)}: {missing} of {len(pairs)} pairs lack the field {name} that "
+                            f"{flag} needs{hint}")
     if cfg.val_data:
         val, more = read_pairs(cfg.val_data)
         counts.update(labelled(more, "validation"))
@@ -978,6 +1046,9 @@ def read_all(cfg: Config) -> tuple[list[Pair], dict[str, list[Pair]], Counter]:
         pairs, val = carve(pairs, min(cfg.val_max, round(cfg.val_fraction * len(pairs))))
     if not val or not pairs:
         raise UserError(f"{len(pairs)} training and {len(val)} validation pairs: both are needed; give --val-data or more pairs")
+    if cfg.label_noise or cfg.flip_negative_strength:  # after carving: held-out labels stay as they are
+        pairs, flips = flip_labels(pairs, cfg.label_noise, cfg.seed, cfg.flip_negative_strength)
+        counts.update(flips)
     held = {"validation": val}
     for path in cfg.eval_data:
         name = unused_name(path, held)
@@ -1040,6 +1111,10 @@ def train(cfg: Config) -> dict:
 def train_in(run: Run, cfg: Config, needs_teacher: bool, device, amp) -> dict:
     pairs, held_pairs, counts = read_all(cfg)
     stock, tokenizer = load_student(cfg.model, cfg.seed, cfg.max_length)
+    text = stock.config.get_text_config()
+    if cfg.lambda_sft and (not getattr(text, "tie_word_embeddings", False) or any(
+            getattr(text, k, None) for k in ("final_logit_softcapping", "logit_scale", "logits_scaling"))):
+        raise UserError(f"{cfg.model}: --lambda-sft needs a model whose output head is its input embedding")
     teacher, teacher_stock, room, trained = None, None, 512, False
     if needs_teacher:  # a resumed student needs the teacher that was trained for it
         trained = cfg.resume and cfg.teacher_epochs > 0 and any(phase == 1 for phase, *_ in run.checkpoints())

@@ -6,6 +6,7 @@ lines as a user types them. Everything is tiny, random, offline and seeded.
 import gc
 import gzip
 import json
+import math
 import os
 import re
 import shutil
@@ -29,8 +30,8 @@ import eval as evaluation
 import idistill
 from data_prep import Encoder, Formatter, Pair, UserError, tokens_to_words, words_of
 from idistill import (AttentionTap, Config, InteractionTeacher, RewardModel, alignment_loss, attention_map, block_masks,
-                      collate, collate_teacher, distillation_losses, load_student, load_teacher, pool_words, probe_student,
-                      save_stock, score_pairs, teacher_verdicts, tree_mask)
+                      bt_loss, collate, collate_teacher, distillation_losses, load_student, load_teacher, pool_words,
+                      preference_loss, probe_student, save_stock, score_pairs, teacher_verdicts, tree_mask)
 
 torch.set_num_threads(1)  # the models are too small for more to help
 transformers.logging.set_verbosity_error()
@@ -1301,3 +1302,207 @@ def test_attention_and_show_as_a_user_runs_them(judges, whole_run, tmp_path, cap
         code, err = evaluate(*args, verb=verb), capsys.readouterr().err.strip()
         assert code == 2 and mention in err and err.count("error: ") == 1 and "Traceback" not in err, (args, err)
     assert evaluate(model, "--data", data, "--stages", 1, verb="attention") == 2
+
+
+# ------------------------------------------------------------------------------- baselines against noisy labels
+
+def log_sigmoid(x: float) -> float:
+    return -math.log(1 + math.exp(-x))
+
+
+REWARDS = [(0.3, -0.4), (-1.5, 2.0), (0.0, 0.0), (4.0, 3.5)]
+STRENGTH = [1.2, -0.7, 0.0, -2.5]
+
+
+@pytest.mark.parametrize("margin", [(0.0,) * 4, (0.0, 1.5, 0.25, 3.0)])
+@pytest.mark.parametrize("kind", ["bt", "smooth", "soft", "robust"])
+def test_preference_losses_by_hand(kind, margin):
+    """One pair at a time, from p = sigmoid(r_c - r_r - m); values and gradients."""
+    e, expected = 0.2, []
+    for (c, r), m, s in zip(REWARDS, margin, STRENGTH):
+        right, wrong = -log_sigmoid(c - r - m), -log_sigmoid(-(c - r - m))
+        expected.append({"bt": right, "smooth": 0.8 * right + 0.2 * wrong, "robust": (0.8 * right - 0.2 * wrong) / 0.6,
+                         "soft": 0.8 * right + 0.2 * wrong if s < 0 else right}[kind])
+    r = torch.tensor(REWARDS, dtype=torch.float64, requires_grad=True)
+    loss = preference_loss(r[:, 0], r[:, 1], kind, e, torch.tensor(margin), torch.tensor(STRENGTH))
+    assert loss.shape == (4,) and close(loss, np.array(expected), 1e-7)
+    loss.sum().backward()
+    for k, ((c, r_r), m, s) in enumerate(zip(REWARDS, margin, STRENGTH)):
+        p = 1 / (1 + math.exp(-(c - r_r - m)))  # every loss is a weighted sum of -log p and -log (1 - p)
+        rate = e if kind == "smooth" or (kind == "soft" and s < 0) else 0
+        slope = (1 - rate) * (p - 1) + rate * p if kind != "robust" else (0.8 * (p - 1) - 0.2 * p) / 0.6
+        assert r.grad[k, 0].item() == pytest.approx(slope) and r.grad[k, 1].item() == pytest.approx(-slope)
+
+
+def test_preference_losses_without_noise_are_bt_to_the_bit():
+    r_c, r_r = torch.randn(2, 50)
+    for kind in ("bt", "smooth", "soft", "robust"):
+        assert torch.equal(preference_loss(r_c, r_r, kind, 0.0, strength=-r_c), bt_loss(r_c, r_r))
+
+
+@pytest.mark.parametrize("e", [0.0, 0.1, 0.3, 0.49])
+def test_robust_loss_is_unbiased(e):
+    """Expectation over a label flipped with probability e = the clean BT loss; that of smooth is not."""
+    a, b = torch.randn(2, 20, dtype=torch.float64)
+
+    def mean(kind):
+        return (1 - e) * preference_loss(a, b, kind, e) + e * preference_loss(b, a, kind, e)
+
+    assert close(mean("robust"), bt_loss(a, b), 1e-12)
+    assert e == 0 or not close(mean("smooth"), bt_loss(a, b), 1e-3)
+
+
+def term(model, examples, pad=True, **flags):
+    """distillation_losses of the student alone; pad=True: all pairs in one batch."""
+    cfg = Config(lambda_intra=0, lambda_inter=0, **flags)
+    parts = [examples] if pad else [[e] for e in examples]
+    outs = [distillation_losses(model, None, part, np.zeros(len(part), bool), cfg, "cpu", [0]) for part in parts]
+    return {k: torch.cat([o[k] for o in outs]).detach() for k in outs[0]}
+
+
+def test_batch_sum_and_centring_by_hand(zoo):
+    model, _, examples = student(zoo)
+    got = term(model, examples, batch_sum=0.01, center_rewards=0.1)
+    r = got["rewards"].tolist()
+    total = sum(c + d for c, d in r)
+    center = np.array([(c + d) ** 2 for c, d in r], dtype=np.float32)
+    assert close(got["center"], center) and close(got["batch_sum"], np.full(6, total ** 2 / (4 * 6)))
+    assert close(got["loss"], got["bt"] + 0.1 * torch.from_numpy(center) + 0.01 * total ** 2 / 24)
+
+
+def test_pair_fields_reach_the_loss(zoo):
+    model, _, examples = student(zoo)
+    for k, ex in enumerate(examples):
+        ex.pair.margin, ex.pair.strength = 0.5 * k, 1.0 - 0.6 * k
+    for field in ("margin", "strength"):
+        got = term(model, examples, margin_field=field, preference_loss="soft", flip_rate=0.3)
+        for k, (c, r) in enumerate(got["rewards"].tolist()):
+            d, rate = c - r - getattr(examples[k].pair, field), 0.3 * (examples[k].pair.strength < 0)
+            assert got["loss"][k].item() == pytest.approx(-(1 - rate) * log_sigmoid(d) - rate * log_sigmoid(-d), abs=1e-5)
+    plain = term(model, examples)
+    assert "preference" not in plain and torch.equal(plain["loss"], bt_loss(*plain["rewards"].T))
+
+
+@pytest.mark.parametrize("family, kind, encoding", [("gpt2", "bos", "packed"), ("llama", "chat", "siamese")])
+def test_sft_loss_is_that_of_the_language_model(zoo, family, kind, encoding):
+    """Against stock log-probabilities of the scored string of chosen, one pair at a time; its gradient reaches the body."""
+    name = zoo(family, kind, tie_word_embeddings=True)
+    stock, tokenizer = load_student(name)
+    causal = transformers.AutoModelForCausalLM.from_pretrained(name).eval()
+    examples = Encoder(tokenizer, 100, "truncate")(make_pairs(4))
+    model = RewardModel(stock, encoding)
+    got = term(model, examples, lambda_sft=0.5)
+    for k, ex in enumerate(examples):
+        ids = torch.from_numpy(ex.ids[ex.seg < 2])[None]
+        with torch.no_grad():
+            log_p = causal(ids).logits[0].log_softmax(-1)
+        start = int((ex.seg == 0).sum())
+        log_pi = sum(log_p[t - 1, ids[0, t]].item() for t in range(start, ids.shape[1]))
+        assert got["sft"][k].item() == pytest.approx(-log_sigmoid(0.1 * log_pi), rel=1e-4)
+    assert close(got["loss"], got["bt"] + 0.5 * got["sft"]) and close(term(model, examples, pad=False, lambda_sft=1)["sft"], got["sft"], 1e-4)
+    distillation_losses(model, None, examples, np.zeros(4, bool), Config(lambda_intra=0, lambda_inter=0, lambda_sft=1),
+                        "cpu", [0])["sft"].sum().backward()
+    assert stock.get_input_embeddings().weight.grad.abs().sum() > 0 and stock.score.weight.grad is None
+
+
+def flipped(before, after) -> dict[str, bool]:
+    return {p.id: p.chosen != {q.id: q for q in before}[p.id].chosen for p in after}
+
+
+def test_label_noise_belongs_to_the_pair():
+    """Its share; the same pair is flipped in any order and company; another seed flips others; p is nested in p'."""
+    pairs = make_pairs(2000)
+    for p in pairs:
+        p.strength, p.margin = 0.5, 1.0
+    out, counts = data_prep.flip_labels(pairs, 0.2, 7, False)
+    flips = flipped(pairs, out)
+    assert counts == {"labels flipped by --label-noise": sum(flips.values())} and 340 < sum(flips.values()) < 460
+    assert flipped(pairs, data_prep.flip_labels(pairs[1000:][::-1], 0.2, 7, False)[0]) == {p.id: flips[p.id] for p in pairs[1000:]}
+    more, other = (flipped(pairs, data_prep.flip_labels(pairs, *x, False)[0]) for x in ((0.4, 7), (0.2, 8)))
+    assert all(more[k] for k in flips if flips[k]) and sum(more.values()) > sum(flips.values())
+    assert 0.02 < np.mean([other[k] and flips[k] for k in flips]) < 0.06  # independent: 4 %
+    for before, after in zip(pairs, out):
+        if flips[after.id]:
+            before = Pair(before.prompt, before.rejected, before.chosen, id=before.id, margin=1.0, strength=-0.5)
+        assert before == after
+    assert data_prep.flip_labels(pairs, 0.0, 7, False) == (pairs, {}) and pairs == data_prep.flip_labels(
+        [Pair(p.prompt, p.rejected, p.chosen, id=p.id, margin=1.0, strength=-0.5) for p in pairs], 0.0, 0, True)[0]
+
+
+def test_flips_touch_training_pairs_alone_and_survive_a_resume(argv, tmp_path):
+    pairs = make_pairs(40)
+    for k, p in enumerate(pairs):
+        p.strength = 0.1 * (k % 4) - 0.15
+    data = write_pairs(tmp_path / "d.jsonl", pairs)
+    flags = dict(method="bt", teacher=None, data=data, val_data=None, label_noise=0.3, max_steps=6, save_every=2,
+                 preference_loss="robust", flip_rate=0.3, margin_field="strength", flip_negative_strength=True)
+    assert main(*argv(tmp_path / "a", **flags)) == 0
+    seen = []
+    original = idistill.read_all
+    idistill.read_all = lambda cfg: seen.append(original(cfg)) or seen[-1]
+    try:
+        for name in ("a", "b"):
+            shutil.copytree(tmp_path / "a", tmp_path / "b", dirs_exist_ok=True)
+            if name == "b":  # from the middle on
+                (tmp_path / "b/checkpoints/1-00000006.pt").unlink()
+            assert main(*argv(tmp_path / name, **flags, resume=True)) == 0
+    finally:
+        idistill.read_all = original
+    assert weights(tmp_path / "a") == weights(tmp_path / "b")
+    (trained, held, counts), (again, *_) = seen
+    assert trained == again and all(p in pairs for part in held.values() for p in part if part is held["validation"])
+    assert all(p.strength >= 0 for p in trained)
+    data_line = lines_of(tmp_path / "a")[0]["data"]
+    noisy = counts["labels flipped by --label-noise"]
+    assert 0 < noisy < len(trained) and data_line["labels flipped by --label-noise"] == noisy
+    assert data_line["labels flipped by --flip-negative-strength"] > 0
+    steps = [m for m in lines_of(tmp_path / "a") if "loss" in m]
+    assert steps and all(m["loss"] == m["preference"] != m["bt"] for m in steps)
+
+
+def test_strengths_go_round(judges, argv, tmp_path, capsys):
+    """Two models and two files -> one file of pairs with the naive mean margin -> data_prep.py -> a run that uses it."""
+    pairs, models = make_pairs(14), [judges(seed=k) for k in (0, 1)]
+    pairs[3].chosen = "word " * 80  # fits no model
+    pairs[5].margin, pairs[6].margin = 0.0, 2.5
+    files = [write_pairs(tmp_path / f"{k}.jsonl", pairs[7 * k:7 * k + 7]) for k in (0, 1)]
+    out = tmp_path / "s.jsonl"
+    assert evaluate(*models, "--data", *files, "--max-length", 110, "--strength", out) == 0
+    printed = capsys.readouterr().out
+    got, _ = data_prep.read_pairs([out])
+    kept = pairs[:3] + pairs[4:]
+    margins = np.mean([np.subtract(*naive_scores(m, kept).T) for m in models], axis=0)
+    assert close(np.array([p.strength for p in got]), margins, 1e-4) and np.ptp(margins) > 0
+    assert f"13 pairs with strength ({(margins < 0).sum()} negative), 1 dropped" in printed
+    for p, q in zip(kept, got):
+        assert (p.prompt, p.chosen, p.rejected, p.id, p.margin) == (q.prompt, q.chosen, q.rejected, q.id, q.margin)
+    assert prep(capsys, out, "--out", tmp_path / "t.jsonl.gz")[0] == 0
+    assert data_prep.read_pairs([tmp_path / "t.jsonl.gz"])[0] == got
+    flags = dict(method="bt", teacher=None, data=tmp_path / "t.jsonl.gz", max_steps=2, batch_sum=0.001)
+    assert main(*argv(tmp_path / "run", preference_loss="soft", margin_field="strength", **flags)) == 0
+    assert all({"preference", "batch_sum"} <= set(m) for m in lines_of(tmp_path / "run") if "loss" in m)
+
+
+@pytest.mark.parametrize("field, value", [("margin", "big"), ("margin", -0.5), ("margin", True), ("strength", "1"),
+                                          ("strength", float("nan")), ("margin", float("inf")), ("strength", 10**400)])
+def test_bad_pair_field_is_named(argv, tmp_path, capsys, field, value):
+    path = write_pairs(tmp_path / "bad.jsonl", [GOOD, {**GOOD, "margin": 0, "strength": -2, field: value}])
+    refused(capsys, argv(tmp_path / "run", data=path), "bad.jsonl, line 2", f'"{field}"')
+
+
+@pytest.mark.parametrize("change, mention", [
+    (dict(flip_rate=0.5), "--flip-rate"), (dict(label_noise=1.5), "--label-noise"), (dict(label_noise="nan"), "--label-noise"),
+    (dict(batch_sum=0.1, grad_accum=2), "--grad-accum 1"), (dict(preference_loss="soft"), "--preference-loss soft"),
+    (dict(margin_field="margin"), "--margin-field margin"), (dict(margin_field="strength"), "--strength OUT"),
+    (dict(flip_negative_strength=True), "30 of 30 pairs lack the field strength")])
+def test_missing_field_is_refused_before_any_model(argv, tmp_path, capsys, monkeypatch, change, mention):
+    monkeypatch.setattr(idistill, "load_student", lambda *_: pytest.fail("a model was loaded"))
+    refused(capsys, argv(tmp_path / "run", **change), mention)
+
+
+def test_refusals_of_sft_and_strength(zoo, judges, argv, tmp_path, capsys):
+    refused(capsys, argv(tmp_path / "run", model=zoo("llama", tie_word_embeddings=False), lambda_sft=0.1), "--lambda-sft")
+    data = write_pairs(tmp_path / "d.jsonl", make_pairs(3))
+    for out, mention in ((data, "read as --data"), (tmp_path, "directory"), (f"{data}/x", "cannot be written")):
+        assert evaluate(judges(), "--data", data, "--strength", out) == 2 and mention in capsys.readouterr().err
+    assert len(data_prep.read_pairs([data])[0]) == 3
