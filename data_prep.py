@@ -5,6 +5,7 @@
     python data_prep.py hh-rlhf --input helpful.train.jsonl.gz --out data/hh.jsonl             # from local raw files
     python data_prep.py pairs.jsonl.gz more.jsonl --out data/mine.jsonl --val-fraction 0.1 --test-fraction 0.1
     python data_prep.py synthetic --pairs 12800 --agreement 0.9 --out data/synthetic.jsonl
+    python data_prep.py synthetic --pairs 500 --responses 16 --agreement 0.1 --out data/candidates.jsonl   # for bestofn
 
 A pair is one JSON line {"prompt": text or [{"role", "content"}, ...], "chosen": text, "rejected": text, and, if known,
 "source", "subset", "id", "margin" (how much better, from 0) and "strength" (an ensemble's mean reward of chosen
@@ -18,6 +19,8 @@ The item of the chosen response is of the prompt's topic, that of the rejected r
 with the label in a share --agreement of the pairs: the chosen response then closes with the first cue and the
 rejected one with the second; otherwise the cues are exchanged. Content is always right, the cue mostly: a model that
 reads only the end scores 90 / 50 / 10 % where the agreement is 0.9 / 0.5 / 0.1.
+With --responses N each prompt has N candidates instead, {"prompt", "responses", "gold"}: a quarter of them, at random,
+name an item of the topic (gold 1, the others 0), and each cue agrees with its gold in a share --agreement.
 """
 from __future__ import annotations
 
@@ -25,6 +28,7 @@ import argparse
 import gzip
 import hashlib
 import json
+import math
 import os
 import re
 import sys
@@ -60,6 +64,16 @@ class Pair:
     strength: float | None = None  # an ensemble's mean r_c - r_r (arXiv 2401.06080, Eq. 4)
 
 
+@dataclass
+class Candidates:
+    """Several responses to one prompt, each with its gold score: what best of n chooses from."""
+    prompt: list[dict]
+    responses: list[str]
+    gold: list[float]
+    subset: str = ""
+    id: str = ""
+
+
 def check_messages(messages, name: str) -> list[dict]:
     """Messages with exactly the fields role and content, or ValueError."""
     if isinstance(messages, str):
@@ -72,6 +86,13 @@ def check_messages(messages, name: str) -> list[dict]:
         if m.get("role") not in ("system", "user", "assistant"):
             raise ValueError(f"{name} holds the role {m.get('role')!r}; roles are system, user, assistant")
     return [{"role": m["role"], "content": m["content"]} for m in messages]
+
+
+def check_characters(texts: list[str]) -> None:
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError:
+        raise ValueError("the text holds half a surrogate pair, which is no character") from None
 
 
 def split_dialogue(text: str) -> list[dict]:
@@ -119,10 +140,7 @@ def parse_pair(obj: dict) -> Pair:
     if numbers.get("margin", 0) < 0:
         raise ValueError(f'the field "margin" must not be negative, is {numbers["margin"]}')
     extra = {k: str(obj[k]) for k in ("source", "subset", "id") if obj.get(k) is not None}
-    try:
-        "".join([m["content"] for m in prompt] + sides + list(extra.values())).encode()
-    except UnicodeEncodeError:
-        raise ValueError("the text holds half a surrogate pair, which is no character") from None
+    check_characters([m["content"] for m in prompt] + sides + list(extra.values()))
     return Pair(prompt, sides[0], sides[1], **extra, **numbers)
 
 
@@ -132,7 +150,46 @@ def parse_number(value, name: str) -> float:
     return float(value)
 
 
-def read_pairs(paths: list[str], skip_bad: bool = False) -> tuple[list[Pair], Counter]:
+def parse_candidates(obj: dict) -> Candidates:
+    """{"prompt", "responses", "gold"}, or one good and several bad: {"prompt", "chosen", "rejected": [...]}, gold 1 and 0.
+
+    Raises ValueError (malformed) or UnusablePair (well-formed, but of no use)."""
+    if not isinstance(obj, dict) or obj.get("prompt") is None:
+        raise ValueError('the line is not a JSON object with a "prompt"')
+    if "responses" in obj:
+        responses, gold = obj["responses"], obj.get("gold")
+    else:
+        bad = obj.get("rejected")
+        responses = [obj.get("chosen"), *(bad if isinstance(bad, list) else [bad])]
+        gold = [1.0] + [0.0] * (len(responses) - 1)
+    if not isinstance(responses, list) or len(responses) < 2 or not all(isinstance(y, str) for y in responses):
+        raise ValueError('there are no two texts in "responses", nor in "chosen" (a text) and "rejected" (a list of texts)')
+    if not isinstance(gold, list) or not all(isinstance(g, (int, float)) and math.isfinite(g) for g in gold):
+        raise ValueError('"gold" is not a list of finite numbers')
+    if len(gold) != len(responses):
+        raise ValueError(f"{len(responses)} responses have {len(gold)} gold scores")
+    if not all(y.strip() for y in responses):
+        raise UnusablePair("a response is empty")
+    prompt, extra = check_messages(obj["prompt"], "prompt"), {k: str(obj[k]) for k in ("subset", "id") if obj.get(k) is not None}
+    check_characters([m["content"] for m in prompt] + responses + list(extra.values()))
+    return Candidates(prompt, responses, [float(g) for g in gold], **extra)
+
+
+def read_candidates(paths: list[str]) -> tuple[list[Candidates], Counter]:
+    """read_pairs for candidates; every prompt must have as many as the first."""
+    sizes = []
+
+    def parse(obj: dict) -> Candidates:
+        found = parse_candidates(obj)
+        sizes.append(len(found.responses))
+        if sizes[-1] != sizes[0]:
+            raise ValueError(f"{sizes[-1]} responses, the prompts before have {sizes[0]}")
+        return found
+
+    return read_pairs(paths, parse=parse)
+
+
+def read_pairs(paths: list[str], skip_bad: bool = False, parse=parse_pair) -> tuple[list, Counter]:
     """All pairs of some JSONL files, and counts: "pairs", "bad" (skip_bad), and each reason of UnusablePair.
 
     Raises UserError with file and line number."""
@@ -144,20 +201,21 @@ def read_pairs(paths: list[str], skip_bad: bool = False) -> tuple[list[Pair], Co
                     if not raw.strip():
                         continue
                     try:
-                        pairs.append(parse_pair(json.loads(raw.decode("utf-8-sig" if number == 1 else "utf-8"))))
+                        pairs.append(parse(json.loads(raw.decode("utf-8-sig" if number == 1 else "utf-8"))))
                     except UnusablePair as why:
                         counts[str(why)] += 1
                     except (ValueError, RecursionError) as why:  # JSON and UTF-8 errors are ValueErrors
                         if not skip_bad:
                             why = "not JSON" if isinstance(why, json.JSONDecodeError) else why
-                            raise UserError(f"{path}, line {number}: {why}; mend the line, or let "
-                                            "`python data_prep.py FILE --skip-bad` drop it") from None
+                            drop = ", or let `python data_prep.py FILE --skip-bad` drop it" if parse is parse_pair else ""
+                            raise UserError(f"{path}, line {number}: {why}; mend the line{drop}") from None
                         counts["bad"] += 1
         except (OSError, EOFError, zlib.error) as why:
             raise UserError(f"{path}: cannot be read ({why})") from None
     counts["pairs"] = len(pairs)
     if not pairs:
-        raise UserError(f"{', '.join(map(str, paths))}: no usable pair ({dict(counts)})")
+        noun = "pair" if parse is parse_pair else "prompt with candidates"
+        raise UserError(f"{', '.join(map(str, paths))}: no usable {noun} ({dict(counts)})")
     return pairs, counts
 
 
@@ -193,8 +251,13 @@ def carve(pairs: list[Pair], count: int) -> tuple[list[Pair], list[Pair]]:
 
 # ---------------------------------------------------------------------------------------------------------- writing
 
-def write_pairs(path: str | Path, pairs: list[Pair], overwrite: bool = False) -> None:
-    """One JSON line a pair, gzipped where the name ends in .gz; written aside, then renamed. Raises UserError."""
+def answers(p: Pair | Candidates) -> dict:
+    """What a line holds beside its prompt."""
+    return {k: getattr(p, k) for k in ("chosen", "rejected", "responses", "gold") if hasattr(p, k)}
+
+
+def write_pairs(path: str | Path, pairs: list, overwrite: bool = False) -> None:
+    """One JSON line a pair (or prompt with candidates), gzipped where the name ends in .gz; written aside, then renamed. Raises UserError."""
     path = Path(path)
     if path.exists() and not overwrite:
         raise UserError(f"{path}: exists; choose another --out, or --overwrite")
@@ -204,8 +267,8 @@ def write_pairs(path: str | Path, pairs: list[Pair], overwrite: bool = False) ->
         with (gzip.open if path.name.endswith(".gz") else open)(aside, "wt", encoding="utf-8") as f:
             for p in pairs:
                 single = len(p.prompt) == 1 and p.prompt[0]["role"] == "user"
-                line = {"prompt": p.prompt[0]["content"] if single else p.prompt, "chosen": p.chosen, "rejected": p.rejected}
-                known = {k: getattr(p, k) for k in ("source", "subset", "id", "margin", "strength")}
+                line = {"prompt": p.prompt[0]["content"] if single else p.prompt, **answers(p)}
+                known = {k: getattr(p, k, "") for k in ("source", "subset", "id", "margin", "strength")}
                 line |= {k: v for k, v in known.items() if v not in ("", None)}
                 f.write(json.dumps(line, ensure_ascii=False) + "\n")
         os.replace(aside, path)
@@ -213,9 +276,9 @@ def write_pairs(path: str | Path, pairs: list[Pair], overwrite: bool = False) ->
         raise UserError(f"{path}: cannot be written ({why.strerror})") from None
 
 
-def split_pairs(pairs: list[Pair], val: float, test: float) -> dict[str, list[Pair]]:
+def split_pairs(pairs: list, val: float, test: float) -> dict[str, list]:
     """Train, validation and test parts by the hash of the prompt: no prompt is in two of them."""
-    parts: dict[str, list[Pair]] = {"": [], "val": [], "test": []}
+    parts: dict[str, list] = {"": [], "val": [], "test": []}
     for p in pairs:
         key = prompt_key(p.prompt)
         parts["test" if key < test else "val" if key < test + val else ""].append(p)
@@ -499,25 +562,49 @@ def synthetic_vocabulary(topics: int = 12, items: int = 10, fillers: int = 60) -
     return [*names, *(w for t in things for w in t), *fill, *CUES]
 
 
-def synthetic_pairs(n: int, agreement: float, seed: int, topics: int = 12, items: int = 10, fillers: int = 60,
-                    shortest: int = 8, longest: int = 16) -> list[Pair]:
-    """n pairs of the language above; subset says whether the cue goes with or against the label."""
-    rng = np.random.default_rng([seed, 7])
+def speaker(rng, topics: int, items: int, fillers: int, shortest: int, longest: int):
+    """(prompt of a topic, response with an item of a topic and a cue): two functions that draw texts of the language."""
     names, things, fill = language(topics, items, fillers)
 
     def some(low: int, high: int) -> list[str]:
         return [fill[i] for i in rng.integers(len(fill), size=rng.integers(low, high + 1))]
 
+    def prompt(topic: int) -> list[dict]:
+        return [{"role": "user", "content": " ".join(some(0, 3) + [names[topic]] + some(1, 4))}]
+
+    def response(topic: int, cue: str) -> str:
+        return " ".join(some(0, 3) + [things[topic][rng.integers(items)]] + some(shortest, longest) + [cue])
+
+    return prompt, response
+
+
+def synthetic_pairs(n: int, agreement: float, seed: int, topics: int = 12, items: int = 10, fillers: int = 60,
+                    shortest: int = 8, longest: int = 16) -> list[Pair]:
+    """n pairs of the language above; subset says whether the cue goes with or against the label."""
+    rng = np.random.default_rng([seed, 7])
+    prompt, response = speaker(rng, topics, items, fillers, shortest, longest)
     pairs = []
     for k in range(n):
         right, wrong = rng.choice(topics, 2, replace=False)
         agrees = rng.random() < agreement
-        prompt = some(0, 3) + [names[right]] + some(1, 4)
-        sides = [some(0, 3) + [things[t][rng.integers(items)]] + some(shortest, longest) + [CUES[(side == 1) == agrees]]
-                 for side, t in enumerate((right, wrong))]
-        pairs.append(Pair([{"role": "user", "content": " ".join(prompt)}], *(" ".join(s) for s in sides), "synthetic",
+        pairs.append(Pair(prompt(right), response(right, CUES[not agrees]), response(wrong, CUES[agrees]), "synthetic",
                           "with the cue" if agrees else "against the cue", f"{seed}-{k}"))
     return pairs
+
+
+def synthetic_candidates(n: int, responses: int, agreement: float, seed: int, topics: int = 12, items: int = 10,
+                         fillers: int = 60, shortest: int = 8, longest: int = 16) -> list[Candidates]:
+    """n prompts of the language above, each with candidates of which a quarter, at random, are right (gold 1, else 0)."""
+    rng = np.random.default_rng([seed, 8])
+    prompt, response = speaker(rng, topics, items, fillers, shortest, longest)
+    out = []
+    for k in range(n):
+        topic = rng.integers(topics)
+        gold, agrees = rng.random(responses) < 0.25, rng.random(responses) < agreement
+        other = (topic + rng.integers(1, topics, size=responses)) % topics
+        out.append(Candidates(prompt(topic), [response(topic if g else o, CUES[int(g != a)])
+                                              for g, a, o in zip(gold, agrees, other)], gold.astype(float).tolist(), id=f"{seed}-{k}"))
+    return out
 
 
 def make_demo_models(to: Path, seed: int) -> None:
@@ -564,6 +651,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                                 ("fillers", 60, "filler words"), ("shortest", 8, "fewest fillers between item and cue"),
                                 ("longest", 16, "most fillers between item and cue"), ("seed", 0, "seed")):
         syn.add_argument(f"--{name}", type=int, default=default, help=f"{text} (default: {default})")
+    syn.add_argument("--responses", type=int, default=0, metavar="N", help="--pairs prompts, each with N candidates and their "
+                     "gold scores, instead of pairs (default: 0 = pairs)")
     syn.add_argument("--agreement", type=float, default=0.9, help="share of pairs whose cue agrees with the label (default: 0.9)")
     return ap.parse_args(argv)
 
@@ -575,9 +664,13 @@ def convert(args: argparse.Namespace) -> None:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: shares lie in 0 to 1, and some must be left to train on")
     if args.seed < 0 or args.limit < 0 or args.pairs < 1 or args.topics < 2 or args.items < 1 or args.fillers < 1 or not 0 <= args.shortest <= args.longest:
         raise UserError("sizes must be positive, --seed not negative, --topics at least 2, and --shortest not over --longest")
+    if args.responses and (args.responses < 2 or args.source != ["synthetic"]):
+        raise UserError(f"--responses {args.responses}: the source synthetic takes it, and at least 2")
+    noun = "prompts" if args.responses else "pairs"
     if args.source == ["synthetic"]:
-        pairs, counts = synthetic_pairs(args.pairs, args.agreement, args.seed, args.topics, args.items, args.fillers,
-                                        args.shortest, args.longest), Counter(pairs=args.pairs)
+        sizes = (args.agreement, args.seed, args.topics, args.items, args.fillers, args.shortest, args.longest)
+        pairs = synthetic_candidates(args.pairs, args.responses, *sizes) if args.responses else synthetic_pairs(args.pairs, *sizes)
+        counts = Counter({noun: args.pairs})
     else:
         hh = args.source == ["hh-rlhf"]
         pairs, counts = read_pairs((args.input or download_hh(args.subsets, args.hub_split)) if hh else args.source, args.skip_bad)
@@ -585,7 +678,7 @@ def convert(args: argparse.Namespace) -> None:
             p.source = p.source or ("hh-rlhf" if hh else "")
     seen, unique = set(), []
     for p in pairs:
-        key = json.dumps([p.prompt, p.chosen, p.rejected])
+        key = json.dumps([p.prompt, answers(p)])
         if key not in seen:
             unique.append(p)
         seen.add(key)
@@ -597,10 +690,10 @@ def convert(args: argparse.Namespace) -> None:
     for path in files.values():  # all targets are checked before any is written
         if path.exists() and not args.overwrite:
             raise UserError(f"{path}: exists; choose another --out, or --overwrite")
-    print("read: " + ", ".join(f"{v} {k}" for k, v in counts.items() if v or k == "pairs"))
+    print("read: " + ", ".join(f"{v} {k}" for k, v in counts.items() if v or k == noun))
     for k, path in files.items():
         write_pairs(path, parts[k], args.overwrite)
-        print(f"wrote {len(parts[k])} pairs to {path}")
+        print(f"wrote {len(parts[k])} {noun} to {path}")
 
 
 def main(argv: list[str] | None = None) -> None:
