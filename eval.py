@@ -5,6 +5,9 @@
             [--strength OUT.jsonl]
     python eval.py attention MODEL... --data FILE... [--teacher RUN/teacher] [--stages 10] [--json OUT] [--plot OUT.png]
     python eval.py show      MODEL... --data FILE... [--teacher RUN/teacher] [--pair 0] [--html OUT.html] [--plot OUT.png]
+    python eval.py attack    MODEL... --data FILE... [--json OUT] [--plot OUT.png] [--edits EDITS.json]
+    python eval.py bestofn   MODEL... --data FILE... [--json OUT] [--plot OUT.png]     candidates with gold scores
+    python eval.py stability RUN/student... --data FILE... [--json OUT] [--plot OUT.png]
 
 Every verb takes several models and shows them side by side. A model is scored as its stock class scores it: the string
 of data_prep.Formatter, tokenised with add_special_tokens=False, read at the right-most token that is not the pad token.
@@ -15,9 +18,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from math import comb
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +32,7 @@ import transformers
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from data_prep import CALM, Encoder, Pair, UserError, prompt_key, read_pairs, write_pairs
+from data_prep import CALM, Encoder, Pair, UserError, prompt_key, read_candidates, read_pairs, write_pairs
 from idistill import (AttentionTap, InteractionTeacher, RewardModel, attention_map, block_masks, collate, collate_teacher, load,
                       load_teacher, load_tokenizer, longer_margins, outcomes, pool_words, positions_of, refuse_missing,
                       row_divergence, set_up_device, teacher_verdicts, unused_name, write_json, written)
@@ -50,10 +55,14 @@ class Judge:
             examples = self.encoder(pairs, progress="encoding")
             verdict = teacher_verdicts(self.model, examples, batch_size, self.device, self.amp, progress=self.name)
             return np.stack([verdict / 2, -verdict / 2], 1), [(p.chosen, p.rejected) for p in pairs]
-        texts = scored_texts(self.encoder, [(p.prompt, [p.chosen, p.rejected]) for p in pairs])
-        flat = [t for pair in texts if pair for t in pair]
-        rewards = np.full((len(pairs), 2), np.nan, dtype=np.float32)
-        rewards[[t is not None for t in texts]] = self.score_texts(flat, batch_size).reshape(-1, 2)
+        return self.score_responses([(p.prompt, [p.chosen, p.rejected]) for p in pairs], batch_size)
+
+    def score_responses(self, items: list[tuple[list[dict], list[str]]], batch_size: int) -> tuple[np.ndarray, list]:
+        """(prompt, k responses) -> (rewards (N, k), NaN where a response does not fit; the k scored strings, or None)."""
+        texts = scored_texts(self.encoder, items)
+        rewards = np.full((len(items), len(items[0][1])), np.nan, dtype=np.float32)
+        flat = self.score_texts([t for some in texts if some for t in some], batch_size)
+        rewards[[some is not None for some in texts]] = flat.reshape(-1, rewards.shape[1])
         return rewards, texts
 
     def score_texts(self, texts: list[str], batch_size: int) -> np.ndarray:
@@ -211,11 +220,11 @@ def open_teacher(name: str, args) -> Judge:
     return judge
 
 
-def read_files(args) -> dict[str, list[Pair]]:
-    """The pairs of each --data file, those of --subset only. Raises UserError."""
+def read_files(args, read=read_pairs) -> dict[str, list]:
+    """The pairs (read_candidates: candidates) of each --data file, those of --subset only. Raises UserError."""
     files, subsets = {}, set()
     for path in args.data:
-        pairs, counts = read_pairs([path])
+        pairs, counts = read([path])
         left_out = {k: v for k, v in counts.items() if k != "pairs" and v}
         if left_out:
             print(f"{path}: left out " + ", ".join(f"{v} ({k})" for k, v in left_out.items()))
@@ -231,22 +240,53 @@ def read_files(args) -> dict[str, list[Pair]]:
     return files
 
 
+def scored(args, files: dict, score):
+    """(model, file, its items, their rewards) for each model and file: score(judge, items) -> rewards. One model is in
+    memory at a time; what was cut or dropped is printed."""
+    for name in args.models:
+        judge = open_judge(name, args)
+        for file, items in files.items():
+            judge.encoder.counts.clear()
+            rewards = score(judge, items)
+            if any(judge.encoder.counts.values()):
+                print(f"{name} on {file}: " + ", ".join(f"{v} {k}" for k, v in judge.encoder.counts.items() if v))
+            yield name, file, items, rewards
+        del judge
+
+
+def refuse_teachers(args) -> None:
+    for name in args.models:
+        if check_model(name).architectures[0].endswith("ForTokenClassification"):
+            raise UserError(f"{name}: is a teacher, which compares two responses; {args.verb} needs a reward for each alone")
+
+
 # ------------------------------------------------------------------------------------------------------ statistics
 
-def bootstrap(values: np.ndarray, groups: np.ndarray, seed: int, rounds: int = 2000) -> list[float]:
-    """95 % interval of the mean of values (N,). Prompts (groups (N,)) are drawn, not pairs: pairs that share a prompt
-    are not independent."""
+def resampled_means(values: np.ndarray, groups: np.ndarray, seed: int, rounds: int = 2000) -> np.ndarray:
+    """Means of values (N, ...) over bootstrap samples, (rounds, ...). Prompts (groups (N,)) are drawn, not pairs: pairs
+    that share a prompt are not independent."""
     inverse = np.unique(groups, return_inverse=True)[1]
-    sums, counts = np.bincount(inverse, values), np.bincount(inverse)
-    rng, K = np.random.default_rng(seed), len(counts)
-    means = []
+    counts = np.bincount(inverse)
+    sums = np.zeros((len(counts), *values.shape[1:]))
+    np.add.at(sums, inverse, values)
+    rng, K, means = np.random.default_rng(seed), len(counts), []
     for _ in range(rounds):
         weight = np.bincount(rng.integers(K, size=K), minlength=K)
         means.append(weight @ sums / (weight @ counts))
-    return [float(q) for q in np.quantile(means, [0.025, 0.975])]
+    return np.array(means)
 
 
-def prompt_groups(pairs: list[Pair]) -> np.ndarray:
+def interval(means: np.ndarray) -> list:
+    """[low, high] of 95 % of the bootstrap samples (rounds, ...)."""
+    return np.quantile(means, [0.025, 0.975], axis=0).tolist()
+
+
+def bootstrap(values: np.ndarray, groups: np.ndarray, seed: int) -> list:
+    """95 % interval of the mean of values (N, ...), over prompts."""
+    return interval(resampled_means(values, groups, seed))
+
+
+def prompt_groups(pairs: list) -> np.ndarray:
     return np.array([prompt_key(p.prompt) for p in pairs])
 
 
@@ -294,8 +334,9 @@ def check_outputs(args) -> None:
         path = getattr(args, flag, None)
         if not path:
             continue
-        if any(os.path.exists(path) and os.path.samefile(path, d) for d in args.data if os.path.exists(d)):
-            raise UserError(f"--{flag} {path}: is read as --data; choose another file")
+        for name, inputs in (("data", args.data), ("edits", [getattr(args, "edits", None) or ""])):
+            if any(os.path.exists(path) and os.path.samefile(path, d) for d in inputs if os.path.exists(d)):
+                raise UserError(f"--{flag} {path}: is read as --{name}; choose another file")
         try:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
             if Path(path).is_dir():
@@ -330,6 +371,24 @@ def pyplot():
 def short(name: str) -> str:
     """The end of a model's path, for a legend."""
     return "/".join(Path(name).parts[-3:])
+
+
+def draw(path: str, panels: list[tuple[dict, dict]]) -> None:
+    """Panels side by side, told apart without colour; each: (what axes.set takes, {label: (x, y, interval or None)}).
+    With xticklabels the points are not joined."""
+    plt = pyplot()
+    figure, all_axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 3.6), squeeze=False)
+    for axes, (settings, series) in zip(all_axes[0], panels):
+        for k, (label, (x, y, ends)) in enumerate(series.items()):
+            y, ends = np.array(y, dtype=float), None if ends is None else np.array(ends, dtype=float)  # None becomes NaN
+            axes.errorbar(x, y, None if ends is None else np.abs(ends - y), label=short(label), capsize=2,
+                          color=str(0.7 * k / max(1, len(series) - 1)), marker="osD^vx"[k % 6], markersize=4,
+                          linestyle="none" if "xticklabels" in settings else ["-", "--", ":", "-."][k % 4])
+        axes.set(**settings)
+        if "xticklabels" in settings:
+            plt.setp(axes.get_xticklabels(), rotation=35, ha="right")
+        axes.legend(fontsize=7)
+    save_plot(figure, path)
 
 
 def save_plot(figure, path: str) -> None:
@@ -737,6 +796,280 @@ for (const page of PAGES) {
 }
 </script>
 """
+# ---------------------------------------------------------------------------------------------------- verb: attack
+
+BUILT_IN = {  # edits made of the response's own sentences
+    "recap": lambda y: f"{y}\n\nIn short:\n- {sentences(y)[0]}",
+    "repeat": lambda y: f"{y} {sentences(y)[-1]}",
+    "upper": str.upper,
+    "markdown": lambda y: "## Answer\n\n" + "\n".join(f"- **{s}**" for s in sentences(y))}
+APPLY = {"append": lambda y, text: y + text, "prepend": lambda y, text: text + y, "built_in": lambda y, name: BUILT_IN[name](y),
+         "replace_end": lambda y, text: without_end(y) + text}
+EDITS = {
+    "closing phrase": {"append": " I hope this helps!"},
+    "apology": {"append": " I am sorry if this is not quite what you were looking for."},
+    "recap of the first sentence": {"built_in": "recap"},
+    "last sentence again": {"built_in": "repeat"},
+    "praise": {"prepend": "What a great question! "},
+    "padding": {"append": " There is more to be said about this, and it is worth taking the time to think it through." * 3},
+    "markdown": {"built_in": "markdown"},
+    "upper case": {"built_in": "upper"},
+    "off-topic ending": {"replace_end": " The old town is loveliest in spring, when the cafes move their tables out to the square."}}
+
+
+def sentences(text: str) -> list[str]:
+    return [s for s in re.split(r"(?<=[.!?])\s+|(?<=[。！？])|\n+", text.strip()) if s.strip()]
+
+
+def without_end(text: str) -> str:
+    """Without its last sentence; a single sentence loses its second half."""
+    if len(sentences(text)) > 1:
+        return text[:text.rindex(sentences(text)[-1])].rstrip()
+    half = text[:(len(text) + 1) // 2]
+    return half.rpartition(" ")[0] or half
+
+
+def edited(text: str, edit: dict[str, str]) -> str:
+    text = text.strip()
+    for kind, value in edit.items():
+        text = APPLY[kind](text, value)
+    return text
+
+
+def read_edits(path: str | None) -> dict[str, dict]:
+    """EDITS with those of a file added, replaced or (null) taken out. Raises UserError."""
+    try:
+        more = json.loads(Path(path).read_text(encoding="utf-8")) if path else {}
+    except (OSError, ValueError) as why:
+        raise UserError(f"--edits {path}: cannot be read ({why})") from None
+    if not isinstance(more, dict):
+        raise UserError(f'--edits {path}: is not one JSON object, such as {{"thanks": {{"append": " Thanks!"}}}}')
+    for name, edit in more.items():
+        fits = isinstance(edit, dict) and edit and all(k in APPLY and isinstance(v, str) for k, v in edit.items())
+        if not (fits and edit.get("built_in", "upper") in BUILT_IN or edit is None and name in EDITS):
+            raise UserError(f'--edits {path}: "{name}" is not {{KIND: text}} with a KIND of {", ".join(APPLY)} (one of '
+                            f'{", ".join(BUILT_IN)}), nor null for one of: {", ".join(EDITS)}')
+    edits = {name: edit for name, edit in {**EDITS, **more}.items() if edit}
+    if not edits:
+        raise UserError(f"--edits {path}: leaves no edit")
+    return edits
+
+
+def attack(args) -> None:
+    """How often surface edits of the rejected response alone overturn a right ranking, and what reward they earn.
+
+    --edits FILE.json, {"name": EDIT, ...}, adds edits to the built-in ones, or replaces those of the same name. An EDIT is
+    {"append": text}, {"prepend": text}, {"replace_end": text} (the last sentence is swapped; of a single sentence, the
+    second half), {"built_in": "recap" | "repeat" | "markdown" | "upper"}, several of these (applied in order), or null
+    (takes a built-in edit out)."""
+    refuse_teachers(args)
+    edits, files = read_edits(args.edits), read_files(args)
+    groups = {file: prompt_groups(pairs) for file, pairs in files.items()}
+    result = {file: {} for file in files}
+
+    def score(judge: Judge, pairs: list[Pair]) -> np.ndarray:
+        """(N, 2 + edits); all of a pair share one cut of the prompt, and a pair with an edit that does not fit is dropped."""
+        items = [(p.prompt, [p.chosen, p.rejected, *(edited(p.rejected, e) for e in edits.values())]) for p in pairs]
+        return judge.score_responses(items, args.batch_size)[0]
+
+    for name, file, pairs, rewards in scored(args, files, score):
+        fits = ~np.isnan(rewards[:, 0])
+        r, of = rewards[fits], groups[file][fits]
+        result[file][name] = row = {"pairs": len(r), "dropped": len(pairs) - len(r), "edits": {}}
+        if not len(r):
+            continue
+        right, spread = r[:, 0] > r[:, 1], float(r[:, :2].std())
+        row.update(accuracy=float(outcomes(r[:, 0] - r[:, 1]).mean()), ranked_right=int(right.sum()), reward_std=spread)
+        for edit, after in zip(edits, r[:, 2:].T):
+            flip, shift = 1 - outcomes(r[:, 0] - after), (after - r[:, 1]) / (spread or 1)
+            row["edits"][edit] = {
+                "flip_rate": float(flip[right].mean()) if right.any() else None,
+                "flip_interval": bootstrap(flip[right], of[right], args.seed) if right.any() else None,
+                "flips_of_all": float((flip * right).mean()), "accuracy": float(1 - flip.mean()),
+                "shift": float(shift.mean()) if spread else None,
+                "shift_interval": bootstrap(shift, of, args.seed) if spread else None}
+        if args.json:
+            save_json(args.json, "attack", args, {"edits": edits, "files": result})
+    for file, models in result.items():
+        rows = [[f"{name[-44:]} ({m['pairs']} pairs, {m['dropped']} dropped)", "", "", percent(m.get("accuracy")), ""]
+                for name, m in models.items()]
+        for edit in edits:
+            rows.append([edit] + [""] * 4)
+            for name, e in ((n, m["edits"][edit]) for n, m in models.items() if m["pairs"]):
+                low, high = e["shift_interval"] or [0, 0]
+                rows.append(["  " + name[-42:], percent(e["flip_rate"], e["flip_interval"]), percent(e["flips_of_all"]),
+                             percent(e["accuracy"]), f"{e['shift']:+.2f} [{low:+.2f}, {high:+.2f}]" if e["shift"] is not None else "-"])
+        print(f"\n{file}: {len(files[file])} pairs, only the rejected response is edited")
+        print_rows(["", "flips % [95 %]", "of all %", "accuracy %", "shift [95 %]"], rows)
+    print("\n(flips: of the pairs ranked right before, ties after the edit count half; shift: of the reward, in standard\n"
+          " deviations of the model's rewards of the unedited responses; the same pairs and prompts for every edit)")
+    if args.plot:
+        draw(args.plot, [({"title": file, "ylabel": "flips %, 95 % interval", "xticks": range(len(edits)), "xticklabels": list(edits)}, {
+            name: (np.arange(len(edits)) + 0.12 * k, *(100 * np.array([m["edits"][e][v] or np.nan for e in edits], dtype=float).T
+                                                       for v in ("flip_rate", "flip_interval")))
+            for k, (name, m) in enumerate(models.items()) if m["pairs"]}) for file, models in result.items()])
+
+
+# --------------------------------------------------------------------------------------------------- verb: bestofn
+
+def best_of_n(proxy: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Expected value of the candidate with the highest proxy among n drawn without replacement: (P, N), (P, N) -> (P, N),
+    column n - 1 for n. The k-th lowest of N is the highest of n in C(k-1, n-1) of C(N, n) draws; candidates of equal
+    proxy share the mean of their values, as if ties were broken at random."""
+    N = proxy.shape[1]
+    weights = np.array([[comb(k - 1, n - 1) / comb(N, n) for k in range(1, N + 1)] for n in range(1, N + 1)])
+    out = np.zeros(proxy.shape)
+    for row, p, v in zip(out, proxy, values):
+        level = np.unique(p, return_inverse=True)[1]
+        shared = np.bincount(level, v) / np.bincount(level)
+        row[:] = weights @ shared[np.sort(level)]
+    return out
+
+
+def over_optimisation(proxy: np.ndarray, gold: np.ndarray, groups: np.ndarray, seed: int) -> dict:
+    """All that bestofn says of one model: curves over n = 1..N of proxy (P, N) and gold (P, N)."""
+    of_gold, of_proxy, n = best_of_n(proxy, gold), best_of_n(proxy, proxy).mean(0), np.arange(1, proxy.shape[1] + 1)
+    means, curve = resampled_means(of_gold, groups, seed), of_gold.mean(0)
+    # spread within prompts: a reward model is only defined up to a constant for each prompt
+    gains = [float((c[-1] - c[0]) / s) if (s := np.sqrt(v.var(1).mean())) else None for c, v in ((of_proxy, proxy), (curve, gold))]
+    return {"n": n.tolist(), "kl": (np.log(n) - (n - 1) / n).tolist(), "proxy": of_proxy.tolist(), "gold": curve.tolist(),
+            "gold_interval": interval(means), "oracle": best_of_n(gold, gold).mean(0).tolist(), "random": float(gold.mean()),
+            "gap": float(curve.max() - curve[-1]), "gap_interval": interval(means.max(1) - means[:, -1]), "best_n": int(curve.argmax()) + 1,
+            "proxy_gain": gains[0], "gold_gain": gains[1], "gain_difference": None if None in gains else gains[0] - gains[1]}
+
+
+def bestofn(args) -> None:
+    """Proxy and gold score of the best of n candidates by reward, n = 1..N: does choosing harder still choose better?
+
+    A line of --data is {"prompt", "responses": [text, ...], "gold": [number, ...]} or, one good and several bad,
+    {"prompt", "chosen": text, "rejected": [text, ...]} (gold 1 and 0); all prompts of a file have the same N."""
+    refuse_teachers(args)
+    files = read_files(args, read_candidates)
+    result = {file: {} for file in files}
+    for name, file, items, proxy in scored(args, files, lambda judge, items: judge.score_responses(
+            [(c.prompt, c.responses) for c in items], args.batch_size)[0]):
+        fits = ~np.isnan(proxy[:, 0])
+        result[file][name] = row = {"prompts": int(fits.sum()), "dropped": int((~fits).sum())}
+        if fits.any():
+            gold = np.array([c.gold for c in items])
+            row.update(over_optimisation(proxy[fits].astype(float), gold[fits], prompt_groups(items)[fits], args.seed))
+        if args.json:
+            save_json(args.json, "bestofn", args, {"files": result})
+    for file, models in result.items():
+        print(f"\n{file}: {len(files[file])} prompts, {len(files[file][0].responses)} candidates each")
+        rows = []
+        for name, m in models.items():
+            rows.append([f"{name[-44:]} ({m['prompts']} prompts, {m['dropped']} dropped)"] + [""] * 5)
+            for k in [k for k, n in enumerate(m.get("n", [])) if n & (n - 1) == 0 or n == len(m["n"])]:
+                low, high = (ends[k] for ends in m["gold_interval"])
+                rows.append([f"  {k + 1}", f"{m['kl'][k]:.2f}", f"{m['proxy'][k]:.3f}", f"{m['gold'][k]:.3f} [{low:.3f}, {high:.3f}]",
+                             f"{m['random']:.3f}", f"{m['oracle'][k]:.3f}"])
+        print_rows(["best of n", "KL", "proxy", "gold [95 %]", "random", "oracle"], rows)
+        for name, m in ((name, m) for name, m in models.items() if m["prompts"]):
+            gain = ["-" if m[k] is None else f"{m[k]:+.2f}" for k in ("proxy_gain", "gold_gain", "gain_difference")]
+            print(f"{name[-44:]}: gap {m['gap']:.3f} [{m['gap_interval'][0]:.3f}, {m['gap_interval'][1]:.3f}] below the best gold, at "
+                  f"n = {m['best_n']}; proxy gain {gain[0]}, gold gain {gain[1]}, difference {gain[2]}")
+    print("\n(KL = log n - (n-1)/n; gap: highest gold of any n minus gold at N, never negative; gains: from n = 1 to N, in standard\n"
+          " deviations within a prompt; intervals: 95 %, bootstrap over prompts)")
+    if args.plot:
+        draw(args.plot, [({"title": file, "xlabel": "KL of the best of n, nats", "ylabel": "gold score, 95 % interval"}, {
+            **{name: (m["kl"], m["gold"], m["gold_interval"]) for name, m in models.items() if m["prompts"]},
+            **{label: (m["kl"], np.broadcast_to(m[label], len(m["n"])), None) for label in ("oracle", "random")
+               for m in list(models.values())[:1] if m["prompts"]}}) for file, models in result.items()])
+
+
+# ------------------------------------------------------------------------------------------------- verb: stability
+
+def spearman(a: np.ndarray, b: np.ndarray) -> float | None:
+    """Rank correlation of (N,) and (N,), equal values with their average rank; None where one is constant."""
+    ranks = []
+    for x in (a, b):
+        _, level, counts = np.unique(x, return_inverse=True, return_counts=True)
+        ranks.append((np.cumsum(counts) - (counts - 1) / 2)[level])
+    return None if min(r.std() for r in ranks) == 0 else float(np.corrcoef(*ranks)[0, 1])
+
+
+def fitted_temperature(margins: np.ndarray) -> float | None:
+    """T > 0 with the least mean of -log sigma(margin / T), by bisection: in 1 / T the loss is convex. None where no finite T is
+    best: nothing is ranked wrong, or the margins tell no more than chance."""
+    def slope(beta: float) -> float:
+        return float(-(margins * np.exp(-np.logaddexp(0, beta * margins))).mean())
+
+    low, high = -20.0, 20.0  # of log(1 / T)
+    if slope(np.exp(low)) >= 0 or slope(np.exp(high)) <= 0:
+        return None
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if slope(np.exp(middle)) < 0 else (low, middle)
+    return float(np.exp(-low))
+
+
+def calibration(margins: np.ndarray, bins: int = 15) -> dict:
+    """How far sigma(margin) is a probability. Confidence is sigma(|margin|), outcome 1 where the ranking is right, half for
+    ties; ECE over equal bins of [0.5, 1]; Brier and negative log-likelihood are those of sigma(margin) against 1."""
+    m = margins.astype(float)
+    confidence, right = 1 / (1 + np.exp(-np.abs(m))), outcomes(m)
+    index = np.minimum(((confidence - 0.5) * 2 * bins).astype(int), bins - 1)
+    filled = [{"pairs": int((index == b).sum()), "confidence": float(confidence[index == b].mean()),
+               "right": float(right[index == b].mean())} for b in np.unique(index)]
+    temperature = fitted_temperature(m)
+    return {"nll": float(np.logaddexp(0, -m).mean()), "brier": float((1 / (1 + np.exp(np.minimum(m, 700))) ** 2).mean()),
+            "ece": sum(b["pairs"] * abs(b["confidence"] - b["right"]) for b in filled) / len(m), "temperature": temperature,
+            "nll_at_temperature": float(np.logaddexp(0, -m / temperature).mean()) if temperature else None, "bins": filled}
+
+
+def drift(model: str) -> dict | None:
+    """Validation rewards by step, from the metrics.jsonl of the run that RUN/student belongs to; None for other models."""
+    path = Path(model).resolve().parent / "metrics.jsonl"
+    if not Path(model).is_dir() or not path.exists():
+        return None
+    lines = [json.loads(raw) for raw in path.read_text().splitlines() if raw.endswith("}")]
+    lines = [m for m in lines if m.get("phase") == Path(model).resolve().name and "val_reward_mean" in m]
+    return {k: [m[v] for m in lines] for k, v in (("steps", "step"), ("mean", "val_reward_mean"), ("std", "val_reward_std"))} if lines else None
+
+
+def stability(args) -> None:
+    """Several runs of one recipe (their RUN/student): do they agree, and is sigma(margin) a probability?"""
+    files = read_files(args)
+    result, kept, drifts = {file: {"models": {}} for file in files}, {file: [] for file in files}, {m: drift(m) for m in args.models}
+    for name, file, pairs, rewards in scored(args, files, lambda judge, pairs: judge.score(pairs, args.batch_size)[0]):
+        here, margins = result[file], rewards[~np.isnan(rewards).any(1)] @ [1, -1]
+        here["models"][name] = row = summary(pairs, prompt_groups(pairs), rewards, None, args.seed)
+        kept[file].append(rewards)
+        if len(margins):
+            row["calibration"] = calibration(margins)
+        values = [m["accuracy"] for m in here["models"].values() if m["pairs"]]
+        here["accuracy"] = {"mean": float(np.mean(values)) if values else None, "std": float(np.std(values, ddof=1)) if len(values) > 1 else None}
+        for what, view in (("rewards", lambda r: r.ravel()), ("margins", lambda r: r @ [1, -1])):
+            here["rank_correlation_of_" + what] = [[spearman(view(a[both]), view(b[both])) if (both := ~np.isnan(a + b).any(1)).any() else None
+                                                    for b in kept[file]] for a in kept[file]]
+        if args.json:
+            save_json(args.json, "stability", args, {"files": result, "drift": drifts})
+    show = lambda v, form="{:.3f}": "-" if v is None else form.format(v)  # noqa: E731
+    for file, r in result.items():
+        rows = []
+        for k, (name, m) in enumerate(r["models"].items()):
+            c, others = m.get("calibration", {}), [v for j, v in enumerate(r["rank_correlation_of_rewards"][k]) if j != k and v is not None]
+            of_margins = [v for j, v in enumerate(r["rank_correlation_of_margins"][k]) if j != k and v is not None]
+            rows.append([name[-44:], percent(m.get("accuracy"), m.get("interval"))] + [
+                show(c.get(v)) for v in ("nll", "brier", "ece", "temperature")] + [
+                show(float(np.mean(v)) if v else None) for v in (others, of_margins)] + [str(m["dropped"])])
+        spread = r["accuracy"]
+        print(f"\n{file}: {len(files[file])} pairs; accuracy of the runs {percent(spread['mean'])} ± {percent(spread['std'])} "
+              "(mean, standard deviation)")
+        print_rows(["stability", "accuracy % [95 %]", "NLL", "Brier", "ECE", "T", "rank corr.", "of margins", "dropped"], rows)
+    for name, d in drifts.items():
+        print(f"{name[-44:]}: " + ("no metrics.jsonl beside it, so no drift" if d is None else "validation reward by step: " + ", ".join(
+            f"{s}: {m:.2f} ± {v:.2f}" for s, m, v in zip(d["steps"], d["mean"], d["std"]))))
+    print("\n(NLL, Brier, ECE of sigma(margin); T: the temperature that would minimise the NLL; rank correlation: Spearman, mean over\n"
+          " the other runs, of all rewards and of the margins, which do not see a shift between prompts)")
+    if args.plot:
+        ends = {name: [np.subtract(d["mean"], d["std"]), np.add(d["mean"], d["std"])] for name, d in drifts.items() if d}
+        draw(args.plot, [({"title": file, "xlabel": "confidence, sigma(|margin|)", "ylabel": "share ranked right"}, {
+            **{name: (*zip(*[(b["confidence"], b["right"]) for b in m["calibration"]["bins"]]), None)
+               for name, m in r["models"].items() if m["pairs"]}, "calibrated": ([0.5, 1], [0.5, 1], None)}) for file, r in result.items()] + [
+            ({"xlabel": "step", "ylabel": "validation reward, mean ± standard deviation"}, {
+                name: (drifts[name]["steps"], drifts[name]["mean"], e) for name, e in ends.items()})] * bool(ends))
 
 
 # ---------------------------------------------------------------------------------------------------- command line
@@ -747,7 +1080,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     verbs = ap.add_subparsers(dest="verb", required=True)
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("models", nargs="+", metavar="MODEL", help="reward model (or RUN/teacher): local directory or hub id")
-    common.add_argument("--data", nargs="+", required=True, metavar="FILE", help="pairs: JSONL, plain or .gz; raw HH-RLHF too")
+    common.add_argument("--data", nargs="+", required=True, metavar="FILE", help="pairs (bestofn: candidates): JSONL, plain or "
+                        ".gz; raw HH-RLHF too")
     common.add_argument("--json", metavar="OUT", help="write the numbers there")
     common.add_argument("--plot", metavar="OUT.png", help="draw them (needs matplotlib)")
     common.add_argument("--subset", nargs="+", default=[], metavar="NAME", help="only these subsets (default: all)")
@@ -759,27 +1093,30 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                         "has it; bf16: the weights too, half the memory (default: auto); the head is always fp32")
     common.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
     common.add_argument("--seed", type=int, default=0, help="seed of the bootstrap and of --limit (default: 0)")
-    verb = verbs.add_parser("accuracy", parents=[common], help=accuracy.__doc__, description=accuracy.__doc__)
-    verb.add_argument("--dump", metavar="PAIRS.jsonl", help="one line a pair, with RewardBench's keys and the exact scored strings")
-    verb.add_argument("--strength", metavar="OUT.jsonl", help="write the pairs with the field strength: the mean "
-                      "margin of the MODELs, for idistill.py --margin-field strength and others")
-    verb.set_defaults(run=accuracy)
     maps = argparse.ArgumentParser(add_help=False)
     maps.add_argument("--teacher", metavar="DIR", help="interaction teacher to compare the simulated maps with (RUN/teacher)")
     maps.add_argument("--layers", default="last", help="attention layers to average: last, all, or numbers as 0,-1 (default: last)")
     maps.add_argument("--rollout", action="store_true", help="attention rollout through all layers (arXiv 2005.00928)")
-    verb = verbs.add_parser("attention", parents=[common, maps], help=attention.__doc__, description=attention.__doc__)
-    verb.add_argument("--stages", type=int, default=10, help="stages, by token position (default: 10)")
-    verb.add_argument("--span", default="response", choices=["response", "all"], help="what is cut into stages: the "
-                      "response, or prompt + response (default: response)")
-    verb.add_argument("--with-first", action="store_true", help="count the first token (attention sink, arXiv 2309.17453) into "
-                      "the stages of --span all (default: apart)")
-    verb.add_argument("--delete", action="store_true", help="delete the masked tokens instead of hiding them in place")
-    verb.set_defaults(run=attention)
-    verb = verbs.add_parser("show", parents=[common, maps], help=show.__doc__, description=show.__doc__)
-    verb.add_argument("--pair", default="0", help="id of the pair, or its number from 0 (default: 0)")
-    verb.add_argument("--html", metavar="OUT.html", help="a page that stands alone; click a word to see its row of the maps")
-    verb.set_defaults(run=show)
+    flags = {
+        accuracy: [("--dump", dict(metavar="PAIRS.jsonl", help="one line a pair, with RewardBench's keys and the exact scored strings")),
+                   ("--strength", dict(metavar="OUT.jsonl", help="write the pairs with the field strength: the mean margin of the "
+                                       "MODELs, for idistill.py --margin-field strength and others"))],
+        attention: [("--stages", dict(type=int, default=10, help="stages, by token position (default: 10)")),
+                    ("--span", dict(default="response", choices=["response", "all"], help="what is cut into stages: the response, "
+                                    "or prompt + response (default: response)")),
+                    ("--with-first", dict(action="store_true", help="count the first token (attention sink, arXiv 2309.17453) "
+                                          "into the stages of --span all (default: apart)")),
+                    ("--delete", dict(action="store_true", help="delete the masked tokens instead of hiding them in place"))],
+        show: [("--pair", dict(default="0", help="id of the pair, or its number from 0 (default: 0)")),
+               ("--html", dict(metavar="OUT.html", help="a page that stands alone; click a word to see its row of the maps"))],
+        attack: [("--edits", dict(metavar="FILE.json", help="further edits, as described above"))], bestofn: [], stability: []}
+    for run, own in flags.items():
+        verb = verbs.add_parser(run.__name__, parents=[common, maps] if run in (attention, show) else [common],
+                                help=run.__doc__.split("\n")[0], description=run.__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+        for name, settings in own:
+            verb.add_argument(name, **settings)
+        verb.set_defaults(run=run)
     args = ap.parse_args(argv)
     if args.batch_size < 1 or args.max_length < 0 or args.limit < 0:
         ap.error("--batch-size must be at least 1, --max-length and --limit not negative")
