@@ -683,7 +683,7 @@ def plot_attention(result: dict, path: str) -> None:
             panel.legend(fontsize=7)
         axes[0].axhline(50, color="black", linewidth=0.7)
         axes[0].set(title=file, xlabel="share of the stages masked, %", ylabel="pair accuracy %, 95 % band")
-        axes[0].legend(fontsize=7)
+        axes[0].legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.2))
     figure.tight_layout()
     save_plot(figure, path)
 
