@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Preference pairs: reading, splitting, converting, from text to tokens, and the generated language of the demo.
+"""What comes before the method: pairs (reading, splitting, converting), text to tokens, models loaded and probed, the
+run directory, the generated language of the demo. On the command line it converts pairs:
 
     python data_prep.py hh-rlhf --subsets helpful-base harmless-base --out data/hh.jsonl       # from the hub
     python data_prep.py hh-rlhf --input helpful.train.jsonl.gz --out data/hh.jsonl             # from local raw files
@@ -25,20 +26,36 @@ name an item of the topic (gold 1, the others 0), and each cue agrees with its g
 from __future__ import annotations
 
 import argparse
+import fcntl
 import gzip
 import hashlib
 import json
 import math
 import os
 import re
+import shlex
+import shutil
+import signal
+import socket
 import sys
+import time
 import zlib
 from collections import Counter
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import torch
+from safetensors import safe_open
 from tqdm import tqdm
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+import transformers  # noqa: E402  (after the setting above, which silences a fork warning)
+from transformers import (AutoConfig, AutoModelForSequenceClassification, AutoModelForTokenClassification,  # noqa: E402
+                          AutoTokenizer)
+
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
 
 
 class UserError(Exception):
@@ -47,6 +64,12 @@ class UserError(Exception):
 
 class UnusablePair(ValueError):
     """A well-formed line that cannot serve as a pair (a tie, two different prompts): dropped and counted."""
+
+
+def bar(items, name: str, leave: bool = False, **kwargs) -> tqdm:
+    """A progress bar, silent without a name and in all processes but the first; a log file needs few lines."""
+    return tqdm(items, desc=name[-40:], disable=not name or RANK > 0, leave=leave,
+                mininterval=0.2 if sys.stderr.isatty() else 15.0, **kwargs)
 
 
 # ---------------------------------------------------------------------------------------------------------- reading
@@ -297,8 +320,6 @@ def download_hh(subsets: list[str], split: str) -> list[str]:
 
 # -------------------------------------------------------------------------------------------- from text to tokens
 
-CALM = 0.2 if sys.stderr.isatty() else 15.0  # seconds between progress lines: a log file needs few
-
 class Formatter:
     """The one place that builds the string that is scored, for training, evaluation and users.
 
@@ -441,8 +462,7 @@ class Encoder:
     def __call__(self, pairs: list[Pair], chunk: int = 1024, progress: str = "") -> list[Example]:
         """Encodes in chunks of pairs; overlong pairs are cut, dropped or raise UserError, as asked; all counted."""
         examples = []
-        bar = tqdm(total=len(pairs), desc=progress, disable=not progress, leave=False, mininterval=CALM)
-        for start in range(0, len(pairs), chunk):
+        for start in bar(range(0, len(pairs), chunk), progress):
             part = pairs[start:start + chunk]
             clean = self.formatter.clean
             todo = [([{**m, "content": clean(m["content"])} for m in p.prompt], [clean(p.chosen), clean(p.rejected)])
@@ -463,7 +483,6 @@ class Encoder:
                     prompt, two, starts = cut
                 kept.append((pair, prompt, sides, two, starts))
             examples += self.pack(kept)
-            bar.update(len(part))
         return examples
 
     def pack(self, kept: list) -> list[Example]:
@@ -527,7 +546,462 @@ class Encoder:
         self.counts["words the teacher cannot see"] += int((~seen).sum())
 
 
-# -------------------------------------------------------------------------------------------- the generated language
+# --------------------------------------------------------------------------------------- reading for a training run
+
+def labelled(counts: Counter, name: str) -> dict[str, int]:
+    return {f"{k} ({name})": v for k, v in counts.items() if k != "pairs"}
+
+
+def unused_name(path: str, taken) -> str:
+    """What a data file is called in tables: its name without ending, the whole path where that is taken."""
+    name = Path(path).name.split(".jsonl")[0]
+    return name if name not in taken else str(path)
+
+
+def read_all(cfg) -> tuple[list[Pair], dict[str, list[Pair]], Counter]:
+    """(training pairs, {"validation": ..., each evaluation file: ...}, counts). A prompt that is both trained on and
+    held out is a leak, and is said. Raises UserError."""
+    pairs, counts = read_pairs(cfg.data)
+    asked = [("strength", "--flip-negative-strength", cfg.flip_negative_strength),
+             ("strength", "--preference-loss soft", cfg.preference_loss == "soft"),
+             (cfg.margin_field, f"--margin-field {cfg.margin_field}", cfg.margin_field != "none")]
+    for name, flag in ((name, flag) for name, flag, on in asked if on):
+        missing = sum(getattr(p, name) is None for p in pairs)
+        if missing:
+            hint = " (eval.py accuracy MODEL... --strength OUT writes it)" if name == "strength" else ""
+            raise UserError(f"{', '.join(cfg.data)}: {missing} of {len(pairs)} pairs lack the field {name} that "
+                            f"{flag} needs{hint}")
+    if cfg.val_data:
+        val, more = read_pairs(cfg.val_data)
+        counts.update(labelled(more, "validation"))
+    else:
+        pairs, val = carve(pairs, min(cfg.val_max, round(cfg.val_fraction * len(pairs))))
+    if not val or not pairs:
+        raise UserError(f"{len(pairs)} training and {len(val)} validation pairs: both are needed; give --val-data or "
+                        "more pairs")
+    if cfg.label_noise or cfg.flip_negative_strength:  # after carving: held-out labels stay as they are
+        pairs, flips = flip_labels(pairs, cfg.label_noise, cfg.seed, cfg.flip_negative_strength)
+        counts.update(flips)
+    held = {"validation": val}
+    for path in cfg.eval_data:
+        name = unused_name(path, held)
+        held[name], more = read_pairs([path])
+        counts.update(labelled(more, name))
+    seen = {prompt_key(p.prompt) for p in pairs}
+    for name, part in held.items():
+        shared = sum(prompt_key(p.prompt) in seen for p in part)
+        if shared:
+            print(f"warning: {shared} of {len(part)} pairs of {name} have a prompt that is also trained on")
+    return pairs, held, counts
+
+
+def longer_margins(pairs: list[Pair]) -> np.ndarray:
+    """The length baseline: characters of chosen minus characters of rejected, (N,)."""
+    return np.array([len(p.chosen.strip()) - len(p.rejected.strip()) for p in pairs])
+
+
+# ------------------------------------------------------------------------------------------------ models at the door
+
+def first_line(why: Exception) -> str:
+    return (str(why).strip() or type(why).__name__).splitlines()[0]
+
+
+def load(auto, name: str, **kwargs):
+    """from_pretrained with the errors made readable; trust_remote_code stays off, weights are safetensors or
+    weights_only. Raises UserError."""
+    try:
+        return auto.from_pretrained(name, trust_remote_code=False, **kwargs)
+    except Exception as why:  # the hub, the disk and every model class raise kinds of their own
+        hint = "" if Path(name).is_dir() else " (no such local directory; as a hub id it could not be fetched)"
+        raise UserError(f"{name}: cannot be loaded{hint}: {first_line(why)}") from None
+
+
+def positions_of(config, name: str = "", max_length: int = 0) -> int:
+    """The longest input of a model, in tokens (10**9: no limit). Raises UserError where max_length is over it."""
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None) or 10**9
+    if config.model_type in ("roberta", "xlm-roberta", "camembert"):  # they number positions from pad + 1
+        positions -= (config.pad_token_id or 0) + 1
+    if max_length > positions:
+        raise UserError(f"{name}: --max-length {max_length} is over the model's {positions} positions; use --max-length {positions}")
+    return positions
+
+
+def refuse_missing(name: str, model, keys: list[str]) -> None:
+    if keys:
+        raise UserError(f"{name}: its weights lack {len(keys)} tensors of {type(model).__name__}, {min(keys)} first; "
+                        "they would be random")
+
+
+def load_tokenizer(name: str):
+    """A tokenizer, checked to be one that can serve here."""
+    tokenizer = load(AutoTokenizer, name)
+    if not tokenizer.is_fast:
+        raise UserError(f"{name}: no fast tokenizer, and only those tell which characters a token covers")
+    return tokenizer
+
+
+def choose_pad(tokenizer) -> None:
+    """A pad token that is not the end token: the stock class reads the reward at the right-most token that is not
+    pad, so with pad = eos it would skip the end token. Any other token serves; a new one only if there is none."""
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+        spare = [t for t in (tokenizer.unk_token, *tokenizer.all_special_tokens) if t and t != tokenizer.eos_token]
+        if spare:
+            tokenizer.pad_token = spare[0]
+        else:
+            tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
+    tokenizer.padding_side = "right"
+
+
+def load_student(name: str, seed: int = 0, max_length: int = 0, tied: bool = False):
+    """(stock sequence-classification model with one label in fp32, tokenizer); a new head is seeded.
+
+    Raises UserError for what is no decoder, cannot hold max_length tokens, or (tied) has an output head of its own."""
+    tokenizer = load_tokenizer(name)
+    config = load(AutoConfig, name, num_labels=1)
+    text = config.get_text_config()
+    caps = any(getattr(text, k, None) for k in ("final_logit_softcapping", "logit_scale", "logits_scaling"))
+    if tied and (caps or not getattr(text, "tie_word_embeddings", False)):
+        raise UserError(f"{name}: --lambda-sft needs a model whose output head is its input embedding")
+    for key, value in text.to_dict().items():
+        if "drop" in key and isinstance(value, float):
+            setattr(text, key, 0.0)  # dropout off: noise in r would be noise in the margin
+    choose_pad(tokenizer)
+    torch.manual_seed(seed)  # before the load: a missing head is drawn in it
+    model, info = load(AutoModelForSequenceClassification, name, config=config, dtype=torch.float32, output_loading_info=True)
+    if not hasattr(model, "score"):
+        raise UserError(f"{name}: {type(model).__name__} is no decoder reward model (an encoder serves as --teacher)")
+    positions_of(config, name, max_length)
+    refuse_missing(name, model, [k for k in info["missing_keys"] if not k.startswith("score")])
+    if info["missing_keys"]:
+        torch.nn.init.normal_(model.score.weight, std=1 / math.sqrt(model.score.in_features + 1))  # arXiv 2009.01325
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        if len(tokenizer) - model.get_input_embeddings().num_embeddings > 1:
+            raise UserError(f"{name}: the tokenizer has {len(tokenizer)} tokens, the model only "
+                            f"{model.get_input_embeddings().num_embeddings} embeddings")
+        model.resize_token_embeddings(len(tokenizer))
+    model.config.pad_token_id = text.pad_token_id = tokenizer.pad_token_id
+    return model, tokenizer
+
+
+@torch.no_grad()
+def probe_student(model, name: str, max_length: int = 0) -> None:
+    """Measures, on eight random tokens, that a RewardModel is causal and can do what --encoding asks (no list of names
+    to keep up to date). Raises UserError with the flag to use."""
+    if model.encoding == "packed":
+        check_window(model.stock, max_length, name)
+    if model.layers and getattr(model.stock.config.get_text_config(), "attn_logit_softcapping", None):  # Gemma 2
+        raise UserError(f"{name}: caps its attention logits, so queries and keys alone do not give its map; use --method bt "
+                        "--encoding siamese")
+    stock, vocabulary = model.stock, model.stock.get_input_embeddings().num_embeddings
+    device = stock.score.weight.device
+    ids = torch.randint(vocabulary // 2, (1, 8), generator=torch.Generator().manual_seed(0)).to(device)
+    seg = torch.tensor([[0, 0, 0, 1, 1, 2, 2, 2]], device=device)
+    batch = dict(ids=ids, seg=seg, pos=torch.tensor([[0, 1, 2, 3, 4, 3, 4, 5]], device=device),
+                 last=torch.tensor([[4, 7]], device=device))
+    was, encoding = stock.training, model.encoding
+    stock.eval()
+    try:
+        if model.tap is not None:  # the tap must change nothing (attention sinks, say, are lost in it)
+            rows, scores, tapped = model.two_rows(batch)[0], [], stock.config._attn_implementation
+            for implementation in (model.tap.before, tapped):
+                stock.set_attn_implementation(implementation)
+                scores.append(stock.base_model(**rows, use_cache=False).last_hidden_state)
+            if not torch.allclose(*scores, atol=1e-3, rtol=1e-3):
+                raise UserError(f"{name}: {type(stock).__name__} attends in a way that the tap does not keep; use --method bt")
+        model.encoding = "siamese"
+        try:
+            apart = model(batch)
+        except Exception as why:
+            raise UserError(f"{name}: {type(stock).__name__} cannot be used as a student ({first_line(why)})") from None
+        other = dict(batch, ids=torch.where(torch.arange(8, device=device) == 4, (ids + 1) % (vocabulary // 2), ids))
+        hidden = [stock.base_model(model.two_rows(b)[0]["input_ids"][:1], use_cache=False).last_hidden_state[0, 2]
+                  for b in (batch, other)]
+        if not torch.allclose(*hidden, atol=1e-4):
+            raise UserError(f"{name}: {type(stock).__name__} is not causal: early tokens see late ones; an encoder serves as --teacher")
+        if encoding == "packed":
+            model.encoding = encoding
+            try:
+                gap = (model(batch) - apart).abs().max().item()
+            except Exception as why:
+                gap = f"{type(why).__name__}"
+            if isinstance(gap, str) or not gap < 1e-3:
+                raise UserError(f"{name}: {type(stock).__name__} cannot take the tree mask (packed and separate "
+                                f"scores differ: {gap}); use --encoding siamese")
+    finally:
+        model.encoding = encoding
+        stock.train(was)
+    if model.tap is not None:
+        with torch.enable_grad():
+            model(batch)  # the tap raises where the model hides its attention
+        model.maps = []
+
+
+def check_window(model, max_length: int, name: str) -> None:
+    """The tree mask takes the place of a sliding window: refused where the two could differ."""
+    config = model.config.get_text_config()
+    window = getattr(config, "sliding_window", None)
+    used = getattr(config, "use_sliding_window", True) and {"full_attention"} != set(getattr(config, "layer_types", None) or [0])
+    if window and used and max_length > window:
+        raise UserError(f"{name}: attention is limited to {window} tokens, which the tree mask cannot express; use "
+                        f"--max-length {window} or --encoding siamese")
+
+
+def load_teacher(name: str, seed: int = 0):
+    """(stock token-classification model with one label in fp32, tokenizer, longest input). Raises UserError."""
+    tokenizer = load_tokenizer(name)
+    config = load(AutoConfig, name, num_labels=1)
+    torch.manual_seed(seed + 1)
+    if type(config) not in transformers.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING:
+        raise UserError(f"{name}: {config.model_type} has no token-classification class; a teacher is a bidirectional encoder")
+    model, info = load(AutoModelForTokenClassification, name, config=config, dtype=torch.float32, output_loading_info=True)
+    base = model.base_model_prefix + "."  # a missing head is new, and trained
+    refuse_missing(name, model, [k for k in info["missing_keys"] if k.startswith(base)])
+    for one, other in (("pad", "pad"), ("sep", "eos"), ("cls", "bos")):
+        if getattr(tokenizer, one + "_token_id") is None and getattr(tokenizer, other + "_token_id") is None:
+            raise UserError(f"{name}: the tokenizer has no {one} token; a teacher is a bidirectional encoder")
+    ids = torch.arange(5, 13)[None]
+    other = ids.clone()
+    other[0, -1] += 1
+    model.eval()
+    with torch.no_grad():
+        first = [model.base_model(i).last_hidden_state[0, 0] for i in (ids, other)]
+    if torch.equal(*first):
+        raise UserError(f"{name}: {type(model).__name__} is causal: its early tokens never see late ones; a teacher "
+                        "is a bidirectional encoder (BERT, RoBERTa, ModernBERT, DeBERTa ...)")
+    return model, tokenizer, positions_of(config)
+
+
+def add_lora(stock, rank: int):
+    """LoRA adapters (arXiv 2106.09685) on every linear map of the decoder, in place; they and the head learn. Returns
+    the peft model around it. Raises UserError without peft."""
+    try:
+        from peft import LoraConfig, LoraModel
+    except ImportError:
+        raise UserError("--lora-rank needs peft: pip install peft") from None
+    from transformers.pytorch_utils import Conv1D
+    linear = {n.split(".")[-1] for n, m in stock.base_model.named_modules() if isinstance(m, (torch.nn.Linear, Conv1D))}
+    adapted = LoraModel(stock, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=sorted(linear)), "default")
+    stock.score.requires_grad_(True)
+    return adapted
+
+
+def merge_lora(name: str, rank: int, weights: dict):
+    """(stock model, its weights) with the adapters of `weights` merged into the model `name`."""
+    stock, _ = load_student(name)
+    adapted = add_lora(stock, rank)
+    stock.load_state_dict(weights)
+    merged = adapted.merge_and_unload()
+    return merged, merged.state_dict()
+
+
+# ------------------------------------------------------------------------------------------------- the run directory
+
+@contextmanager
+def written(path: str | Path, mode: str = "w"):
+    """A file written aside, flushed to disk, renamed: a reader sees the old file or the new one, never half.
+    Raises UserError where the disk refuses."""
+    try:
+        with open(f"{path}.tmp", mode, encoding=None if "b" in mode else "utf-8") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(f"{path}.tmp", path)
+        sync_folder(Path(path).parent)
+    except OSError as why:
+        raise UserError(f"{path}: cannot be written ({why.strerror}); what was there before is whole") from None
+
+
+def sync_folder(folder: Path) -> None:
+    """Flushes a rename to disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_json(path: str | Path, obj) -> None:
+    with written(path) as f:
+        json.dump(obj, f, indent=1)
+
+
+def save_stock(stock, tokenizer, to: Path, weights: dict | None = None) -> None:
+    """A stock directory, written aside and swapped in; weights: its state dict where the model's own is sharded.
+    Raises UserError where the disk refuses."""
+    aside, old = to.with_name(to.name + ".tmp"), to.with_name(to.name + ".old")
+    weights = stock.state_dict() if weights is None else weights
+    for stale in (aside, old):
+        shutil.rmtree(stale, ignore_errors=True)
+    try:
+        stock.save_pretrained(aside, state_dict=weights)
+        tokenizer.save_pretrained(aside)
+    except Exception as why:  # safetensors has errors of its own
+        raise UserError(f"{aside}: cannot be written ({first_line(why)}); {to} is as it was") from None
+    if hasattr(stock, "score"):  # reward heads have been lost on save before (OpenRLHF #209): look
+        heads = [f.get_tensor("score.weight") for f in (safe_open(p, "pt") for p in aside.glob("*.safetensors"))
+                 if "score.weight" in f.keys()]
+        if not heads or not torch.equal(heads[0], weights["score.weight"].cpu()):
+            raise UserError(f"{aside}: the saved reward head is not the trained one; the folder above it is as it was")
+    for path in aside.iterdir():
+        with open(path, "rb") as f:
+            os.fsync(f.fileno())
+    if to.exists():
+        os.replace(to, old)
+    os.replace(aside, to)
+    sync_folder(to.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+class Run:
+    """The output directory: lock, metrics.jsonl, checkpoints, and the wish to stop (SIGTERM, Ctrl-C). Under torchrun
+    only the first process writes. Raises UserError for a directory that cannot serve."""
+
+    def __init__(self, cfg):
+        self.dir, self.cfg, self.stop, self.handlers, self.lock = Path(cfg.output_dir), cfg, 0, {}, None
+        if RANK > 0:
+            return
+        try:
+            self.dir.mkdir(parents=True, exist_ok=True)
+            self.lock = open(self.dir / "lock", "a+")
+        except OSError as why:
+            raise UserError(f"{self.dir}: cannot be written ({why.strerror})") from None
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self.lock.seek(0)
+            raise UserError(f"{self.dir}: in use by another run ({self.lock.read().strip()}); choose another --output-dir") from None
+        self.lock.truncate(0)
+        self.lock.write(f"host {socket.gethostname()} pid {os.getpid()}\n")
+        self.lock.flush()
+        for name in ("student", "teacher"):  # killed between two renames: the old directory is the good one
+            if (self.dir / f"{name}.old").exists() and not (self.dir / name).exists():
+                os.replace(self.dir / f"{name}.old", self.dir / name)
+        try:  # any model directory has a config.json: ours lists flags
+            before = json.loads((self.dir / "config.json").read_text())["flags"]
+        except (OSError, ValueError, KeyError, TypeError):
+            before = None
+        known = before is not None
+        foreign = [n for n in ("student", "teacher", "checkpoints", *(() if known else ("config.json",))) if (self.dir / n).exists()]
+        inputs = [Path(p).resolve() for p in (cfg.model, cfg.teacher, *cfg.data, *cfg.val_data, *cfg.eval_data) if p]
+        inside = [p for p in inputs if any(p.is_relative_to((self.dir / n).resolve()) for n in foreign)]
+        if (foreign and not known) or (inside and not cfg.resume):
+            raise UserError(f"{self.dir}: its {foreign[0]} is no output of an earlier run here, or is read by this one; "
+                            "choose another --output-dir")
+        if known and not (cfg.resume or cfg.overwrite):
+            raise UserError(f"{self.dir}: holds an earlier run; go on with --resume, replace it with --overwrite, or "
+                            "choose another --output-dir")
+        if known and cfg.resume:
+            self.compare_flags(before)
+
+    def compare_flags(self, before: dict) -> None:
+        """--resume with other flags: refused, but for those that change no step."""
+        free = {"resume", "overwrite", "output_dir", "eval_data", "log_every", "device", "save_every", "fsdp", "skip_nonfinite"}
+        now = json.loads(json.dumps(asdict(self.cfg)))
+        changed = [f"--{k.replace('_', '-')} was {before.get(k)!r}, is {now[k]!r}" for k in now
+                   if k not in free and before.get(k) != now[k]]
+        if changed:
+            raise UserError(f"{self.dir}: --resume with other flags: {'; '.join(changed)}. May change: "
+                            + ", ".join("--" + k.replace("_", "-") for k in sorted(free)))
+
+    def begin(self, weights: int, phase: str, counts: Counter) -> None:
+        """Called when data and models are known to be good: only now is an earlier run replaced. weights: the number
+        of the student's."""
+        self.handlers = {number: signal.signal(number, self.on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+        if RANK > 0:
+            return
+        need = 4 * weights * (2 * 3 + 3)  # fp32: three checkpoints (one is being written) of weights and moments, students
+        held = sum(p.stat().st_size for p in self.dir.rglob("*") if p.is_file())
+        free = shutil.disk_usage(self.dir).free + held
+        if need > free:
+            raise UserError(f"{self.dir}: the disk has {free / 1e9:.1f} GB for this run, checkpoints and student need about "
+                            f"{need / 1e9:.1f} GB; choose another --output-dir")
+        if not self.cfg.resume:
+            for name in ("student", "teacher", "checkpoints"):
+                shutil.rmtree(self.dir / name, ignore_errors=True)
+            for name in ("metrics.jsonl", "results.json", "bad_batch.jsonl"):
+                (self.dir / name).unlink(missing_ok=True)
+        elif not self.checkpoints():
+            print(f"{self.dir}: no whole checkpoint to resume from; starting at the beginning")
+        versions = {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__,
+                    "numpy": np.__version__}
+        write_json(self.dir / "config.json", {"flags": asdict(self.cfg), "versions": versions})
+        if not (self.dir / "metrics.jsonl").exists():
+            self.log(phase=phase, step=0, data=dict(counts))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_) -> None:
+        """Gives back the lock and the signal handlers."""
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        if self.lock:
+            self.lock.close()
+
+    def on_signal(self, number, _) -> None:
+        self.stop = number
+        signal.signal(number, signal.SIG_DFL)  # a second one ends at once
+        print("\nstopping after this step; once more ends at once", file=sys.stderr)
+
+    def leave(self, where: str) -> None:
+        """Ends the process after a saved step: 130 after Ctrl-C, 0 after SIGTERM."""
+        argv = ["python", *sys.argv] + ([] if "--resume" in sys.argv else ["--resume"])
+        print(f"stopped and saved after {where}. Go on with:\n  {shlex.join(argv).replace(' --overwrite', '')}"
+              if any(a.startswith("--model") for a in sys.argv) else "the demo is stopped; it starts anew each time")
+        raise SystemExit(130 if self.stop == signal.SIGINT else 0)
+
+    def checkpoints(self) -> list[tuple[int, int, Path]]:
+        """(phase 0 = teacher / 1 = student, step, path), newest first."""
+        found = [re.fullmatch(r"([01])-(\d+)\.pt", p.name) for p in (self.dir / "checkpoints").glob("*.pt")]
+        return sorted(((int(m[1]), int(m[2]), self.dir / "checkpoints" / m[0]) for m in found if m), reverse=True)
+
+    def newest(self):
+        """(phase, step, state) of the newest whole checkpoint, or None; a torn one is named and passed over."""
+        for phase, step, path in self.checkpoints():
+            try:
+                return phase, step, torch.load(path, map_location="cpu", weights_only=True)
+            except Exception as why:  # zip, pickle and tensor errors alike mean: not whole
+                print(f"{path}: torn or foreign ({first_line(why)[:80]}); using the one before", file=sys.stderr)
+        return None
+
+    def save(self, phase: int, step: int, state: dict) -> None:
+        """Written aside, flushed, renamed; the last two are kept."""
+        if RANK > 0:
+            return
+        path = self.dir / "checkpoints" / f"{phase}-{step:08d}.pt"
+        path.parent.mkdir(exist_ok=True)
+        with written(path, "wb") as f:
+            torch.save(state, f)
+        for *_, old in self.checkpoints()[2:]:
+            old.unlink()
+
+    def write(self, name: str, obj) -> None:
+        if RANK == 0:
+            write_json(self.dir / name, obj)
+
+    def log(self, **line) -> None:
+        if RANK == 0:
+            with open(self.dir / "metrics.jsonl", "a") as f:
+                f.write(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in line.items()}) + "\n")
+
+    def bad_batch(self, phase: str, step: int, pairs: list[Pair]) -> None:
+        """Keeps the pairs of a step that went wrong, one line each, for a look."""
+        if RANK == 0:
+            with open(self.dir / "bad_batch.jsonl", "a", encoding="utf-8") as f:
+                f.writelines(json.dumps({"phase": phase, "step": step, **asdict(p)}, ensure_ascii=False) + "\n" for p in pairs)
+
+    def rewind(self, phase: int, step: int) -> None:
+        """Drops the lines of metrics.jsonl that the resumed run will write again."""
+        path = self.dir / "metrics.jsonl"
+        if RANK > 0 or not path.exists():
+            return
+        lines = [json.loads(raw) for raw in path.read_text().splitlines() if raw.endswith("}")]
+        keep = [m for m in lines if (m["phase"] == "student", m["step"]) <= (phase == 1, step)]
+        with written(path) as f:
+            f.writelines(json.dumps(m) + "\n" for m in keep)
+
+
+# -------------------------------------------------------------------------------------------- the generated language, the demo
 
 TOPICS = {
     "fruit": "apple pear plum cherry mango peach grape lemon melon fig",
@@ -609,8 +1083,6 @@ def synthetic_candidates(n: int, responses: int, agreement: float, seed: int, to
 
 def make_demo_models(to: Path, seed: int) -> None:
     """A word-level Llama and a word-level ModernBERT, untrained, as ordinary directories."""
-    import torch  # here: the rest of this file needs neither
-    import transformers
     from tokenizers import Tokenizer, models, pre_tokenizers
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "</s>"]
     inner = Tokenizer(models.WordLevel({w: i for i, w in enumerate(special + ["User:", "Assistant:"] + synthetic_vocabulary())}, "[UNK]"))
@@ -627,6 +1099,60 @@ def make_demo_models(to: Path, seed: int) -> None:
     for model, name in ((student, "student"), (teacher, "teacher")):
         model.save_pretrained(to / name)
         tokenizer.save_pretrained(to / name)
+
+
+def demo(cfg, train) -> None:
+    """`python idistill.py` without flags: generated pairs in which a closing cue agrees with the label in 90 % of the
+    training pairs, and only early content always decides. Four models learn from them by train(Config), the code of
+    a real run; which of them follows the cue? Raises UserError."""
+    free = {"output_dir", "overwrite", "seed", "seeds", "device", "dtype", "max_steps"}
+    default = asdict(type(cfg)())
+    fixed = ["--" + k.replace("_", "-") for k, v in asdict(cfg).items() if k not in free and v != default[k]]
+    if fixed or WORLD > 1:
+        raise UserError(f"{', '.join(fixed) or 'torchrun'}: --model is needed beside it; the demo (no --model, one process) "
+                        "takes " + ", ".join("--" + k.replace("_", "-") for k in sorted(free)))
+    if cfg.seeds < 1 or cfg.seed < 0:
+        raise UserError(f"--seeds {cfg.seeds} --seed {cfg.seed}: at least 1 seed, from 0 on")
+    root = Path(cfg.output_dir or "runs/demo")
+    if not cfg.output_dir:  # an earlier demo is never overwritten
+        root = next(p for p in [root, *(root.with_name(f"demo-{i}") for i in range(2, 10_000))] if not p.exists())
+    columns = {"in-distribution": 0.9, "cue-neutral": 0.5, "cue-reversed": 0.1}
+    table: dict[str, list[list[float]]] = {"teacher": [], "BT": [], "ID": [], "ID, uniform target": []}
+    started = time.perf_counter()
+    for seed in range(cfg.seed, cfg.seed + cfg.seeds):
+        here = root / f"seed{seed}"
+        (here / "data").mkdir(parents=True, exist_ok=True)
+        for k, (name, rate) in enumerate({"train": 0.9, **columns}.items()):
+            rows = synthetic_pairs(12_800 if name == "train" else 600, rate, seed * 10 + k)
+            write_pairs(here / "data" / f"{name}.jsonl", rows, overwrite=cfg.overwrite)
+        make_demo_models(here / "models", seed)
+        base = replace(
+            cfg, model=str(here / "models/student"), teacher=str(here / "models/teacher"), seed=seed, batch_size=32, lr=1e-3,
+            teacher_lr=2e-3, epochs=2, teacher_epochs=8, max_length=128, data=[str(here / "data/train.jsonl")],
+            eval_data=[str(here / f"data/{c}.jsonl") for c in columns],
+            dtype="fp32" if cfg.dtype == "auto" else cfg.dtype, eval_every=400, log_every=20)
+        for name, changes in {"ID": {}, "BT": {"method": "bt"}, "ID, uniform target": {"align_target": "uniform"}}.items():
+            out = here / name.split(",")[-1].strip().replace(" ", "-").lower()
+            print(f"\n--- seed {seed}: {name}")
+            sets = train(replace(base, output_dir=str(out), **changes))["sets"]
+            table[name].append([sets[c]["student"] for c in columns])
+            if name == "ID":
+                table["teacher"].append([sets[c]["teacher"] for c in columns])
+    mean = {k: np.mean(v, 0) * 100 for k, v in table.items()}
+    spread = {k: np.std(v, 0, ddof=1) * 100 if cfg.seeds > 1 else None for k, v in table.items()}
+    print(f"\naccuracy %, 600 pairs each, {cfg.seeds} seed(s){', mean (standard deviation)' if cfg.seeds > 1 else ''}")
+    print(f"{'':20}" + "".join(f"{c:>17}" for c in columns))
+    for k in table:
+        cells = [f"{m:.1f}" + (f" ({s:.1f})" if cfg.seeds > 1 else "")
+                 for m, s in zip(mean[k], spread[k] if cfg.seeds > 1 else mean[k])]
+        print(f"{k:20}" + "".join(f"{c:>17}" for c in cells))
+    verdict = {k: "follows the cue" if m[2] < 40 else "reads the content" if m[2] > 60 else "wavers" for k, m in mean.items()}
+    print("\nWhere the cue is reversed: " + "; ".join(f"{k} {verdict[k]} ({mean[k][2]:.0f} %)" for k in verdict) + ".")
+    seconds = round(time.perf_counter() - started, 1)
+    write_json(root / "demo.json", {"columns": list(columns), "accuracy": table, "seconds": seconds})
+    first = root / f"seed{cfg.seed}"
+    print(f"Files: {root} ({seconds:.0f} s). Look closer:\n  python eval.py accuracy {first}/bt/student "
+          f"{first}/id/student --data {first}/data/cue-reversed.jsonl")
 
 
 # ------------------------------------------------------------------------------------------------------ command line

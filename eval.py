@@ -29,13 +29,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
-from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from data_prep import CALM, Encoder, Pair, UserError, prompt_key, read_candidates, read_pairs, write_pairs
-from idistill import (AttentionTap, InteractionTeacher, RewardModel, attention_map, block_masks, collate, collate_teacher, load,
-                      load_teacher, load_tokenizer, longer_margins, outcomes, pool_words, positions_of, refuse_missing,
-                      row_divergence, set_up_device, teacher_verdicts, unused_name, write_json, written)
+from data_prep import (Encoder, Pair, UserError, bar, load, load_teacher, load_tokenizer, longer_margins, positions_of, prompt_key,
+                       read_candidates, read_pairs, refuse_missing, unused_name, write_json, write_pairs, written)
+from idistill import (AttentionTap, InteractionTeacher, RewardModel, attention_map, block_masks, collate, collate_teacher, outcomes,
+                      pool_words, row_divergence, set_up_device, teacher_verdicts)
 
 # --------------------------------------------------------------------------------------------------------- scoring
 
@@ -53,7 +52,7 @@ class Judge:
         """(rewards (N, 2) in fp32, NaN where a response does not fit; the two scored strings of each pair, or None)."""
         if isinstance(self.model, InteractionTeacher):
             examples = self.encoder(pairs, progress="encoding")
-            verdict = teacher_verdicts(self.model, examples, batch_size, self.device, self.amp, progress=self.name)
+            verdict = teacher_verdicts(self.model, examples, batch_size, self.device, self.amp, self.name)
             return np.stack([verdict / 2, -verdict / 2], 1), [(p.chosen, p.rejected) for p in pairs]
         return self.score_responses([(p.prompt, [p.chosen, p.rejected]) for p in pairs], batch_size)
 
@@ -74,8 +73,7 @@ class Judge:
         scoring position (B,)). hidden: the range of each row that no token may attend to; its places stay."""
         pad = self.model.config.get_text_config().pad_token_id
         order = np.argsort([-len(row) for row in rows], kind="stable")
-        bar = tqdm(total=len(rows), desc=self.name[-40:], unit="text", leave=False, mininterval=CALM)
-        for index in (order[i:i + batch_size] for i in range(0, len(order), batch_size)):
+        for index in bar([order[i:i + batch_size] for i in range(0, len(order), batch_size)], self.name, unit="batch"):
             shape, at = (len(index), len(rows[index[0]])), []
             ids, mask = np.full(shape, pad or 0), np.zeros(shape, dtype=np.int64)
             for b, i in enumerate(index):
@@ -89,8 +87,6 @@ class Judge:
             if hidden is not None:  # OPT would count positions by the mask
                 inputs["position_ids"] = np.tile(np.arange(shape[1]), (len(index), 1))
             yield index, {k: torch.from_numpy(v).to(self.device) for k, v in inputs.items()}, torch.tensor(at, device=self.device)
-            bar.update(len(index))
-        bar.close()
 
     @torch.no_grad()
     def score_rows(self, rows: list[list[int]], batch_size: int, hidden: list[tuple[int, int]] | None = None) -> np.ndarray:
@@ -132,7 +128,7 @@ class Judge:
                 else:
                     query, key, scale, mask = tap.kept[k]
                     visible = causal if mask is None else mask if mask.dtype == torch.bool else mask == 0
-                    A = attention_map(query, key, scale, visible)
+                    A = attention_map(query, key, scale, visible)[:, 0]
                 if rollout:
                     row = row / 2 + row @ A / 2
                 else:
@@ -545,12 +541,13 @@ def word_maps(judge: Judge, teacher: Judge | None, examples: list, layers: str):
     with judge.amp(), torch.enable_grad():  # the student keeps its maps where it trains only
         model(batch)
     model.tap.remove()
-    S, T = pool_words(torch.stack(model.maps).mean(0), batch["word"], W), None
+    S, T = pool_words(torch.stack(model.maps).mean(0), batch["word"], W)[:, 0], None
     if teacher is not None:
         for swapped in (False, True):
             both = collate_teacher(examples, np.full(len(examples), swapped), teacher.encoder.teacher, judge.device)
             with judge.amp():
-                one = pool_words(teacher.model.attend(both)[1][0], both["word"], W) / 2
+                teacher.model(both, maps=True)
+            one = pool_words(teacher.model.maps[0], both["word"], W)[:, 0] / 2
             T = one if T is None else T + one
     return S, T, batch["word_seg"]
 
@@ -566,9 +563,9 @@ def teacher_agreement(judge: Judge, teacher: Judge, pairs: list[Pair], args) -> 
     examples = with_teacher(judge.encoder, teacher)(pairs)
     out = {name: np.full((len(examples), args.stages), np.nan) for name in ("intra", "inter")}
     few = max(1, args.batch_size // 4)  # maps need memory
-    for start in tqdm(range(0, len(examples), few), desc="teacher agreement", leave=False, mininterval=CALM):
+    for start in bar(range(0, len(examples), few), "teacher agreement"):
         S, T, word_seg = word_maps(judge, teacher, examples[start:start + few], args.layers)
-        for name, block in zip(out, block_masks(word_seg)):
+        for name, block in zip(out, (b[:, 0] for b in block_masks(word_seg))):
             rows = torch.where(block.any(-1), row_divergence(T, S, block), torch.nan).cpu().numpy()
             for b, segments in enumerate(word_seg.cpu().numpy()):
                 stage = np.full(len(segments), -1)
@@ -718,7 +715,7 @@ def show(args) -> None:
             at = plain.word[mine]
             page["attention"].append(np.bincount(at[at >= 0], attention[at >= 0], len(words)).tolist())
         S, T, word_seg = word_maps(judge, teacher, examples, args.layers)
-        for kind, block in zip(("intra", "inter"), block_masks(word_seg)):
+        for kind, block in zip(("intra", "inter"), (b[:, 0] for b in block_masks(word_seg))):
             for who, P in (("student, simulated", S), ("teacher", T)):
                 if P is not None:
                     P = P.float() * block

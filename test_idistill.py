@@ -3,6 +3,7 @@ lines as a user types them. Everything is tiny, random, offline and seeded.
 
     python -m pytest -q test_idistill.py
 """
+import fcntl
 import gc
 import gzip
 import json
@@ -249,10 +250,11 @@ def test_tap_sees_the_attention_of_the_student(zoo, family):
             assert close(stock(ids).logits, plain)
         eager = AutoModel.from_pretrained(zoo(family), attn_implementation="eager").eval()
         maps = eager(ids, output_attentions=True).attentions
-        causal = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool).tril()
+        causal = torch.ones(1, 1, ids.shape[1], ids.shape[1], dtype=torch.bool).tril()
         for layer, expected in enumerate(maps):
             query, key, scale, _ = tap.kept[layer]
-            assert close(attention_map(query, key, scale, causal), expected.mean(1))
+            assert close(attention_map(query, key, scale, causal)[:, 0], expected.mean(1))
+            assert close(attention_map(query, key, scale, causal, matched=True), expected)
         tap.remove()
         assert stock.config._attn_implementation == before and torch.equal(stock(ids).logits, plain)
 
@@ -277,7 +279,7 @@ def test_simulated_map_is_the_softmax_without_mask(zoo, encoding):
     reference = student(zoo, layers=(1, 2))[0]
     reference(batch)
     real = batch["seg"] != 3
-    for S, other in zip(model.maps, reference.maps):
+    for S, other in ((S[:, 0], other[:, 0]) for S, other in zip(model.maps, reference.maps)):
         assert close(S[real], other[real]) and close(S.sum(-1), torch.ones_like(S[..., 0]))
         assert (S[real][:, -1] >= 0).all() and S.transpose(1, 2)[~real].abs().max() == 0
         assert S[0][batch["seg"][0] == 1][:, batch["seg"][0] == 2].min() > 0
@@ -297,17 +299,18 @@ def test_teacher_maps_are_those_of_eager_attention(zoo, family):
     pairs = make_pairs(3) + [Pair(user("short"), "good " * 25, "sorry")]
     examples = Encoder(load_student(zoo("llama"))[1], 128, "truncate", tokenizer, room)(pairs)
     batch = collate_teacher(examples, np.array([True, False, True, False]), tokenizer)
-    verdict, maps = teacher.attend(batch)
+    verdict = teacher(batch, maps=True)
     eager = transformers.AutoModelForTokenClassification.from_pretrained(
         zoo(family), num_labels=1, attn_implementation="eager").eval()
     eager.load_state_dict(teacher.stock.state_dict())
     with torch.no_grad():
         out = eager(input_ids=batch["ids"], attention_mask=batch["mask"], output_attentions=True)
     real, W = batch["mask"].bool(), max(len(e.word_seg) for e in examples)
-    for layer, T in zip((1, 0, 2), maps):
-        assert close(T[real], out.attentions[layer].mean(1)[real])
+    for layer, T in zip((1, 0, 2), teacher.maps):
+        assert close(T[:, 0][real], out.attentions[layer].mean(1)[real])
         assert pool_words(T, batch["word"], W).isfinite().all()
-    assert close(verdict, teacher.verdict(out.logits, batch["seg"]))
+    assert close(verdict, [out.logits[b, batch["seg"][b] == 1].mean() - out.logits[b, batch["seg"][b] == 2].mean()
+                           for b in range(4)])
 
 
 def test_verdict_is_for_chosen_in_both_orders(zoo):
@@ -361,7 +364,7 @@ def test_pool_words_against_loops():
     rng = np.random.default_rng(0)
     token_map = rng.dirichlet(np.ones(9), (2, 9))
     word = np.array([[0, 0, 1, 2, 2, 2, 3, 4, 4], [-1, 0, 0, -1, 2, 2, 3, 3, -1]])
-    got = pool_words(torch.from_numpy(token_map), torch.from_numpy(word), 5).numpy()
+    got = pool_words(torch.from_numpy(token_map)[:, None], torch.from_numpy(word), 5)[:, 0].numpy()
     for b in range(2):
         for i in range(5):
             for j in range(5):
@@ -405,23 +408,23 @@ def test_block_masks_against_loops():
                 for j in range(6):
                     s = {int(word_seg[b, i]), int(word_seg[b, j])}
                     real = -1 not in s
-                    assert intra[b, i, j] == (real and s != {1, 2} and (support == "full" or j <= i))
-                    assert inter[b, i, j] == (real and s == {1, 2} and support == "full")
+                    assert intra[b, 0, i, j] == (real and s != {1, 2} and (support == "full" or j <= i))
+                    assert inter[b, 0, i, j] == (real and s == {1, 2} and support == "full")
 
 
 @pytest.mark.parametrize("kind", ["kl", "mse"])
 def test_alignment_loss_against_loops(kind):
     rng = np.random.default_rng(2)
-    T, S = rng.dirichlet(np.ones(6), (2, 2, 6))
+    T, S = rng.dirichlet(np.ones(6), (2, 2, 1, 6))
     for block in block_masks(torch.tensor([[0, 0, 1, 1, 2, -1], [0, 1, -1, -1, 2, -1]])):
         got = alignment_loss(torch.from_numpy(T), torch.from_numpy(S), block, kind)
         assert close(alignment_loss(torch.from_numpy(T), torch.from_numpy(T), block, kind), np.zeros(2), 1e-7)
         for b in range(2):
             rows = []
             for i in range(6):
-                keep = block[b, i].numpy()
+                keep = block[b, 0, i].numpy()
                 if keep.any():
-                    t, s = T[b, i, keep] / T[b, i, keep].sum(), S[b, i, keep] / S[b, i, keep].sum()
+                    t, s = (P[b, 0, i, keep] / P[b, 0, i, keep].sum() for P in (T, S))
                     rows.append((t * np.log(t / s)).sum() if kind == "kl" else ((t - s) ** 2).sum())
             assert abs(got[b] - np.mean(rows)) < 1e-5
 
@@ -429,9 +432,9 @@ def test_alignment_loss_against_loops(kind):
 @pytest.mark.parametrize("kind", ["kl", "mse"])
 def test_alignment_loss_of_nothing_is_zero_with_finite_gradient(kind):
     """An empty block, a block with one word on each side, a teacher row that is all zero."""
-    S = torch.rand(3, 4, 4).softmax(-1).requires_grad_()
-    T = torch.rand(3, 4, 4)
-    T[2, 0] = 0
+    S = torch.rand(3, 1, 4, 4).softmax(-1).requires_grad_()
+    T = torch.rand(3, 1, 4, 4)
+    T[2, 0, 0] = 0
     block = block_masks(torch.tensor([[-1] * 4, [0, 1, 2, -1], [0, 0, 1, 2]]))[1]
     loss = alignment_loss(T, S, block, kind)
     loss.sum().backward()
@@ -445,7 +448,7 @@ def test_alignment_gradient_reaches_queries_and_keys_of_the_tapped_layer(zoo, te
     pairs = make_pairs(4) + [Pair(user("hi"), "yes", "no"), Pair(user("hi"), "good " * 30, "sorry")]
     examples = Encoder(tokenizer, 128, "truncate", teacher_tokenizer, room)(pairs)
     cfg = Config(lambda_intra=float(term == "intra"), lambda_inter=float(term == "inter"))
-    terms = distillation_losses(model, teacher, examples, np.arange(6) % 2 == 0, cfg, "cpu", [0])
+    terms = distillation_losses(model, teacher, examples, np.arange(6) % 2 == 0, cfg, "cpu", list(range(6)))
     assert terms["loss"].isfinite().all() and terms["rewards"].shape == (6, 2)
     assert close(terms["loss"], terms["bt"] + terms[term])
     (terms["loss"] - terms["bt"]).sum().backward()
@@ -859,7 +862,7 @@ def test_output_directory_is_protected(argv, tmp_path, capsys):
     refused(capsys, argv(out, method="bt", max_steps=2), "--resume", "--overwrite")
     refused(capsys, argv(out, method="bt", max_steps=3, resume=True), "--max-steps was 2, is 3")
     with open(out / "lock", "a+") as lock:
-        idistill.fcntl.flock(lock, idistill.fcntl.LOCK_EX)
+        fcntl.flock(lock, fcntl.LOCK_EX)
         refused(capsys, argv(out, method="bt", max_steps=2, overwrite=True), "in use")
     refused(capsys, argv(out, model="nowhere/m", overwrite=True), "nowhere/m")
     assert weights(out) == before
@@ -881,7 +884,8 @@ def test_foreign_files_in_the_output_directory_survive(zoo, argv, tmp_path, caps
 
 def test_demo_in_small(tmp_path, monkeypatch, capsys):
     """The demo's own code on fewer pairs: the table, its files, the next command, and the same table again."""
-    monkeypatch.setattr(idistill, "synthetic_pairs", lambda n, rate, seed: data_prep.synthetic_pairs(n // 100, rate, seed))
+    whole = data_prep.synthetic_pairs
+    monkeypatch.setattr(data_prep, "synthetic_pairs", lambda n, rate, seed: whole(n // 100, rate, seed))
     assert main("--output-dir", str(tmp_path / "a"), "--seeds", "2") == 0
     out = capsys.readouterr().out
     table = json.loads((tmp_path / "a/demo.json").read_text())
@@ -1262,13 +1266,16 @@ def test_word_maps_are_those_of_training(judges, whole_run):
     model, batch = RewardModel(stock, "packed", (2,)), collate(examples, stock.config.pad_token_id)
     model(batch)
     W = word_seg.shape[1]
-    assert close(S, pool_words(model.maps[0], batch["word"], W)) and close(batch["word_seg"], word_seg)
+    assert close(S, pool_words(model.maps[0], batch["word"], W)[:, 0]) and close(batch["word_seg"], word_seg)
     orders = [collate_teacher(examples, np.full(5, k), teacher.encoder.teacher) for k in (False, True)]
-    naive = [pool_words(teacher.model.attend(o)[1][0], o["word"], W) for o in orders]
+    naive = []
+    for o in orders:
+        teacher.model(o, maps=True)
+        naive.append(pool_words(teacher.model.maps[0], o["word"], W)[:, 0])
     assert close(T, (naive[0] + naive[1]) / 2) and not close(naive[0], naive[1], 1e-3)
     got = evaluation.teacher_agreement(judge, teacher, make_pairs(5), args)
-    intra = alignment_loss(T, S, block_masks(word_seg)[0])
-    one = [evaluation.row_divergence(T, S, block_masks(word_seg)[0])[0][word_seg[0] == s] for s in (1, 2)]
+    intra = alignment_loss(T[:, None], S[:, None], block_masks(word_seg)[0])
+    one = [evaluation.row_divergence(T, S, block_masks(word_seg)[0][:, 0])[0][word_seg[0] == s] for s in (1, 2)]
     assert got["intra"].shape == (5, 10) and (intra > 0).all()
     assert np.nanmin(got["intra"][0]) >= min(v.min() for v in one) - 1e-5 and np.nanmax(got["intra"][0]) <= max(v.max() for v in one) + 1e-5
 
