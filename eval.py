@@ -8,6 +8,7 @@
     python eval.py attack    MODEL... --data FILE... [--json OUT] [--plot OUT.png] [--edits EDITS.json]
     python eval.py bestofn   MODEL... --data FILE... [--json OUT] [--plot OUT.png]     candidates with gold scores
     python eval.py stability RUN/student... --data FILE... [--json OUT] [--plot OUT.png]
+    python eval.py speed     MODEL --teacher T --data FILE... [--memory] [--json OUT]   training in several ways, as ratios
 
 Every verb takes several models and shows them side by side. A model is scored as its stock class scores it: the string
 of data_prep.Formatter, tokenised with add_special_tokens=False, read at the right-most token that is not the pad token.
@@ -18,8 +19,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
 import re
+import resource
+import subprocess
 import sys
+import tempfile
+import time
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from math import comb
@@ -31,10 +37,11 @@ import torch.nn.functional as F
 import transformers
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from data_prep import (Encoder, Pair, UserError, bar, load, load_teacher, load_tokenizer, longer_margins, positions_of, prompt_key,
-                       read_candidates, read_pairs, refuse_missing, unused_name, write_json, write_pairs, written)
-from idistill import (AttentionTap, InteractionTeacher, RewardModel, attention_map, block_masks, collate, collate_teacher, outcomes,
-                      pool_words, row_divergence, set_up_device, teacher_verdicts)
+from data_prep import (Encoder, Example, Formatter, Pair, UserError, bar, load, load_student, load_teacher, load_tokenizer, longer_margins,
+                       positions_of, prompt_key, read_candidates, read_pairs, refuse_missing, unused_name, write_json, write_pairs, written)
+from idistill import (AttentionTap, Config, InteractionTeacher, RewardModel, alignment_loss, attention_map, block_masks, bt_loss, collate,
+                      collate_teacher, distillation_losses, make_optimizer, outcomes, plan_epoch, pool_words, row_divergence,
+                      set_up_device, teacher_verdicts, to_device, tree_mask)
 
 # --------------------------------------------------------------------------------------------------------- scoring
 
@@ -1069,6 +1076,192 @@ def stability(args) -> None:
                 name: (drifts[name]["steps"], drifts[name]["mean"], e) for name, e in ends.items()})] * bool(ends))
 
 
+# ----------------------------------------------------------------------------------------------------- verb: speed
+
+ARMS = {"a": "two passes, padded", "b": "one batch of both, random order (as TRL)", "b'": "b, bucketed by length",
+        "c": "packed tree, bucketed: plain BT", "tap": "c and its maps", "pool": "c, maps, pooling, loss; no teacher",
+        "d": "the whole method with its teacher", "e": "maps by eager output_attentions, all layers", "trl": "TRL's RewardTrainer, no checkpointing"}
+
+
+def random_examples(count: int, lengths: list[int], vocabulary: tuple[int, int], room: int, seed: int) -> list[Example]:
+    """Pairs of random tokens with (prompt, chosen, rejected) of these lengths, three words to four tokens; the teacher
+    reads as much of each part as its room allows."""
+    rng, out, seg = np.random.default_rng(seed), [], np.repeat([0, 1, 2], lengths)
+    word = np.arange(len(seg)) * 3 // 4
+    word_seg = np.zeros(word[-1] + 1, dtype=int)
+    word_seg[word] = seg
+    share = min(1.0, (room - 4) / len(seg))
+    heads = [np.flatnonzero(seg == s)[:int(share * n)] for s, n in enumerate(lengths)]
+    word_seg[np.setdiff1d(word, word[np.concatenate(heads)])] = -1
+    for _ in range(count):
+        runs = [(rng.integers(5, vocabulary[1], len(at)), word[at]) for at in heads]
+        out.append(Example(rng.integers(5, vocabulary[0], len(seg)), seg, word, word_seg, runs, None))
+    return out
+
+
+def training_step(arm: str, model: RewardModel, teacher: InteractionTeacher, examples: list[Example], cfg: Config,
+                  device) -> tuple[torch.Tensor, int, int]:
+    """(loss of one arm, tokens computed, those that are not padding)."""
+    stock, pad, B = model.stock, model.stock.config.get_text_config().pad_token_id, len(examples)
+    if arm[0] in "ab":
+        rows = [e.ids[(e.seg == 0) | (e.seg == s)] for s in (1, 2) for e in examples]
+        rewards, slots = [], 0
+        for some in [rows[:B], rows[B:]] if arm == "a" else [rows]:
+            n = max(map(len, some))
+            ids = np.stack([np.pad(r, (0, n - len(r)), constant_values=pad) for r in some])
+            inputs = to_device(dict(input_ids=ids, attention_mask=np.stack([np.arange(n) < len(r) for r in some])), device)
+            rewards.append(stock(**inputs, use_cache=False).logits[:, 0].float())
+            slots += ids.size
+        return bt_loss(*torch.cat(rewards).chunk(2)).mean(), slots, sum(map(len, rows))
+    batch = collate(examples, pad, device)
+    if arm == "e":
+        other, W = collate_teacher(examples, np.zeros(B), teacher.tokenizer, device), batch["word_seg"].shape[1]
+        out = stock.base_model(batch["ids"], attention_mask=tree_mask(batch["seg"]), position_ids=batch["pos"], use_cache=False,
+                               output_attentions=True)
+        ends = batch["last"][:, :, None].expand(-1, -1, out.last_hidden_state.shape[-1])
+        r = stock.score(out.last_hidden_state.gather(1, ends))[..., 0].float()
+        with torch.no_grad():
+            read = teacher.stock(other["ids"], attention_mask=other["mask"], output_attentions=True).attentions
+        S, T = (pool_words(A[-1].float().mean(1, keepdim=True), b["word"], W) for A, b in ((out.attentions, batch), (read, other)))
+        loss = bt_loss(r[:, 0], r[:, 1]) + alignment_loss(T, S, block_masks(batch["word_seg"], "causal")[0])
+    elif arm == "tap":
+        r = model(batch)
+        loss = bt_loss(r[:, 0], r[:, 1]) + 0 * sum(m.sum() for m in model.maps)
+    else:
+        loss = distillation_losses(model, teacher if arm == "d" else None, examples, np.zeros(B), cfg, device, list(range(B)))["loss"]
+    return loss.mean(), batch["ids"].numel(), sum(len(e.ids) for e in examples)
+
+
+def time_arms(args) -> dict[str, dict]:
+    """Every arm, round after round: medians of pairs a second, ratios to the first arm of the same round, tokens, peak memory."""
+    device, amp = set_up_device(args)
+    stock, tokenizer = load_student(args.models[0], args.seed)
+    reader, reader_tokenizer, room = load_teacher(args.teacher, args.seed)
+    if args.shrink:
+        own, (hidden, layers) = stock.config.to_dict(), args.shrink
+        small = dict(hidden_size=hidden, num_hidden_layers=layers, intermediate_size=4 * hidden, num_attention_heads=4, head_dim=None,
+                     num_key_value_heads=4, max_position_embeddings=2**15, layer_types=None)
+        stock = AutoModelForSequenceClassification.from_config(type(stock.config)(**{**own, **small}))
+    stock.to(device).train(), reader.to(device).eval().requires_grad_(False)
+    if args.lengths:
+        examples = random_examples(args.pairs, args.lengths, (stock.config.vocab_size, len(reader_tokenizer)), room, args.seed)
+    else:
+        pairs = [p for some in read_files(args).values() for p in some][:args.pairs]
+        examples = Encoder(tokenizer, args.max_length or 1024, "truncate", reader_tokenizer, room)(pairs, progress="encoding")
+    lengths, k = np.array([len(e.ids) for e in examples]), args.batch_size
+    order = np.random.default_rng(args.seed).permutation(len(examples))
+    random, bucketed = [order[i:i + k] for i in range(0, len(order), k)], plan_epoch(lengths, k, args.seed, 0)
+    optimizer, sdpa = make_optimizer(stock, 0.0, 0.0), stock.config._attn_implementation  # lr 0: the same weights throughout
+    peer, taken, tokens = None, {arm: [] for arm in args.arms}, {arm: np.zeros(2) for arm in args.arms}
+    for round in bar(range(args.rounds + 1), "rounds"):
+        for arm in args.arms:
+            for m in (stock, reader):
+                m.set_attn_implementation("eager" if arm == "e" else sdpa)
+            last = [(m.config.get_text_config().num_hidden_layers - 1,) if arm in ("tap", "pool", "d") else () for m in (stock, reader)]
+            model, teacher = RewardModel(stock, "packed", last[0]), InteractionTeacher(reader, reader_tokenizer, last[1])
+            cfg = Config(align_target="teacher" if arm == "d" else "uniform", align_max_tokens=args.align_max_tokens)
+            if arm == "trl":
+                peer = peer or trl_trainer(stock, tokenizer, pairs, args, amp is not nullcontext)
+                taken[arm] += [peer()] * bool(round)
+                continue
+            started = time.perf_counter()
+            for index in (random if arm in ("a", "b") else bucketed)[:None if round else 1]:  # round 0 warms up
+                with amp():
+                    loss, *counts = training_step(arm, model, teacher, [examples[i] for i in index], cfg, device)
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                tokens[arm] += np.array(counts) * (round == 1)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            taken[arm] += [time.perf_counter() - started] * bool(round)
+    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    base, N = np.array(taken[args.arms[0]]), len(examples)
+    return {arm: {"pairs_per_s": N / float(np.median(t)), "ratio": float(np.median(base / t)), "ratios": (base / t).tolist(),
+                  "tokens_per_pair": tokens[arm][1] / N, "padding": 1 - tokens[arm][1] / max(1, tokens[arm][0]), "peak_bytes": peak}
+            for arm, t in ((arm, np.array(t)) for arm, t in taken.items())}
+
+
+def trl_trainer(stock, tokenizer, pairs: list[Pair], args, bf16: bool):
+    """A function that trains one epoch in TRL on the strings that are scored here, and returns the seconds of its steps."""
+    try:
+        from datasets import Dataset
+        from trl import RewardConfig, RewardTrainer
+    except ImportError:
+        raise UserError("--peer trl needs TRL: pip install trl") from None
+
+    class Clock(transformers.TrainerCallback):
+        def on_step_begin(self, *_, **__):
+            self.began = time.perf_counter()
+
+        def on_step_end(self, *_, **__):
+            clock.total += time.perf_counter() - self.began
+
+    clock, text = Clock(), Formatter(tokenizer).text
+    rows = [{"chosen": text(p.prompt, p.chosen), "rejected": text(p.prompt, p.rejected)} for p in pairs]
+    config = RewardConfig(output_dir=tempfile.mkdtemp(), per_device_train_batch_size=args.batch_size, num_train_epochs=1, bf16=bf16,
+                          learning_rate=1e-12, report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True,
+                          gradient_checkpointing=False, use_cpu=not torch.cuda.is_available(), max_length=args.max_length or 1024)
+    trainer = RewardTrainer(model=stock, args=config, processing_class=tokenizer, train_dataset=Dataset.from_list(rows), callbacks=[clock])
+
+    def epoch() -> float:
+        clock.total = 0.0
+        trainer.train()
+        stock.train()
+        return clock.total
+
+    return epoch
+
+
+def own_process(args, arm: str, *flags) -> dict:
+    """One arm alone, a round, in a process of its own: what it really needs of memory. Raises UserError."""
+    with tempfile.TemporaryDirectory() as folder:
+        given = [a for k in ("teacher", "max_length", "dtype", "device", "seed", "pairs", "batch_size", "align_max_tokens")
+                 for a in ("--" + k.replace("_", "-"), str(getattr(args, k)))]
+        for k in ("data", "lengths", "shrink"):
+            given += ["--" + k, *map(str, getattr(args, k))] if getattr(args, k) else []
+        command = [sys.executable, __file__, "speed", args.models[0], *given, *map(str, flags), "--arms", arm, "--rounds", "1",
+                   "--json", f"{folder}/out"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise UserError(f"arm {arm} {' '.join(map(str, flags))}: {(done.stderr.strip() or 'killed, probably for memory').splitlines()[-1]}")
+        return json.loads(Path(f"{folder}/out").read_text())["arms"][arm]
+
+
+def speed(args) -> None:
+    """Training steps in several ways, interleaved in one process: pairs a second as ratios to the first of --arms.
+
+    a, b, b': as most code does it; c: the packed tree mask; d: the whole method, teacher included; e: the naive way to get attention
+    maps. tap and pool are c with a part of d: their differences say what each part costs. Data: --data, or random tokens (--lengths
+    PROMPT CHOSEN REJECTED). --memory runs each arm again in a process of its own, --grow N... runs it at each total length instead
+    (half of it prompt). The arm trl is TRL's own RewardTrainer, where TRL is installed (--peer trl adds it)."""
+    if not args.teacher or not (args.data or args.lengths or args.grow):
+        raise UserError("speed needs --teacher, and --data, --lengths or --grow")
+    if args.peer and args.peer not in args.arms:
+        args.arms.append(args.peer)
+    if "trl" in args.arms and not args.data:
+        raise UserError("the arm trl reads text: give --data")
+    if args.grow:
+        rows = {f"{arm} {n}": {"arm": arm, "tokens": n, **own_process(args, arm, "--lengths", n // 2, n // 4, n // 4)}
+                for n in bar(args.grow, "lengths") for arm in args.arms}
+    else:
+        rows = time_arms(args)
+        for arm in args.arms if args.memory else ():
+            rows[arm]["peak_bytes"] = own_process(args, arm)["peak_bytes"]
+    print_rows(["", "pairs/s", f"ratio to {args.arms[0]} [min, max]", "tokens a pair", "padding", "peak memory"], [
+        [f"{k}: {ARMS[k.split()[0]]}", f"{r['pairs_per_s']:.2f}",
+         "" if args.grow else f"{r['ratio']:.2f} [{min(r['ratios']):.2f}, {max(r['ratios']):.2f}]", f"{r['tokens_per_pair']:.0f}",
+         f"{100 * r['padding']:.0f} %", f"{r['peak_bytes'] / 1e6:.0f} MB" if args.memory or args.grow else ""] for k, r in rows.items()])
+    if args.json:
+        save_json(args.json, "speed", args, {"arms": rows, "device": torch.cuda.get_device_name() if torch.cuda.is_available() else
+                                             f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"})
+    if args.plot and args.grow:
+        of = {arm: [r for r in rows.values() if r["arm"] == arm] for arm in args.arms}
+        draw(args.plot, [({"xlabel": "tokens a pair", "ylabel": label, "xscale": "log", "yscale": "log"}, {
+            f"{arm}: {ARMS[arm]}": ([r["tokens"] for r in some], [value(r) for r in some], None) for arm, some in of.items()})
+            for label, value in (("seconds a pair", lambda r: 1 / r["pairs_per_s"]), ("peak memory, MB", lambda r: r["peak_bytes"] / 1e6))])
+
+
 # ---------------------------------------------------------------------------------------------------- command line
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -1077,7 +1270,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     verbs = ap.add_subparsers(dest="verb", required=True)
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("models", nargs="+", metavar="MODEL", help="reward model (or RUN/teacher): local directory or hub id")
-    common.add_argument("--data", nargs="+", required=True, metavar="FILE", help="pairs (bestofn: candidates): JSONL, plain or "
+    common.add_argument("--data", nargs="+", default=[], metavar="FILE", help="pairs (bestofn: candidates): JSONL, plain or "
                         ".gz; raw HH-RLHF too")
     common.add_argument("--json", metavar="OUT", help="write the numbers there")
     common.add_argument("--plot", metavar="OUT.png", help="draw them (needs matplotlib)")
@@ -1106,7 +1299,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                     ("--delete", dict(action="store_true", help="delete the masked tokens instead of hiding them in place"))],
         show: [("--pair", dict(default="0", help="id of the pair, or its number from 0 (default: 0)")),
                ("--html", dict(metavar="OUT.html", help="a page that stands alone; click a word to see its row of the maps"))],
-        attack: [("--edits", dict(metavar="FILE.json", help="further edits, as described above"))], bestofn: [], stability: []}
+        attack: [("--edits", dict(metavar="FILE.json", help="further edits, as described above"))], bestofn: [], stability: [],
+        speed: [("--teacher", dict(metavar="DIR", help="encoder that serves as the teacher")),
+                ("--arms", dict(nargs="+", default=["b", "a", "b'", "c", "tap", "pool", "d", "e"], choices=list(ARMS), help="ways to train, "
+                                "ratios are to the first (default: b a b' c tap pool d e)")),
+                ("--pairs", dict(type=int, default=128, help="pairs a round (default: 128)")),
+                ("--rounds", dict(type=int, default=5, help="rounds, after one that warms up (default: 5)")),
+                ("--lengths", dict(type=int, nargs=3, metavar="N", help="random tokens instead of --data: of prompt, chosen, rejected")),
+                ("--shrink", dict(type=int, nargs=2, metavar=("HIDDEN", "LAYERS"), help="MODEL's class at this size, random weights")),
+                ("--align-max-tokens", dict(type=int, default=0, help="as in idistill.py (default: 0)")),
+                ("--memory", dict(action="store_true", help="peak memory of each arm, in its own process")),
+                ("--grow", dict(type=int, nargs="+", metavar="N", help="each arm at these total lengths, each in its own process")),
+                ("--peer", dict(choices=["trl"], help="add TRL's own RewardTrainer (pip install trl)"))]}
     for run, own in flags.items():
         verb = verbs.add_parser(run.__name__, parents=[common, maps] if run in (attention, show) else [common],
                                 help=run.__doc__.split("\n")[0], description=run.__doc__,
@@ -1115,6 +1319,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             verb.add_argument(name, **settings)
         verb.set_defaults(run=run)
     args = ap.parse_args(argv)
+    if not args.data and args.verb != "speed":
+        ap.error("--data is needed")
     if args.batch_size < 1 or args.max_length < 0 or args.limit < 0:
         ap.error("--batch-size must be at least 1, --max-length and --limit not negative")
     if getattr(args, "stages", 2) < 2:
@@ -1130,7 +1336,7 @@ def main(argv: list[str] | None = None) -> None:
     transformers.logging.disable_progress_bar()
     try:
         check_outputs(args)
-        for name in [*args.models, *filter(None, [getattr(args, "teacher", None)])]:
+        for name in [*args.models, *filter(None, [getattr(args, "teacher", None)])] if args.verb != "speed" else ():
             check_model(name)
         args.run(args)
     except KeyboardInterrupt:

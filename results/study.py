@@ -1,0 +1,152 @@
+#!/usr/bin/env python3
+"""The study of results/README.md: trains every arm, scores it, reports. Restartable: what is done is skipped.
+
+    python results/study.py prepare    # splits, the cut student (data/ and models/ as in results/README.md)
+    python results/study.py tune       # learning rate, lambda and teacher recipe, chosen on the validation split alone
+    python results/study.py real       # the arms on real pairs, then their margins on every held-out file (real 2: seed 2)
+    python results/study.py synthetic  # the readings of the paper on the generated language, five seeds
+    python results/study.py report     # results/study.json, and the tables in Markdown on the screen
+"""
+import fcntl
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+RUNS, SEEDS = ROOT / "runs" / "study", (0, 1, 2)
+STUDENT, TEACHER, RAW = "models/smollm2-135m-l6", "models/minilm-l6", "data/hh_helpful.train.jsonl.gz"
+HELD_OUT = {"data/hh_helpful.test.jsonl.gz": 600, "data/hh_harmless.test.jsonl.gz": 300, "data/rmb_helpful.test.jsonl.gz": 200,
+            "data/llmbar_natural.jsonl.gz": 100, "data/mt_bench_llmbar_layout.jsonl.gz": 200}  # file -> random pairs of it
+LR, TEACHER_FLAGS = "1e-4", ["--teacher-epochs", "2", "--teacher-lr", "1e-4"]  # what `tune` chose
+COMMON = ["--data", "runs/study/hh.jsonl", "--val-data", "runs/study/hh.val.jsonl", "--max-length", "512", "--dtype", "fp32",
+          "--eval-every", "50", "--model", STUDENT]
+BT, UNIFORM = ["--method", "bt"], ["--align-target", "uniform"]
+ARMS = {  # arm -> (flags, seeds); all but ID take the teacher that the ID run of the same seed has trained
+    "ID": ([], SEEDS), "BT": (BT, SEEDS), "ID, uniform target": (UNIFORM, SEEDS),
+    "ID, intra only": (["--lambda-inter", "0"], (0,)), "ID, inter only": (["--lambda-intra", "0"], (0,)),
+    "ID, shuffled teacher": (["--align-target", "shuffled"], (0,)),
+    "ID, untrained teacher": (["--teacher", TEACHER, "--teacher-epochs", "0"], (0,)),
+    "score only": (["--lambda-score", "1", "--lambda-intra", "0", "--lambda-inter", "0"], (0,)),
+    "score + ID": (["--lambda-score", "1"], (0,)), "ID, causal support": (["--align-support", "causal"], (0,)),
+    "label smoothing": ([*BT, "--preference-loss", "smooth"], (0,)), "robust": ([*BT, "--preference-loss", "robust"], (0,)),
+    "adaptive margin": ([*BT, "--margin-field", "strength", "--data", "runs/study/hh.strength.jsonl"], (0,)),
+    **{f"{name}, {n} % noise": ([*flags, "--label-noise", f"0.{n}"], (0,)) for n in (20, 40) for name, flags in (
+        ("ID", ["--teacher", TEACHER, *TEACHER_FLAGS]), ("BT", BT),
+        ("label smoothing", [*BT, "--preference-loss", "smooth", "--flip-rate", f"0.{n}"]))}}
+TUNE = {**{f"BT lr {lr}": [*BT, "--lr", lr] for lr in ("3e-5", "1e-4", "3e-4")},
+        **{f"teacher {e} x {lr}": ["--teacher", TEACHER, "--teacher-epochs", e, "--teacher-lr", lr, "--max-steps", "1"]
+           for e, lr in (("1", "5e-5"), ("2", "1e-4"))},
+        **{f"ID lr {lr} lambda {w}": ["--teacher", "runs/study/tune/teacher-2-x-1e-4/teacher", "--teacher-epochs", "0", "--lr", lr,
+                                      "--lambda-intra", w, "--lambda-inter", w]
+           for lr, w in (("3e-5", "1"), ("1e-4", "1"), ("3e-4", "1"), ("1e-4", "0.3"), ("1e-4", "3"))}}
+READINGS = {  # on the generated language, against the demo's default: KL, last layer, mean over heads, frozen teacher, constant
+    "default": [], "mse": ["--align-loss", "mse"], "mse, lambda 30": ["--align-loss", "mse", "--lambda-intra", "30", "--lambda-inter", "30"],
+    "middle layer": ["--align-layers", "middle"], "all layers": ["--align-layers", "all"], "heads matched": ["--align-heads", "matched"],
+    "causal support": ["--align-support", "causal"], "intra only": ["--lambda-inter", "0"], "inter only": ["--lambda-intra", "0"],
+    "shuffled teacher": ["--align-target", "shuffled"], "score only": ["--lambda-score", "1", "--lambda-intra", "0", "--lambda-inter", "0"],
+    "lambda warm-up": ["--lambda-schedule", "warmup"], "lambda decay": ["--lambda-schedule", "decay"],
+    "lambda 0.3": ["--lambda-intra", "0.3", "--lambda-inter", "0.3"], "lambda 3": ["--lambda-intra", "3", "--lambda-inter", "3"],
+    "co-trained teacher": ["--teacher", "RAW", "--teacher-co-train"], "untrained teacher": ["--teacher", "RAW"],
+    **{f"teacher of {e} passes": ["--teacher", "RAW", "--teacher-epochs", e] for e in ("1", "2", "4")}}
+
+
+def sh(*command) -> None:
+    print("$", *command, flush=True)
+    subprocess.run(list(map(str, command)), cwd=ROOT, check=True)
+
+
+def train(out: Path, flags: list[str]) -> None:
+    """One run, resumed where it stopped, skipped where it is done; the checkpoints go when it is. A second process of
+    the study waits for a run that the first is at."""
+    while not (out / "results.json").exists():
+        out.mkdir(parents=True, exist_ok=True)
+        with open(out / "lock", "a") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                time.sleep(10)
+                continue
+        resume = ["--resume"] if (out / "config.json").exists() else []
+        sh(sys.executable, "idistill.py", *flags, "--output-dir", out.relative_to(ROOT), *resume)
+    shutil.rmtree(out / "checkpoints", ignore_errors=True)
+
+
+def folder(arm: str, seed: int | None = None) -> Path:
+    return RUNS / (arm.replace(",", "").replace(" %", "").replace(" ", "-") + ("" if seed is None else f"-{seed}"))
+
+
+def prepare() -> None:
+    if not (RUNS / "hh.jsonl").exists():
+        sh(sys.executable, "data_prep.py", RAW, "--limit", 2900, "--val-fraction", 0.15, "--out", RUNS / "hh.jsonl")
+    if not (ROOT / STUDENT).exists():
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+        whole = AutoModelForCausalLM.from_pretrained(ROOT / "models/smollm2-135m", dtype=torch.bfloat16)
+        whole.model.layers, whole.config.num_hidden_layers = whole.model.layers[:6], 6
+        whole.save_pretrained(ROOT / STUDENT)
+        AutoTokenizer.from_pretrained(ROOT / "models/smollm2-135m").save_pretrained(ROOT / STUDENT)
+
+
+def tune() -> None:
+    for name, flags in TUNE.items():
+        train(RUNS / "tune" / name.replace(" ", "-"), [*COMMON, *flags])
+
+
+def real(*chosen: str) -> None:
+    for seed in map(int, chosen or SEEDS):  # the arms of one seed after another: a study that is cut short has whole seeds
+        for arm, (flags, seeds) in ARMS.items():
+            if seed not in seeds:
+                continue
+            if arm == "adaptive margin" and not (RUNS / "hh.strength.jsonl").exists():
+                for other in SEEDS:
+                    train(folder("BT", other), [*COMMON, "--lr", LR, "--seed", str(other), *BT])
+                sh(sys.executable, "eval.py", "accuracy", *(folder("BT", s) / "student" for s in SEEDS), "--data",
+                   RUNS / "hh.jsonl", "--max-length", 512, "--strength", RUNS / "hh.strength.jsonl")
+            teacher = ["--teacher", TEACHER, *TEACHER_FLAGS] if arm == "ID" else [
+                "--teacher", f"{folder('ID', seed)}/teacher", "--teacher-epochs", "0"]
+            train(folder(arm, seed), [*COMMON, "--lr", LR, "--seed", str(seed), *teacher, *flags])
+            score(folder(arm, seed) / "student")
+        score(folder("ID", seed) / "teacher")
+
+
+def score(model: Path) -> None:
+    """The margins of one model on every held-out file: MODEL.margins.json beside it."""
+    out = model.parent / f"{model.name}.margins.json"
+    if out.exists():
+        return
+    import eval as evaluation
+    import transformers
+    transformers.logging.set_verbosity_error()
+    margins = {}
+    for path, limit in HELD_OUT.items():
+        args = evaluation.parse_args(["accuracy", str(model), "--data", str(ROOT / path), "--limit", str(limit), "--max-length",
+                                      "768", "--dtype", "fp32", "--batch-size", "16"])
+        judge, (name, pairs), = evaluation.open_judge(str(model), args), *evaluation.read_files(args).items()
+        rewards, _ = judge.score(pairs, args.batch_size)
+        margins[name] = [None if m != m else float(m) for m in rewards[:, 0] - rewards[:, 1]]
+    out.write_text(json.dumps(margins))
+
+
+def synthetic() -> None:
+    demo = RUNS / "demo"
+    if not (demo / "demo.json").exists():
+        shutil.rmtree(demo, ignore_errors=True)
+        sh(sys.executable, "idistill.py", "--seeds", "5", "--output-dir", demo.relative_to(ROOT))
+    for seed in range(5):
+        here = demo / f"seed{seed}"
+        for name, flags in READINGS.items():
+            flags = [str(here / "models/teacher") if f == "RAW" else f for f in flags]
+            train(here / "readings" / name.replace(",", "").replace(" ", "-"), [
+                "--model", here / "models/student", "--data", here / "data/train.jsonl", "--max-length", "128", "--dtype", "fp32",
+                "--eval-data", *(here / f"data/{c}.jsonl" for c in ("in-distribution", "cue-neutral", "cue-reversed")),
+                "--batch-size", "32", "--lr", "1e-3", "--teacher-lr", "2e-3", "--epochs", "2", "--eval-every", "400", "--seed", str(seed),
+                "--teacher", here / "id/teacher", "--teacher-epochs", "0", *flags])
+
+
+if __name__ == "__main__":
+    RUNS.mkdir(parents=True, exist_ok=True)
+    {f.__name__: f for f in (prepare, tune, real, synthetic)}[sys.argv[1]](*sys.argv[2:])
