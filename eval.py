@@ -37,7 +37,7 @@ import torch.nn.functional as F
 import transformers
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from data_prep import (Encoder, Example, Formatter, Pair, UserError, bar, load, load_student, load_teacher, load_tokenizer, longer_margins,
+from data_prep import (Encoder, Example, Formatter, Pair, UserError, bar, choose_pad, load, load_student, load_teacher, load_tokenizer, longer_margins,
                        positions_of, prompt_key, read_candidates, read_pairs, refuse_missing, unused_name, write_json, write_pairs, written)
 from idistill import (AttentionTap, Config, InteractionTeacher, RewardModel, alignment_loss, attention_map, block_masks, bt_loss, collate,
                       collate_teacher, distillation_losses, make_optimizer, outcomes, plan_epoch, pool_words, row_divergence,
@@ -1135,13 +1135,15 @@ def training_step(arm: str, model: RewardModel, teacher: InteractionTeacher, exa
 def time_arms(args) -> dict[str, dict]:
     """Every arm, round after round: medians of pairs a second, ratios to the first arm of the same round, tokens, peak memory."""
     device, amp = set_up_device(args)
-    stock, tokenizer = load_student(args.models[0], args.seed)
-    reader, reader_tokenizer, room = load_teacher(args.teacher, args.seed)
     if args.shrink:
-        own, (hidden, layers) = stock.config.to_dict(), args.shrink
+        tokenizer, own, (hidden, layers) = load_tokenizer(args.models[0]), load(AutoConfig, args.models[0], num_labels=1), args.shrink
+        choose_pad(tokenizer)
         small = dict(hidden_size=hidden, num_hidden_layers=layers, intermediate_size=4 * hidden, num_attention_heads=4, head_dim=None,
-                     num_key_value_heads=4, max_position_embeddings=2**15, layer_types=None)
-        stock = AutoModelForSequenceClassification.from_config(type(stock.config)(**{**own, **small}))
+                     num_key_value_heads=4, max_position_embeddings=2**15, layer_types=None, pad_token_id=tokenizer.pad_token_id)
+        stock = AutoModelForSequenceClassification.from_config(type(own)(**{**own.to_dict(), **small}))
+    else:
+        stock, tokenizer = load_student(args.models[0], args.seed)
+    reader, reader_tokenizer, room = load_teacher(args.teacher, args.seed)
     stock.to(device).train(), reader.to(device).eval().requires_grad_(False)
     if args.lengths:
         examples = random_examples(args.pairs, args.lengths, (stock.config.vocab_size, len(reader_tokenizer)), room, args.seed)

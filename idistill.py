@@ -274,8 +274,9 @@ def with_rows(batch: dict[str, Tensor], attending: Tensor) -> dict[str, Tensor]:
     return {**batch, "rows": order.where(real, -1), "row_word": at.int().argmax(-1).gather(1, order).where(real, -1)}
 
 
-def plan_epoch(lengths: np.ndarray, batch_size: int, seed: int, epoch: int, window: int = 32) -> list[np.ndarray]:
-    """Steps of one epoch as index arrays: shuffled, then bucketed by length inside windows of `window` steps."""
+def plan_epoch(lengths: np.ndarray, batch_size: int, seed: int, epoch: int, window: int = 64) -> list[np.ndarray]:
+    """Steps of one epoch as index arrays: shuffled, then bucketed by length inside windows of `window` steps (on HH-RLHF
+    with 16 pairs: padding 57 % without, 22 % in windows of 8, 6 % of 64)."""
     rng = np.random.default_rng([seed, epoch, 11])
     order, steps = rng.permutation(len(lengths)), []
     for start in range(0, len(order), batch_size * window):
