@@ -780,7 +780,9 @@ def add_lora(stock, rank: int):
         raise UserError("--lora-rank needs peft: pip install peft") from None
     from transformers.pytorch_utils import Conv1D
     linear = {n.split(".")[-1] for n, m in stock.base_model.named_modules() if isinstance(m, (torch.nn.Linear, Conv1D))}
-    adapted = LoraModel(stock, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=sorted(linear)), "default")
+    transposed = any(isinstance(m, Conv1D) for m in stock.modules())  # GPT-2
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=sorted(linear), fan_in_fan_out=transposed)
+    adapted = LoraModel(stock, config, "default")
     stock.score.requires_grad_(True)
     return adapted
 

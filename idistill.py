@@ -38,6 +38,7 @@ data_prep.py holds what comes before: files, text to tokens, loading and probing
 from __future__ import annotations
 
 import argparse
+import atexit
 import dataclasses
 import math
 import os
@@ -269,14 +270,14 @@ def with_rows(batch: dict[str, Tensor], attending: Tensor) -> dict[str, Tensor]:
     row_word (B, m) places in attending; -1 = padding."""
     at = batch["word"][:, :, None] == attending[:, None, :]  # (B, n, R)
     picked = at.any(-1)
-    order = picked.int().argsort(1, descending=True, stable=True)[:, :max(1, int(picked.sum(1).max()))]
+    order = picked.int().argsort(dim=1, descending=True, stable=True)[:, :max(1, int(picked.sum(1).max()))]
     real = picked.gather(1, order)
     return {**batch, "rows": order.where(real, -1), "row_word": at.int().argmax(-1).gather(1, order).where(real, -1)}
 
 
 def plan_epoch(lengths: np.ndarray, batch_size: int, seed: int, epoch: int, window: int = 64) -> list[np.ndarray]:
     """Steps of one epoch as index arrays: shuffled, then bucketed by length inside windows of `window` steps (on HH-RLHF
-    with 16 pairs: padding 57 % without, 22 % in windows of 8, 6 % of 64)."""
+    with 16 pairs: padding 58 % without, 22 % in windows of 8 steps, 5 % in 64)."""
     rng = np.random.default_rng([seed, epoch, 11])
     order, steps = rng.permutation(len(lengths)), []
     for start in range(0, len(order), batch_size * window):
@@ -864,6 +865,7 @@ def set_up_device(cfg):
         if device.type == "cuda":
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
+        atexit.register(dist.destroy_process_group)
     # x86 without AMX computes bf16 at 0.6 of the speed of fp32 (measured), with it at 4 times
     amx = platform.machine() not in ("x86_64", "AMD64") or getattr(torch.cpu, "_is_amx_tile_supported", bool)()
     native = {"cuda": lambda: torch.cuda.is_bf16_supported(), "cpu": lambda: amx and torch.backends.mkldnn.is_available()
@@ -991,9 +993,6 @@ def main(argv: list[str] | None = None) -> None:
             raise
         raise SystemExit(f"error: process {RANK} of {WORLD} cannot go on ({first_line(why)}); the last checkpoint is "
                          "whole, go on with --resume") from None
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
     print_table(results)
     print(f"\nreward model: {Path(cfg.output_dir) / 'student'}  (a stock AutoModelForSequenceClassification directory)")
 

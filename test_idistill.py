@@ -745,6 +745,134 @@ def test_gradient_accumulation_gives_the_same_step(argv, tmp_path):
         assert all(abs(one[k] - three[k]) < 1e-4 for k in one if isinstance(one[k], float))
 
 
+# ----------------------------------------------------------------------------- several processes, LoRA, long pairs
+
+def torchrun(code: str, *args: str, processes: int = 2) -> subprocess.CompletedProcess:
+    """Python code under torchrun on the CPU (gloo), with its arguments as sys.argv[1:]."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--standalone", "--no-python"]
+    return subprocess.run([*command, sys.executable, "-c", code, *args], text=True, cwd=ROOT, timeout=150,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True)
+
+
+def test_several_processes_are_one(zoo, argv, tmp_path):
+    """Two processes, data parallel and sharded, give the curve of one over 20 steps, uneven batches, accumulation and a
+    last batch too small to share included; a sharded run goes on in one process."""
+    common = dict(teacher=zoo("modernbert"), max_steps=20, batch_size=7, save_every=9, val_data=None)
+    assert main(*argv(tmp_path / "one", **common)) == 0
+    runs = {"parallel": dict(grad_accum=2), "sharded": dict(fsdp=True, gradient_checkpointing=True)}
+    args = [json.dumps(argv(tmp_path / k, **common, **v)) for k, v in runs.items()]
+    done = torchrun("import json, sys, idistill\nfor a in sys.argv[1:]: idistill.main(json.loads(a))", *args)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("reward model:") == 2  # the first process alone speaks
+    (tmp_path / "sharded/checkpoints/1-00000020.pt").unlink()
+    assert main(*argv(tmp_path / "sharded", **common, gradient_checkpointing=True, resume=True)) == 0
+    for name in runs:
+        assert len(lines_of(tmp_path / name)) == len(lines_of(tmp_path / "one"))
+        for one, many in zip(lines_of(tmp_path / "one"), lines_of(tmp_path / name)):
+            assert one.keys() == many.keys()
+            assert all(abs(one[k] - many[k]) < 1e-4 * max(1, abs(one[k])) for k in one if isinstance(one[k], float)), (one, many)
+
+
+def test_a_process_that_dies_or_refuses_ends_all(argv, tmp_path):
+    """No hang: the run ends at once, and says which process and why."""
+    code = ("import sys, os, idistill\nfrom data_prep import Run, RANK\nlog = Run.log\n"
+            "def die(run, **line):\n    os._exit(9) if RANK and line.get('step') == 2 else log(run, **line)\n"
+            "Run.log = die\nidistill.main(sys.argv[1:])")
+    done = torchrun(code, *argv(tmp_path / "run", method="bt", max_steps=50))
+    assert done.returncode and "process 0 of 2 cannot go on" in done.stderr and "local_rank: 1" in done.stderr
+    done = torchrun("import sys, idistill\nidistill.main(sys.argv[1:])", *argv(tmp_path / "other", lr=-1))
+    assert done.returncode and done.stderr.count("error: --lr") == 1
+
+
+def test_sampled_rows_are_rows_of_the_whole_map(zoo):
+    """--align-max-tokens: the rows of the drawn words equal those of the whole word map, in student and teacher."""
+    model, tokenizer, _ = student(zoo, layers=(1,))
+    teacher, teacher_tokenizer, room = teacher_of(zoo, "modernbert", (2,))
+    deberta = teacher_of(zoo, "deberta", (2,))[0]
+    pairs = make_pairs(3) + [Pair(user("hi there"), "good " * 20, "sorry")]
+    examples = Encoder(tokenizer, 128, "truncate", teacher_tokenizer, room)(pairs)
+    whole, seeds = collate(examples, tokenizer.pad_token_id), list(range(4))
+    attending = idistill.sample_words(examples, 9, seeds)
+    assert torch.equal(attending, idistill.sample_words(examples, 9, seeds))
+    both = collate_teacher(examples, np.zeros(4), teacher_tokenizer)
+    W, R = whole["word_seg"].shape[1], attending.shape[1]
+    for net, batch in ((model, whole), (teacher, both), (deberta, both)):
+        flags = {} if net is model else {"maps": True}
+        some = idistill.with_rows(batch, attending)
+        assert (some["rows"] >= 0).sum(1).max() <= (9 if net is model else 30) and (some["row_word"] >= 0).any(1).all()
+        net(batch, **flags)
+        full = pool_words(net.maps[0], batch["word"], W)
+        net(some, **flags)
+        part = pool_words(net.maps[0], batch["word"], W, some["row_word"], R)
+        for b in range(4):
+            for r, w in enumerate(attending[b].tolist()):
+                assert close(part[b, 0, r], full[b, 0, w] if w >= 0 else torch.zeros(W))
+    for block, part in zip(block_masks(whole["word_seg"]), block_masks(whole["word_seg"], "full", attending)):
+        for b in range(4):
+            for r, w in enumerate(attending[b].tolist()):
+                assert torch.equal(part[b, 0, r], block[b, 0, w] if w >= 0 else torch.zeros(W, dtype=torch.bool))
+    for target in ("teacher", "shuffled"):
+        cfg = Config(align_max_tokens=9, align_target=target)
+        terms = distillation_losses(model, teacher, examples, np.zeros(4), cfg, "cpu", seeds)
+        terms["loss"].sum().backward()
+        assert terms["loss"].isfinite().all() and model.stock.model.layers[1].self_attn.q_proj.weight.grad.isfinite().all()
+    enough = distillation_losses(model, teacher, examples, np.zeros(4), Config(align_max_tokens=1000), "cpu", seeds)
+    assert close(enough["loss"], distillation_losses(model, teacher, examples, np.zeros(4), Config(), "cpu", seeds)["loss"])
+
+
+def test_matched_heads_schedules_and_a_teacher_that_learns(zoo, argv, tmp_path, capsys):
+    """--align-heads matched is the mean of the losses of single heads; --lambda-schedule scales the maps' part alone;
+    --teacher-co-train changes RUN/teacher, its loss is part of the student's."""
+    rng = np.random.default_rng(0)
+    T, S = (torch.from_numpy(P) for P in rng.dirichlet(np.ones(6), (2, 3, 4, 6)))
+    block = block_masks(torch.tensor([[0, 0, 1, 1, 2, 2]] * 3))[0]
+    singles = [alignment_loss(T[:, h:h + 1], S[:, h:h + 1], block) for h in range(4)]
+    assert close(alignment_loss(T, S, block), sum(singles) / 4)
+    model, tokenizer, _ = student(zoo, layers=(1,))
+    teacher, teacher_tokenizer, room = teacher_of(zoo, "modernbert", (2,))
+    examples = Encoder(tokenizer, 128, "truncate", teacher_tokenizer, room)(make_pairs(3))
+    for schedule, progress, scale in (("constant", 0.1, 1), ("warmup", 0.15, 0.5), ("warmup", 0.9, 1), ("decay", 0.25, 0.75)):
+        terms = distillation_losses(model, teacher, examples, np.zeros(3), Config(lambda_schedule=schedule), "cpu", [0, 1, 2], progress)
+        assert close(terms["loss"], terms["bt"] + scale * (terms["intra"] + terms["inter"]))
+    args = dict(max_steps=3, teacher=zoo("bert"), teacher_epochs=0, align_heads="matched", align_layers="all")
+    assert main(*argv(tmp_path / "run", **args, teacher_co_train=True)) == 0
+    line = [m for m in lines_of(tmp_path / "run") if "teacher" in m][0]
+    assert abs(line["loss"] - line["bt"] - line["teacher"] - line["intra"] - line["inter"]) < 1e-4
+    before = load_teacher(zoo("bert"))[0].state_dict()["bert.encoder.layer.0.attention.self.query.weight"]
+    after = load_teacher(str(tmp_path / "run/teacher"))[0].state_dict()["bert.encoder.layer.0.attention.self.query.weight"]
+    assert not torch.equal(before, after)
+    refused(capsys, argv(tmp_path / "other", method="bt", teacher_co_train=True), "--teacher-co-train")
+    refused(capsys, argv(tmp_path / "other", align_heads="matched", model=zoo("gpt2", n_head=2)), "2 heads, the teacher 4")
+
+
+def test_layers_by_name():
+    assert idistill.parse_layers("last", 12, 6) == ((11,), (5,))
+    assert idistill.parse_layers("middle", 12, 6) == ((5,), (2,))
+    assert idistill.parse_layers("all", 12, 6) == ((1, 3, 5, 7, 9, 11), tuple(range(6)))
+    assert idistill.parse_layers("all", 2, 3) == ((0, 1, 1), (0, 1, 2))
+    assert idistill.parse_layers("-1:0,2:-2", 12, 6) == ((11, 2), (0, 4))
+    for wrong in ("first", "12:0", "0:6", "1", "-13:0", ""):
+        with pytest.raises(UserError, match="--align-layers"):
+            idistill.parse_layers(wrong, 12, 6)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_lora_learns_adapters_and_saves_them_merged(zoo, argv, tmp_path, capsys, family):
+    pytest.importorskip("peft")
+    args = dict(model=zoo(family), lora_rank=2, max_steps=4, save_every=2, lr=1e-2)
+    assert main(*argv(tmp_path / "run", **args)) == 0
+    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run/student")
+    assert not any("lora" in k for k in merged.state_dict())
+    plain = load_student(zoo(family))[0].state_dict()
+    changed = {k for k, v in merged.state_dict().items() if k in plain and not torch.equal(v, plain[k])}
+    assert "score.weight" in changed and any("attn" in k for k in changed) and not any("emb" in k or "wte" in k for k in changed)
+    rewards = json.loads((tmp_path / "run/results.json").read_text())["sets"]["validation"]
+    logged = [m["val_reward_mean"] for m in lines_of(tmp_path / "run") if "val_reward_mean" in m]
+    assert any(abs(mean - rewards["reward_mean"]) < 1e-5 for mean in logged)  # merged = what was trained
+    (tmp_path / "run/checkpoints/1-00000004.pt").unlink()
+    assert main(*argv(tmp_path / "run", **args, resume=True)) == 0
+
+
 # -------------------------------------------------------------------------------------------------- bad input
 
 GOOD = {"prompt": "hi", "chosen": "yes", "rejected": "no"}
@@ -1513,3 +1641,41 @@ def test_refusals_of_sft_and_strength(zoo, judges, argv, tmp_path, capsys):
     for out, mention in ((data, "read as --data"), (tmp_path, "directory"), (f"{data}/x", "cannot be written")):
         assert evaluate(judges(), "--data", data, "--strength", out) == 2 and mention in capsys.readouterr().err
     assert len(data_prep.read_pairs([data])[0]) == 3
+
+
+# ---------------------------------------------------------------------------------------------------- verb: speed
+
+def test_every_arm_of_speed_computes_the_same_loss(zoo):
+    """a, b, c and d differ in how, not in what: one Bradley-Terry loss; d adds the alignment."""
+    model, tokenizer, _ = student(zoo, layers=(2,))
+    teacher, teacher_tokenizer, room = teacher_of(zoo, "modernbert", (2,))
+    examples = Encoder(tokenizer, 128, "truncate", teacher_tokenizer, room)(make_pairs(5))
+    plain, loss, tokens = RewardModel(model.stock, "packed"), {}, {}
+    for arm in ("a", "b", "b'", "c", "tap", "pool", "d"):
+        cfg = Config(align_target="teacher" if arm == "d" else "uniform")
+        net = model if arm in ("tap", "pool", "d") else plain
+        loss[arm], *tokens[arm] = evaluation.training_step(arm, net, teacher, examples, cfg, "cpu")
+    assert all(close(loss[arm], loss["c"]) for arm in ("a", "b", "b'", "tap")) and loss["d"] > loss["c"] + 0.01
+    assert tokens["c"][1] == sum(len(e.ids) for e in examples) < tokens["b"][1] < tokens["b"][0]
+    eager, reader = (zoo(f) for f in ("llama", "modernbert"))
+    eager = RewardModel(AutoModelForSequenceClassification.from_pretrained(eager, num_labels=1, attn_implementation="eager"))
+    eager.stock.load_state_dict(model.stock.state_dict(), strict=False)
+    reader = InteractionTeacher(transformers.AutoModelForTokenClassification.from_pretrained(
+        reader, num_labels=1, attn_implementation="eager"), teacher_tokenizer)
+    cfg, zeros = Config(align_support="causal", lambda_inter=0), np.zeros(5)
+    causal = distillation_losses(model, teacher, examples, zeros, cfg, "cpu", list(range(5)))
+    naive = evaluation.training_step("e", eager, reader, examples, cfg, "cpu")[0]
+    assert naive.isfinite() and (naive - causal["bt"].mean()).abs() > 0.01
+
+
+def test_speed_as_a_user_runs_it(zoo, argv, tmp_path, capsys):
+    data = write_pairs(tmp_path / "d.jsonl", make_pairs(6))
+    common = ("--teacher", zoo("bert"), "--rounds", 2, "--batch-size", 3, "--dtype", "fp32", "--device", "cpu")
+    assert evaluate(zoo("llama"), *common, "--data", data, "--json", tmp_path / "s", "--arms", "b", "c", "d", verb="speed") == 0
+    arms = json.loads((tmp_path / "s").read_text())["arms"]
+    assert list(arms) == ["b", "c", "d"] and len(arms["d"]["ratios"]) == 2 and set(arms["b"]["ratios"]) == {1.0}
+    assert 0 <= arms["c"]["padding"] < 1 and arms["c"]["tokens_per_pair"] < arms["b"]["tokens_per_pair"]
+    assert evaluate(zoo("llama"), *common, "--pairs", 2, "--shrink", 32, 2, "--grow", 64, "--arms", "c", "--plot", tmp_path / "g.png",
+                    verb="speed") == 0 and (tmp_path / "g.png").stat().st_size > 5_000
+    for flags, mention in (((), "--data, --lengths or --grow"), (("--lengths", 4, 4, 4, "--arms", "trl"), "give --data")):
+        assert evaluate(zoo("llama"), *common, *flags, verb="speed") == 2 and mention in capsys.readouterr().err
