@@ -38,10 +38,11 @@ import transformers
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from data_prep import (Encoder, Example, Formatter, Pair, UserError, bar, choose_pad, load, load_student, load_teacher, load_tokenizer, longer_margins,
-                       positions_of, prompt_key, read_candidates, read_pairs, refuse_missing, unused_name, write_json, write_pairs, written)
+                       positions_of, prompt_key, read_candidates, read_pairs, refuse_missing, set_up_device,
+                       unused_name, write_json, write_pairs, written)
 from idistill import (AttentionTap, Config, InteractionTeacher, RewardModel, alignment_loss, attention_map, block_masks, bt_loss, collate,
                       collate_teacher, distillation_losses, make_optimizer, outcomes, plan_epoch, pool_words, row_divergence,
-                      set_up_device, teacher_verdicts, to_device, tree_mask)
+                      teacher_verdicts, to_device, tree_mask)
 
 # --------------------------------------------------------------------------------------------------------- scoring
 

@@ -38,18 +38,15 @@ data_prep.py holds what comes before: files, text to tokens, loading and probing
 from __future__ import annotations
 
 import argparse
-import atexit
 import dataclasses
 import math
 import os
-import platform
 import sys
 import time
 import warnings
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -66,8 +63,9 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from data_prep import (RANK, WORLD, Encoder, Example, Run, UserError, add_lora, bar, demo, first_line, labelled,
-                       load_student, load_teacher, longer_margins, merge_lora, probe_student, read_all, save_stock)
+from data_prep import (RANK, WORLD, Encoder, Example, Run, UserError, add_lora, bar, check_config, demo, first_line,
+                       labelled, load_student, load_teacher, longer_margins, merge_lora, parse_layers, probe_student,
+                       read_all, save_stock, set_up_device)
 
 # ---------------------------------------------------------------------------------------------------------- config
 
@@ -165,50 +163,6 @@ def parse_config(argv: list[str] | None = None) -> Config:
         shown = "none" if default in ("", []) else default
         ap.add_argument("--" + f.name.replace("_", "-"), help=f"{f.metadata['help']} (default: {shown})", **kw)
     return Config(**vars(ap.parse_args(argv)))
-
-
-def check_config(cfg: Config) -> bool:
-    """Refuses flags that cannot work; returns whether a teacher is needed. Raises UserError."""
-    for name in ("model", "data", "output_dir"):
-        if not getattr(cfg, name):
-            raise UserError(f"--{name.replace('_', '-')} is needed beside --model")
-    for f in dataclasses.fields(cfg):
-        value, low, high = getattr(cfg, f.name), f.metadata["low"], f.metadata["high"]
-        if isinstance(value, (int, float)) and not (low <= value <= high and math.isfinite(value)):
-            reach = f"at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
-            raise UserError(f"--{f.name.replace('_', '-')} must be a finite number, {reach}, is {value}")
-    if not cfg.epochs and not cfg.max_steps:
-        raise UserError("--epochs 0 needs --max-steps")
-    if cfg.batch_sum and (cfg.grad_accum > 1 or WORLD > 1):
-        raise UserError("--batch-sum needs the whole batch at once: --grad-accum 1, one process")
-    if cfg.teacher_co_train and WORLD > 1:
-        raise UserError("--teacher-co-train runs in one process")
-    if cfg.method == "bt":
-        cfg.lambda_intra = cfg.lambda_inter = cfg.lambda_score = 0.0
-    maps = cfg.lambda_intra > 0 or cfg.lambda_inter > 0
-    needed = bool(cfg.lambda_score > 0 or (maps and cfg.align_target != "uniform"))
-    if needed and not cfg.teacher:
-        raise UserError("--teacher is needed: --method id reads its attention (plain Bradley-Terry: --method bt)")
-    if cfg.teacher_co_train and not needed:
-        raise UserError("--teacher-co-train needs a teacher, and these flags use none")
-    return needed
-
-
-def parse_layers(spec: str, student: int, teacher: int | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """'last', 'middle', 'all' or 'S:T,S:T' -> layer numbers from 0 of student and teacher; 'all' pairs each teacher
-    layer (without teacher: each layer) with the student's at the same relative depth. Raises UserError."""
-    depth = teacher or student
-    named = {"last": [(-1, -1)], "middle": [((student - 1) // 2, (depth - 1) // 2)],
-             "all": [(math.ceil((t + 1) * student / depth) - 1, t) for t in range(depth)]}
-    try:
-        pairs = named.get(spec) or [tuple(map(int, p.split(":"))) for p in spec.split(",")]
-        out = tuple(zip(*((s + student if s < 0 else s, t + depth if t < 0 else t) for s, t in pairs)))
-        if not all(0 <= s < student for s in out[0]) or teacher and not all(0 <= t < teacher for t in out[1]):
-            raise ValueError
-    except ValueError:
-        raise UserError(f"--align-layers {spec!r}: give last, middle, all, or student:teacher pairs such as "
-                        f"'-1:-1,5:2', within {student} student and {teacher} teacher layers") from None
-    return out
 
 
 # ---------------------------------------------------------------- data (text becomes tokens in data_prep.Encoder)
@@ -848,30 +802,6 @@ def save_part(run: Run, model: RewardModel | InteractionTeacher, tokenizer, name
         lora = run.cfg.lora_rank if name == "student" else 0
         stock, weights = merge_lora(run.cfg.model, lora, weights) if lora else (model.stock, weights)
         save_stock(stock, tokenizer, run.dir / name, weights)
-
-
-def set_up_device(cfg):
-    """(device, amp): amp() is bf16 autocast, or nothing; auto takes bf16 where the hardware computes in it. Joins the
-    other processes under torchrun. Raises UserError."""
-    name = cfg.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(f"cuda:{os.environ['LOCAL_RANK']}" if WORLD > 1 and name == "cuda" else name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as why:
-        raise UserError(f"--device {name}: not usable here ({first_line(why)})") from None
-    if WORLD > 1 and not dist.is_initialized():
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
-        atexit.register(dist.destroy_process_group)
-    # x86 without AMX computes bf16 at 0.6 of the speed of fp32 (measured), with it at 4 times
-    amx = platform.machine() not in ("x86_64", "AMD64") or getattr(torch.cpu, "_is_amx_tile_supported", bool)()
-    native = {"cuda": lambda: torch.cuda.is_bf16_supported(), "cpu": lambda: amx and torch.backends.mkldnn.is_available()
-              and torch.ops.mkldnn._is_mkldnn_bf16_supported()}
-    bf16 = cfg.dtype == "bf16" or (cfg.dtype == "auto" and native.get(device.type, lambda: False)())
-    return device, (lambda: torch.autocast(device.type, dtype=torch.bfloat16)) if bf16 else nullcontext
 
 
 def train(cfg: Config) -> dict:

@@ -846,14 +846,14 @@ def test_matched_heads_schedules_and_a_teacher_that_learns(zoo, argv, tmp_path, 
 
 
 def test_layers_by_name():
-    assert idistill.parse_layers("last", 12, 6) == ((11,), (5,))
-    assert idistill.parse_layers("middle", 12, 6) == ((5,), (2,))
-    assert idistill.parse_layers("all", 12, 6) == ((1, 3, 5, 7, 9, 11), tuple(range(6)))
-    assert idistill.parse_layers("all", 2, 3) == ((0, 1, 1), (0, 1, 2))
-    assert idistill.parse_layers("-1:0,2:-2", 12, 6) == ((11, 2), (0, 4))
+    assert data_prep.parse_layers("last", 12, 6) == ((11,), (5,))
+    assert data_prep.parse_layers("middle", 12, 6) == ((5,), (2,))
+    assert data_prep.parse_layers("all", 12, 6) == ((1, 3, 5, 7, 9, 11), tuple(range(6)))
+    assert data_prep.parse_layers("all", 2, 3) == ((0, 1, 1), (0, 1, 2))
+    assert data_prep.parse_layers("-1:0,2:-2", 12, 6) == ((11, 2), (0, 4))
     for wrong in ("first", "12:0", "0:6", "1", "-13:0", ""):
         with pytest.raises(UserError, match="--align-layers"):
-            idistill.parse_layers(wrong, 12, 6)
+            data_prep.parse_layers(wrong, 12, 6)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
