@@ -5,6 +5,7 @@ run directory, the generated language of the demo. On the command line it conver
     python data_prep.py hh-rlhf --subsets helpful-base harmless-base --out data/hh.jsonl       # from the hub
     python data_prep.py hh-rlhf --input helpful.train.jsonl.gz --out data/hh.jsonl             # from local raw files
     python data_prep.py pairs.jsonl.gz more.jsonl --out data/mine.jsonl --val-fraction 0.1 --test-fraction 0.1
+    python data_prep.py rm-bench --input total_dataset.json --out data/rm-bench.jsonl  # a published benchmark
     python data_prep.py synthetic --pairs 12800 --agreement 0.9 --out data/synthetic.jsonl
     python data_prep.py synthetic --pairs 500 --responses 16 --agreement 0.1 --out data/candidates.jsonl   # for bestofn
 
@@ -46,6 +47,8 @@ from collections import Counter
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
+from fnmatch import fnmatch
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -1075,6 +1078,193 @@ class Run:
             f.writelines(json.dumps(m) + "\n" for m in keep)
 
 
+# ------------------------------------------------------------------------------------------------- benchmarks
+
+# Benchmarks become pairs whose source is the benchmark and whose subset begins with the group it reports by;
+# eval.py accuracy knows them by the source. A converter takes a published record and the path of its file.
+
+SECTIONS = {section: names.split() for section, names in {
+    "Chat": "alpacaeval-easy alpacaeval-length alpacaeval-hard mt-bench-easy mt-bench-med",
+    "Chat Hard": "mt-bench-hard llmbar-natural llmbar-adver-neighbor llmbar-adver-GPTInst "
+                 "llmbar-adver-GPTOut llmbar-adver-manual",
+    "Safety": "refusals-dangerous refusals-offensive xstest-should-refuse xstest-should-respond donotanswer",
+    "Reasoning": "math-prm hep-cpp hep-go hep-java hep-js hep-python hep-rust"}.items()}
+DOMAINS = ("chat", "code", "math", "safety-refuse", "safety-response")
+CATEGORIES = {"mmlu-pro": "Knowledge", "livebench-reasoning": "Reasoning", "livebench-math": "Math",
+              "livecodebench": "Coding"}
+LLMBAR = ("Natural", *("Adversarial/" + s for s in ("Neighbor", "GPTInst", "GPTOut", "Manual")))
+
+
+def field(record: dict, name: str, kind: type = str):
+    """record[name], of that type, or ValueError."""
+    if not isinstance(record, dict) or record.get(name) is None:
+        raise ValueError(f'the field "{name}" is missing')
+    if not isinstance(record[name], kind):
+        raise ValueError(f'the field "{name}" is no {kind.__name__}')
+    return record[name]
+
+
+def ordered(a: str, b: str, label, first: str, second: str) -> dict:
+    """{"chosen", "rejected"}; the label first says that a is better, second that b is. A tie is unusable."""
+    if re.fullmatch(r"tie.*|A=B", str(label)):
+        raise UnusablePair("a tie by its label")
+    if str(label) not in (first, second):
+        raise ValueError(f"the label {label!r} is neither {first} nor {second}")
+    return dict(zip(("chosen", "rejected"), (a, b) if str(label) == first else (b, a)))
+
+
+def from_rewardbench(record: dict, path: str):
+    """RewardBench (arXiv 2403.13787): prompt, chosen, rejected, subset, id. Its prior sets are left out."""
+    name = field(record, "subset")
+    section = next((s for s, names in SECTIONS.items() if name in names), None)
+    if section is None:
+        raise UnusablePair("the subset is in none of RewardBench's four sections")
+    yield {**{k: field(record, k) for k in ("prompt", "chosen", "rejected")}, "id": record.get("id"),
+           "subset": f"{section}/{name}"}
+
+
+def from_rm_bench(record: dict, path: str):
+    """RM-Bench (arXiv 2410.16184): 3 chosen, 3 rejected: concise, detailed, detailed with markdown. Nine
+    pairs a prompt, ids ending in /chosen style-rejected style. The domain: a field, or in the file's name."""
+    sides = [field(record, k, list) for k in ("chosen", "rejected")]
+    domain = record.get("domain") or next((d for d in DOMAINS if d in Path(path).name), None)
+    if domain not in DOMAINS or [len(side) for side in sides] != [3, 3]:
+        raise ValueError(f"not three chosen and three rejected, or the domain, {domain!r}, by the record or "
+                         f"the file's name is none of {', '.join(DOMAINS)}")
+    for i, j in product(range(3), range(3)):
+        yield {"prompt": field(record, "prompt"), "chosen": sides[0][i], "rejected": sides[1][j],
+               "subset": domain, "id": f"{record.get('id')}/{i}-{j}"}
+
+
+def from_rmb(record: dict, path: str):
+    """RMB (arXiv 2410.09893): conversation_input, category_path, chosen and reject; best-of-n: bon_best and
+    loser_list, a pair a loser, ids ending in /number of the loser of how many."""
+    category, best_of_n = field(record, "category_path"), "bon_best" in record
+    if not re.match("(Pairwise|BoN)_set/(Helpfulness|Harmlessness)", category):
+        raise ValueError(f"the category_path {category!r} is none of RMB's")
+    best = field(field(record, "bon_best" if best_of_n else "chosen", dict), "answer")
+    losers = field(record, "loser_list", list) if best_of_n else [field(record, "reject", dict)]
+    for k, loser in enumerate(losers, 1):
+        yield {"prompt": field(record, "conversation_input", list), "chosen": best,
+               "rejected": field(loser, "answer"), "subset": category,
+               "id": f"{record.get('bon_uid')}/{k}of{len(losers)}" if best_of_n else record.get("pair_uid")}
+
+
+def from_judgebench(record: dict, path: str):
+    """JudgeBench (arXiv 2410.12784): question, response_A, response_B, label A>B or B>A, source."""
+    name = field(record, "source")
+    category = next((c for start, c in CATEGORIES.items() if name.startswith(start)), None)
+    if category is None:
+        raise ValueError(f"the source {name!r} is none of JudgeBench's")
+    sides = field(record, "response_A"), field(record, "response_B")
+    yield {"prompt": field(record, "question"), "subset": f"{category}/{name}", "id": record.get("pair_id"),
+           **ordered(*sides, record.get("label"), "A>B", "B>A")}
+
+
+def from_llmbar(record: dict, path: str):
+    """LLMBar (arXiv 2310.07641): input, output_1, output_2, label 1 or 2; the path names the subset."""
+    named = re.findall("natural|neighbor|gptinst|gptout|manual", path.lower())
+    if not named:
+        raise ValueError("the path names none of Natural, Neighbor, GPTInst, GPTOut, Manual")
+    sides = field(record, "output_1"), field(record, "output_2")
+    yield {"prompt": field(record, "input"), "subset": next(s for s in LLMBAR if named[-1] in s.lower()),
+           **ordered(*sides, record.get("label"), "1", "2")}
+
+
+def from_mt_bench(record: dict, path: str):
+    """MT-Bench (arXiv 2306.05685), a vote: conversation_a, conversation_b, turn, winner, judge; or LLMBar's
+    layout of the majority on first turns. Two conversations differ from their first answers on, so the prompt
+    is the first question; a second turn continues the response as text, as Formatter without a template."""
+    if "conversation_a" not in record:
+        yield {**next(from_llmbar(record, "natural")), "subset": "turn 1, majority"}
+        return
+    turn, sides = field(record, "turn", int), ("conversation_a", "conversation_b")
+    talks = [check_messages(field(record, k, list), k)[:2 * turn] for k in sides]
+    if turn not in (1, 2) or any([m["role"] for m in talk] != ["user", "assistant"] * turn for talk in talks):
+        raise ValueError(f"turn {turn} is not 1 or 2, or not in both conversations as question and answer")
+    if talks[0][0] != talks[1][0]:
+        raise UnusablePair("the two prompts differ")
+    marks, names = ("", "User: ", "Assistant: "), ("question_id", "model_a", "model_b", "judge", "turn")
+    texts = ["\n\n".join(mark + m["content"].strip() for mark, m in zip(marks, talk[1:])) for talk in talks]
+    yield {"prompt": talks[0][:1], **ordered(*texts, record.get("winner"), "model_a", "model_b"),
+           "subset": f"turn {turn}", "id": "-".join(str(record.get(k)) for k in names)}
+
+
+BENCHMARKS = {  # converter, data set on the hub or repository to clone, its files
+    "rewardbench": (from_rewardbench, "allenai/reward-bench", "data/filtered-*.parquet"),
+    "rm-bench": (from_rm_bench, "THU-KEG/RM-Bench", "*total_dataset.json"),
+    "rmb": (from_rmb, "https://github.com/Zhou-Zoey/RMB-Reward-Model-Benchmark", "*.json"),
+    "judgebench": (from_judgebench, "ScalerLab/JudgeBench", "*gpt*.json*"),
+    "llmbar": (from_llmbar, "https://github.com/princeton-nlp/LLMBar", "*dataset.json"),
+    "mt-bench": (from_mt_bench, "lmsys/mt_bench_human_judgments", "data/human-*.parquet")}
+
+
+def benchmark_files(name: str, inputs: list[str] | None) -> list[str]:
+    """The files of --input, folders opened; without it those of the hub (cached there). Raises UserError."""
+    _, home, pattern = BENCHMARKS[name]
+    try:
+        if not inputs and "//" not in home:
+            from huggingface_hub import snapshot_download
+            inputs = [snapshot_download(home, repo_type="dataset", allow_patterns=pattern)]
+    except Exception as why:  # network, permission and missing-file errors of several libraries
+        home += f" (now: {type(why).__name__})"
+    if not inputs:
+        raise UserError(f"{name}: cannot be fetched; give {pattern} of {home}, or their folder, as --input")
+    files = []
+    for p in map(Path, inputs):
+        inside = sorted(q for q in p.rglob("*") if fnmatch(q.relative_to(p).as_posix(), pattern))
+        if p.is_dir() and not inside:
+            raise UserError(f"{p}: holds no file {pattern}")
+        files += map(str, inside if p.is_dir() else [p])
+    return files
+
+
+def read_records(path: str) -> list[tuple[str, object]]:
+    """(where, record) of parquet, a JSON array or JSON lines (as text), plain or .gz. Raises UserError."""
+    try:
+        if path.endswith(".parquet"):
+            from pyarrow import parquet
+            return [(f"record {k}", r) for k, r in enumerate(parquet.read_table(path).to_pylist(), 1)]
+        with (gzip.open if path.endswith(".gz") else open)(path, "rb") as f:
+            text = f.read().decode("utf-8-sig")
+        if text.lstrip().startswith("["):
+            return [(f"record {k}", r) for k, r in enumerate(json.loads(text), 1)]
+        return [(f"line {k}", raw) for k, raw in enumerate(text.split("\n"), 1) if raw.strip()]
+    except ImportError:
+        raise UserError(f"{path}: parquet needs pyarrow: pip install pyarrow (JSON needs nothing)") from None
+    except (OSError, EOFError, zlib.error, ValueError, RecursionError) as why:
+        raise UserError(f"{path}: cannot be read ({first_line(why)})") from None
+
+
+def read_benchmark(name: str, inputs: list[str] | None, skip_bad: bool = False) -> tuple[list[Pair], Counter]:
+    """The pairs of a benchmark, counts as of read_pairs. Raises UserError with file and line or record."""
+    pairs, counts = [], Counter()
+    for path in benchmark_files(name, inputs):
+        for where, record in read_records(path):
+            before = len(pairs)
+            try:
+                record = json.loads(record) if isinstance(record, str) else record
+                if not isinstance(record, dict):
+                    raise ValueError("is no JSON object")
+                for row in BENCHMARKS[name][0](record, path):
+                    try:
+                        pairs.append(parse_pair({**row, "source": name}))
+                    except UnusablePair as why:
+                        counts[str(why)] += 1
+            except UnusablePair as why:
+                counts[str(why)] += 1
+            except (ValueError, RecursionError) as why:
+                if not skip_bad:
+                    why = "not JSON" if isinstance(why, json.JSONDecodeError) else why
+                    raise UserError(f"{path}, {where}: {why}; mend it, or drop it with --skip-bad") from None
+                del pairs[before:]
+                counts["bad"] += 1
+    counts["pairs"] = len(pairs)
+    if not pairs:
+        raise UserError(f"{name}: no usable pair ({dict(counts)})")
+    return pairs, counts
+
+
 # -------------------------------------------------------------------------------------------- the generated language, the demo
 
 TOPICS = {
@@ -1233,7 +1423,8 @@ def demo(cfg, train) -> None:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ap.add_argument("source", nargs="+", metavar="SOURCE", help="hh-rlhf, synthetic, or JSONL files, plain or .gz")
+    ap.add_argument("source", nargs="+", metavar="SOURCE", help="hh-rlhf, synthetic, JSONL files, plain or "
+                    f".gz, or a benchmark: {', '.join(BENCHMARKS)}")
     ap.add_argument("--out", required=True, help="file to write; gzipped where it ends in .gz")
     ap.add_argument("--overwrite", action="store_true", help="replace --out where it exists")
     ap.add_argument("--skip-bad", action="store_true", help="count malformed lines instead of stopping at the first")
@@ -1241,11 +1432,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     ap.add_argument("--limit", type=int, default=0, help="write only the first N pairs (default: 0 = all)")
     ap.add_argument("--val-fraction", type=float, default=0.0, help="share for FILE.val.jsonl (default: 0)")
     ap.add_argument("--test-fraction", type=float, default=0.0, help="share for FILE.test.jsonl (default: 0)")
+    ap.add_argument("--input", nargs="+", metavar="FILE", help="instead of the hub: raw files of hh-rlhf, or "
+                    "those of a benchmark as published (JSON, JSONL, .gz, parquet), or their folders")
     hh = ap.add_argument_group("hh-rlhf")
     hh.add_argument("--subsets", nargs="+", default=["helpful-base", "harmless-base"], metavar="NAME",
                     help="folders of Anthropic/hh-rlhf on the hub (default: helpful-base harmless-base)")
     hh.add_argument("--hub-split", default="train", choices=["train", "test"], help="its split (default: train)")
-    hh.add_argument("--input", nargs="+", metavar="FILE", help="local raw files instead of the hub")
     syn = ap.add_argument_group("synthetic")
     for name, default, text in (("pairs", 12_800, "number of pairs"), ("topics", 12, "topics"), ("items", 10, "items of each topic"),
                                 ("fillers", 60, "filler words"), ("shortest", 8, "fewest fillers between item and cue"),
@@ -1271,6 +1463,8 @@ def convert(args: argparse.Namespace) -> None:
         sizes = (args.agreement, args.seed, args.topics, args.items, args.fillers, args.shortest, args.longest)
         pairs = synthetic_candidates(args.pairs, args.responses, *sizes) if args.responses else synthetic_pairs(args.pairs, *sizes)
         counts = Counter({noun: args.pairs})
+    elif len(args.source) == 1 and args.source[0] in BENCHMARKS:
+        pairs, counts = read_benchmark(args.source[0], args.input, args.skip_bad)
     else:
         hh = args.source == ["hh-rlhf"]
         pairs, counts = read_pairs((args.input or download_hh(args.subsets, args.hub_split)) if hh else args.source, args.skip_bad)

@@ -37,7 +37,8 @@ import torch.nn.functional as F
 import transformers
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from data_prep import (Encoder, Example, Formatter, Pair, UserError, bar, choose_pad, load, load_student, load_teacher, load_tokenizer, longer_margins,
+from data_prep import (BENCHMARKS, DOMAINS, LLMBAR, SECTIONS, Encoder, Example, Formatter, Pair, UserError,
+                       bar, choose_pad, load, load_student, load_teacher, load_tokenizer, longer_margins,
                        positions_of, prompt_key, read_candidates, read_pairs, refuse_missing, set_up_device,
                        unused_name, write_json, write_pairs, written)
 from idistill import (AttentionTap, Config, InteractionTeacher, RewardModel, alignment_loss, attention_map, block_masks, bt_loss, collate,
@@ -73,8 +74,10 @@ class Judge:
         return rewards, texts
 
     def score_texts(self, texts: list[str], batch_size: int) -> np.ndarray:
-        """Rewards (N,) of finished strings."""
-        return self.score_rows(self.encoder.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else [], batch_size)
+        """Rewards (N,) of finished strings; equal ones are scored once: RM-Bench compares each with three."""
+        place = {text: k for k, text in enumerate(dict.fromkeys(texts))}
+        rows = self.encoder.tokenizer(list(place), add_special_tokens=False)["input_ids"] if texts else []
+        return self.score_rows(rows, batch_size)[[place[text] for text in texts]]
 
     def batches(self, rows: list[list[int]], batch_size: int, hidden: list[tuple[int, int]] | None = None):
         """Token rows, batched by length behind a progress bar and padded on the right: (index, inputs of the model,
@@ -403,7 +406,9 @@ def save_plot(figure, path: str) -> None:
 # -------------------------------------------------------------------------------------------------- verb: accuracy
 
 def accuracy(args) -> None:
-    """Accuracy with 95 % intervals, by subset, beside what length alone and a constant answer reach."""
+    """Accuracy with 95 % intervals, by subset, beside what length alone and a constant answer reach.
+
+    Pairs of a benchmark that data_prep.py converted have its own numbers too, in a table of their own."""
     files = read_files(args)
     groups = {file: prompt_groups(pairs) for file, pairs in files.items()}
     result, dump, first, margins = {}, [], {}, {}
@@ -430,6 +435,11 @@ def accuracy(args) -> None:
                 some.update({k: v for k, v in judge.encoder.counts.items() if v and not subset and k != "dropped"})
                 where = result[file]["subsets"].setdefault(subset, {}) if subset else result[file]["models"]
                 where[name] = some
+            for source in sorted(BENCHMARKS.keys() & {p.source for p in pairs}):
+                index = [k for k, p in enumerate(pairs) if p.source == source]
+                table = result[file].setdefault("benchmarks", {}).setdefault(source, {})
+                table[name] = own_terms(source, [pairs[k] for k in index], rewards[index] @ [1, -1],
+                                        groups[file][index], args.seed)
             if args.dump:
                 dump += [{"prompt": p.prompt, "text_chosen": t[0], "text_rejected": t[1], "scores_chosen": float(r[0]),
                           "scores_rejected": float(r[1]), "results": float(outcomes(r[0] - r[1])), "subset": p.subset, "id": p.id,
@@ -439,6 +449,7 @@ def accuracy(args) -> None:
             save_json(args.json, "accuracy", args, {"files": result})
     for file, pairs in files.items():
         print_accuracy(file, pairs, result[file])
+        print_own_terms(result[file].get("benchmarks", {}))
     print("\n(majority: either side of a pair comes first, so a constant answer is right in half; equal length: within 10 %\n"
           " in characters; ties count half; intervals: 95 %, bootstrap over prompts; - first: paired with the first model)")
     if args.dump:
@@ -448,6 +459,85 @@ def accuracy(args) -> None:
         write_strengths(args.strength, files, margins)
     if args.plot:
         plot_accuracy(result, args.plot)
+
+
+def own_cells(source: str, pairs: list[Pair], margins: np.ndarray):
+    """What the numbers of a benchmark are made of, from N pairs and their margins: (the cells of each pair,
+    right (N,), weight (N,), {mean: the numbers it is the mean of}). As in the benchmarks' own code a tie is a
+    miss; a pair without a score (NaN) weighs nothing.
+    RewardBench  sections by pair, but math-prm weighs as much as all code; mean of sections (no prior sets)
+    RM-Bench     3 x 3 cells, chosen style-rejected style; easy: chosen fancier, normal: alike, hard: plainer;
+                 by domain, by safety (mean of its two), and over chat, code, math and safety
+    RMB          helpfulness and harmlessness, pairwise and best-of-n (chosen beats each rejected); their mean
+    JudgeBench   categories, and all by pair
+    LLMBar       subsets, and the mean of the adversarial ones
+    MT-Bench     turns, and all, by vote"""
+    right, weight, means = (margins > 0).astype(float), 1.0 - np.isnan(margins), {}
+    cells = [[p.subset.split("/")[0], "all"] for p in pairs]
+    if source == "rewardbench":
+        cells, means["mean of sections"] = [c[:1] for c in cells], list(SECTIONS)
+        math, code = (np.array([f"/{name}" in p.subset for p in pairs]) for name in ("math-prm", "hep-"))
+        if weight[math].any() and weight[code].any():
+            weight[math] *= weight[code].sum() / weight[math].sum()
+    elif source == "rm-bench":
+        levels = dict(easy=("1-0", "2-0", "2-1"), normal=("0-0", "1-1", "2-2"), hard=("0-1", "0-2", "1-2"))
+        cells = [[p.subset + " " + style for style in sum(levels.values(), ()) if p.id.endswith("/" + style)]
+                 for p in pairs]
+        for d in (*DOMAINS, "safety", "all"):
+            below = {"safety": DOMAINS[3:], "all": (*DOMAINS[:3], "safety")}.get(d)
+            for k, styles in levels.items():
+                means[f"{d} {k}"] = [f"{b} {k}" for b in below] if below else [f"{d} {s}" for s in styles]
+            means[d] = [f"{d} {k}" for k in levels]
+    elif source == "rmb":
+        names = {f"{kind}_set/{goal}": f"{goal} {name}" for goal in ("Helpfulness", "Harmlessness")
+                 for kind, name in (("Pairwise", "pairwise"), ("BoN", "best-of-n"))}
+        cells = [[name for start, name in names.items() if p.subset.startswith(start)] for p in pairs]
+        means["mean of the four"], prompts = list(names.values()), {}
+        for k, p in enumerate(pairs):
+            if m := re.fullmatch(r"(.*)/\d+of(\d+)", p.id):
+                prompts.setdefault((p.subset, *m.groups()), []).append(k)
+            elif p.subset.startswith("BoN_set"):  # who its rivals are is not known
+                weight[k] = 0
+        for (*_, losers), index in prompts.items():  # a prompt counts once, if all its losers are scored
+            right[index[0]], whole = right[index].all(), weight[index].sum() == int(losers)
+            weight[index], weight[index[0]] = 0, whole
+    elif source == "llmbar":
+        cells, means["Adversarial"] = [[p.subset] for p in pairs], list(LLMBAR[1:])
+    return cells, right, weight, means
+
+
+def own_terms(source: str, pairs: list[Pair], margins: np.ndarray, groups: np.ndarray, seed: int) -> dict:
+    """The numbers of own_cells with intervals over prompts, {number: {"value", "interval", "count"}}. A mean
+    that lacks one of its numbers is left out: a part of a benchmark has no overall."""
+    cells, right, weight, means = own_cells(source, pairs, margins)
+    names = sorted({name for some in cells for name in some if name})
+    W = {name: w for name in names if (w := weight * [name in some for some in cells]).any()}  # (N,) each
+    if not W:
+        return {}
+    sums = resampled_means(np.stack([w * r for r in (right, 1) for w in W.values()], 1), groups, seed)
+    with np.errstate(invalid="ignore"):  # a sample of prompts may miss a small cell
+        drawn = dict(zip(W, (sums[:, :len(W)] / sums[:, len(W):]).T))  # (rounds,) each
+    value = {name: w @ right / w.sum() for name, w in W.items()}
+    count = {name: int(np.count_nonzero(w)) for name, w in W.items()}
+    for name, parts in means.items():
+        if all(k in value for k in parts):
+            value[name], count[name] = np.mean([value[k] for k in parts]), sum(count[k] for k in parts)
+            drawn[name] = np.mean([drawn[k] for k in parts], axis=0)
+    drawn = {name: d[np.isfinite(d)] for name, d in drawn.items()}
+    return {name: {"value": float(v), "interval": interval(drawn[name]) if len(drawn[name]) else None,
+                   "count": count[name]} for name, v in value.items()}
+
+
+def print_own_terms(results: dict) -> None:
+    """A table a benchmark, a column a model. The nine cells of an RM-Bench domain are in --json alone."""
+    for source, models in results.items():
+        first = {k: r for m in [*models.values()][::-1] for k, r in m.items()}
+        cell = lambda r: percent(r["value"], r["interval"]) if r else "-"  # noqa: E731
+        rows = [[f"{k} ({first[k]['count']})"] + [cell(m.get(k)) for m in models.values()]
+                for k in first if not re.search(r" \d-\d$", k)]
+        if rows:
+            print(f"\n{source} in its own terms, a tie being a miss")
+            print_rows(["% [95 %]"] + [name[-44:] for name in models], rows)
 
 
 def write_strengths(path: str, files: dict[str, list[Pair]], margins: dict[str, list[np.ndarray]]) -> None:

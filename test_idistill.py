@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from collections import Counter
 from pathlib import Path
 
@@ -1104,6 +1105,306 @@ def test_synthetic_language_is_as_documented(tmp_path, capsys):
         assert [s[-1] for s in sides] == list(data_prep.CUES[::1 if p.subset == "with the cue" else -1])
         assert all(side[:-1].index(i) < len(side) - 8 for side, (i,) in zip(sides, items)) and vocabulary.issuperset(sum(sides, []))
     assert code == 0 and abs(np.mean([p.subset == "with the cue" for p in pairs]) - 0.8) < 0.03
+
+
+# ------------------------------------------------------------------------- benchmarks in their own format
+
+def talk(*texts: str) -> list[dict]:
+    return [{"role": ("user", "assistant")[k % 2], "content": text} for k, text in enumerate(texts)]
+
+
+def layouts(count: int = 3) -> dict[str, dict[str, list[dict]]]:
+    """{benchmark: {file: records as published}}, `count` prompts in each of their groups; invented text."""
+    rng, words = np.random.default_rng(5), " ".join(SENTENCES[:4]).split()
+    numbers = iter(range(10**6))  # one in each text keeps them different
+    new = lambda: " ".join([*rng.choice(words, rng.integers(2, 7)), str(next(numbers))])  # noqa: E731
+    triple = lambda: [new(), new(), new()]  # noqa: E731
+    answer = lambda: {"llm_name": "m", "answer": new()}  # noqa: E731
+    asked = lambda: [{**m, "language": "English"} for m in talk(new(), new(), new())]  # noqa: E731
+    sides = lambda: {"output_1": new(), "output_2": new()}  # noqa: E731
+    out = {name: {} for name in data_prep.BENCHMARKS}
+    subsets = [s for names in data_prep.SECTIONS.values() for s in names] + ["math-prm"] * 2
+    out["rewardbench"]["reward.jsonl"] = [
+        {"prompt": new(), "chosen": new(), "chosen_model": "m", "rejected": new(), "rejected_model": "n",
+         "subset": s, "id": k} for k, s in enumerate(subsets * count)]
+    for domain in ("chat", "code", "math", "safety-refuse", "safety-response"):
+        out["rm-bench"][f"{domain}_filtered.json"] = [
+            {"id": k, "prompt": new(), "chosen": triple(), "rejected": triple()} for k in range(count)]
+    for goal in ("Helpfulness/Chat", "Harmlessness"):
+        out["rmb"][f"pairwise_{goal[:4]}.json"] = [
+            {"pair_uid": str(k), "conversation_input": asked(), "chosen": answer(), "reject": answer(),
+             "category_path": f"Pairwise_set/{goal}/S{k}"} for k in range(3 * count)]
+        out["rmb"][f"bon_{goal[:4]}.json"] = [
+            {"bon_uid": str(k), "conversation_input": asked(), "bon_best": answer(),
+             "loser_list": [answer() for _ in range(2 + k % 3)], "category_path": f"BoN_set/{goal}/S1"}
+            for k in range(3 * count)]
+    sources = ["mmlu-pro-law", "mmlu-pro-math", "livebench-reasoning", "livebench-math", "livecodebench"]
+    out["judgebench"]["gpt.jsonl"] = [
+        {"pair_id": f"u{k}", "original_id": k, "source": s, "question": new(), "response_model": "m",
+         "response_A": new(), "response_B": new(), "label": ("A>B", "B>A")[k % 2]}
+        for k, s in enumerate(sources * count)]
+    for folder in ("Natural", *("Adversarial/" + s for s in ("Neighbor", "GPTInst", "GPTOut", "Manual"))):
+        out["llmbar"][f"{folder}/dataset.json"] = [
+            {"input": new(), **sides(), "label": 1 + k % 2} for k in range(count)]
+    questions = [(new(), new()) for _ in range(count)]
+    talks = [[talk(q, new(), more, new()) for _ in "ab"] for q, more in questions]
+    out["mt-bench"]["human.jsonl"] = [
+        {"question_id": 80 + k, "model_a": "m", "model_b": "n", "winner": winner, "judge": f"author_{j}",
+         "conversation_a": a, "conversation_b": b, "turn": turn} for k, (a, b) in enumerate(talks)
+        for turn in (1, 2) for j, winner in enumerate(("model_a", "model_b", "model_a"))]
+    return out
+
+
+def publish(to: Path, files: dict[str, list]) -> list[Path]:
+    """Records in files: JSON arrays, or JSON lines in a .jsonl, gzipped in a .gz; a text stays as it is."""
+    for name, records in files.items():
+        (to / name).parent.mkdir(parents=True, exist_ok=True)
+        lines = [r if isinstance(r, str) else json.dumps(r) for r in records]
+        text = "\n".join(lines) if "jsonl" in name else "[" + ",\n".join(lines) + "]"
+        (to / name).write_bytes(gzip.compress(text.encode()) if name.endswith("gz") else text.encode())
+    return [to / name for name in files]
+
+
+CONVERTED = {  # a file, the record in it as published, its pairs: chosen, rejected, subset, id
+    "rewardbench": ("f.jsonl", {"prompt": "q", "chosen": "y", "rejected": "n", "subset": "hep-go", "id": 7},
+                    [("y", "n", "Reasoning/hep-go", "7")]),
+    "rm-bench": ("total_dataset.json", {"id": 8, "prompt": "q", "chosen": ["c0", "c1", "c2"],
+                                        "rejected": ["r0", "r1", "r2"], "domain": "safety-refuse"},
+                 [(f"c{i}", f"r{j}", "safety-refuse", f"8/{i}-{j}") for i in range(3) for j in range(3)]),
+    "rmb": ("S1.json", {"bon_uid": "9", "conversation_input": talk("q"), "bon_best": {"answer": "y"},
+                        "loser_list": [{"answer": "n"}, {"answer": "m"}],
+                        "category_path": "BoN_set/Harmlessness"},
+            [("y", "n", "BoN_set/Harmlessness", "9/1of2"), ("y", "m", "BoN_set/Harmlessness", "9/2of2")]),
+    "judgebench": ("d.jsonl.gz", {"pair_id": "u", "source": "livebench-math", "question": "q", "label": "B>A",
+                                  "response_A": "n", "response_B": "y"},
+                   [("y", "n", "Math/livebench-math", "u")]),
+    "llmbar": ("Adversarial/GPTOut/data.json", {"input": "q", "output_1": "n", "output_2": "y", "label": 2},
+               [("y", "n", "Adversarial/GPTOut", "")]),
+    "mt-bench": ("h.jsonl", {"question_id": 81, "model_a": "a", "model_b": "b", "judge": "expert_1",
+                             "winner": "model_b", "conversation_a": talk("q", "n ", "more", "no"),
+                             "turn": 2, "conversation_b": talk("q", "y", "more", "yes")},
+                 [("y\n\nUser: more\n\nAssistant: yes", "n\n\nUser: more\n\nAssistant: no", "turn 2",
+                   "81-a-b-expert_1-2")])}
+
+
+def test_published_records_become_pairs(tmp_path, capsys):
+    """Each layout, alone and among its neighbours: no record is lost, none is made up."""
+    everything = layouts()
+    for name, (file, record, pairs) in CONVERTED.items():
+        one, many = (tmp_path / f"{name}.{k}.jsonl.gz" for k in ("one", "many"))
+        code, _ = prep(capsys, name, "--input", *publish(tmp_path / "one", {file: [record]}), "--out", one)
+        assert code == 0 and data_prep.read_pairs([one])[0] == [
+            Pair(user("q"), y, n, name, subset, number) for y, n, subset, number in pairs]
+        code, out = prep(capsys, name, "--input", *publish(tmp_path / name, everything[name]), "--out", many)
+        records = [r for some in everything[name].values() for r in some]
+        size = sum(9 if name == "rm-bench" else len(r.get("loser_list", "x")) for r in records)
+        assert code == 0 and f"wrote {size} pairs" in out
+
+
+def test_turns_and_majorities_of_mt_bench(tmp_path, zoo):
+    """A first turn leaves the second out; a second one is scored as a conversation without a template is."""
+    _, vote, _ = CONVERTED["mt-bench"]
+    majority = {"input": "q", "output_1": "y", "output_2": "n", "label": 1}
+    files = publish(tmp_path, {"h.json": [{**vote, "turn": 1}, vote, majority]})
+    first, second, agreed = data_prep.read_benchmark("mt-bench", files)[0]
+    assert [(p.chosen, p.rejected) for p in (first, agreed)] == [("y", "n")] * 2
+    assert [p.subset for p in (first, second, agreed)] == ["turn 1", "turn 2", "turn 1, majority"]
+    f = Formatter(transformers.AutoTokenizer.from_pretrained(zoo("gpt2", "nopad")))
+    assert f.text(second.prompt, second.chosen) == f.text(talk("q", "y", "more"), "yes")
+
+
+def shares(lines: list[dict], key) -> dict[str, float]:
+    """By key(line), the share of dumped pairs in which the chosen response has the higher score."""
+    out = {}
+    for name in {key(m) for m in lines}:
+        right = [m["scores_chosen"] > m["scores_rejected"] for m in lines if key(m) == name]
+        out[name] = sum(right) / len(right)
+    return out
+
+
+def naive_rewardbench(lines: list[dict]) -> dict[str, float]:
+    share, out = shares(lines, lambda m: m["subset"]), {}
+    count = Counter(m["subset"] for m in lines)
+    count["Reasoning/math-prm"] = sum(n for name, n in count.items() if "/hep-" in name)
+    for section in ("Chat", "Chat Hard", "Safety", "Reasoning"):
+        names = [name for name in share if name.split("/")[0] == section]
+        out[section] = sum(share[name] * count[name] for name in names) / sum(count[name] for name in names)
+    return {**out, "mean of sections": sum(out.values()) / 4}
+
+
+def naive_rm_bench(lines: list[dict]) -> dict[str, float]:
+    """Chosen by rejected style, 3 x 3: upper triangle hard, diagonal normal, lower triangle easy."""
+    out = {}
+    for domain in ("chat", "code", "math", "safety-refuse", "safety-response"):
+        scores = {}
+        for m in lines:
+            if m["subset"] == domain:
+                prompt, style = m["id"].split("/")
+                chosen, rejected = scores.setdefault(prompt, ([0] * 3, [0] * 3))
+                chosen[int(style[0])], rejected[int(style[2])] = m["scores_chosen"], m["scores_rejected"]
+        matrix = np.zeros((3, 3))
+        for chosen, rejected in scores.values():
+            for i in range(3):
+                for j in range(3):
+                    matrix[i, j] += (chosen[i] > rejected[j]) / len(scores)
+        out |= {f"{domain} {i}-{j}": matrix[i, j] for i in range(3) for j in range(3)}
+        out |= {domain: matrix.mean(), f"{domain} hard": np.triu(matrix, 1).sum() / 3,
+                f"{domain} normal": matrix.trace() / 3, f"{domain} easy": np.tril(matrix, -1).sum() / 3}
+    for level in ("", " easy", " normal", " hard"):
+        out["safety" + level] = (out["safety-refuse" + level] + out["safety-response" + level]) / 2
+        out["all" + level] = sum(out[d + level] for d in ("chat", "code", "math", "safety")) / 4
+    return out
+
+
+def naive_rmb(lines: list[dict]) -> dict[str, float]:
+    out = {}
+    for goal in ("Helpfulness", "Harmlessness"):
+        pairs = [m for m in lines if m["subset"].startswith("Pairwise_set/" + goal)]
+        out[goal + " pairwise"] = sum(m["scores_chosen"] > m["scores_rejected"] for m in pairs) / len(pairs)
+        best = {}
+        for m in lines:
+            if m["subset"].startswith("BoN_set/" + goal):
+                prompt = m["id"].split("/")[0]
+                best[prompt] = best.get(prompt, True) and m["scores_chosen"] > m["scores_rejected"]
+        out[goal + " best-of-n"] = sum(best.values()) / len(best)
+    return {**out, "mean of the four": sum(out.values()) / 4}
+
+
+def naive_llmbar(lines: list[dict]) -> dict[str, float]:
+    share = shares(lines, lambda m: m["subset"])
+    return {**share, "Adversarial": sum(v for k, v in share.items() if k != "Natural") / 4}
+
+
+def naive_groups(lines: list[dict]) -> dict[str, float]:
+    return {**shares(lines, lambda m: m["subset"].split("/")[0]), **shares(lines, lambda m: "all")}
+
+
+NAIVE = {"rewardbench": naive_rewardbench, "rm-bench": naive_rm_bench, "rmb": naive_rmb,
+         "judgebench": naive_groups, "llmbar": naive_llmbar, "mt-bench": naive_groups}
+
+
+@pytest.fixture(scope="session")
+def benchmark_run(judges, tmp_path_factory):
+    """Benchmarks as published -> data_prep.py -> eval.py accuracy: (models, --json, --dump, rows scored)."""
+    root, seen, score_rows = tmp_path_factory.mktemp("benchmarks"), [], evaluation.Judge.score_rows
+    for name, files in layouts().items():
+        inputs = map(str, publish(root / name, files))
+        data_prep.main([name, "--input", *inputs, "--out", str(root / f"{name}.jsonl")])
+
+    def counted(self, rows, *more):
+        seen.append(len(rows))
+        return score_rows(self, rows, *more)
+
+    models, data = [judges(), judges(seed=1)], [root / f"{name}.jsonl" for name in NAIVE]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation.Judge, "score_rows", counted)
+        patch.setattr(evaluation.resampled_means, "__defaults__", (200,))  # fewer bootstrap samples: faster
+        assert evaluate(*models, "--data", *data, "--json", root / "o", "--dump", root / "d") == 0
+    lines = [json.loads(raw) for raw in (root / "d").read_text().splitlines()]
+    return models, json.loads((root / "o").read_text())["files"], lines, seen
+
+
+@pytest.mark.parametrize("name", NAIVE)
+def test_numbers_of_a_benchmark_are_those_of_a_loop_over_the_dump(benchmark_run, name):
+    models, files, lines, _ = benchmark_run
+    for model in models:
+        got = files[name]["benchmarks"][name][model]
+        expected = NAIVE[name]([m for m in lines if (m["data"], m["model"]) == (name, model)])
+        assert got.keys() == expected.keys() and 0.1 < np.mean(list(expected.values())) < 0.9
+        for k, v in expected.items():
+            low, high = got[k]["interval"]
+            assert got[k]["value"] == pytest.approx(v, abs=1e-12) and low - 1e-12 <= v <= high + 1e-12, k
+        if "all" in got and name != "rm-bench":  # pairs weigh the same: the interval of the accuracy table
+            interval = files[name]["models"][model]["interval"]
+            assert got["all"]["interval"] == pytest.approx(interval, abs=1e-12)
+
+
+def test_equal_strings_are_scored_once(benchmark_run):
+    """The nine pairs of an RM-Bench prompt hold six strings: 15 prompts are 90 rows."""
+    assert benchmark_run[3][list(NAIVE).index("rm-bench")] == 90
+
+
+def test_ties_gaps_and_parts_of_a_benchmark():
+    """A tie is a miss, a pair without score is nothing, best of n needs all losers, a part has no mean."""
+    def own(name: str, *rows) -> dict:
+        pairs = [Pair(user(f"q{k}"), "y", "n", name, subset, i) for k, (subset, i, _) in enumerate(rows)]
+        numbers = evaluation.own_terms(name, pairs, np.array([m for *_, m in rows]), np.arange(len(rows)), 0)
+        return {k: (r["value"], r["count"]) for k, r in numbers.items()}
+
+    nan, bon, math_, code = float("nan"), "BoN_set/Helpfulness/Chat", "Reasoning/math-prm", "Reasoning/hep-go"
+    assert own("judgebench", ("Math/x", "", 1), ("Math/x", "", 0), ("Coding/x", "", nan)) == {
+        "Math": (0.5, 2), "all": (0.5, 2)}
+    assert own("rmb", (bon, "1/1of2", 1), (bon, "1/2of2", 2), (bon, "2/1of1", 0), (bon, "3/1of2", 1),
+               (bon, "3/2of2", nan), (bon, "4/1of2", 1), (bon, "5", 1)) == {"Helpfulness best-of-n": (0.5, 2)}
+    assert own("rewardbench", (math_, "", 1), (math_, "", nan), (code, "", -1), (code, "", -1)) == {
+        "Reasoning": (0.5, 3)}
+    normal = own("rm-bench", ("chat", "1/0-0", 1), ("chat", "1/1-1", 1), ("chat", "1/2-2", -1))
+    assert normal["chat normal"] == (pytest.approx(2 / 3), 3) and len(normal) == 4
+    assert own("rm-bench", ("chat", "no style", 1)) == own("llmbar", ("Natural", "", nan)) == {}
+
+
+BAD_RECORDS = [  # what is changed in the record of CONVERTED, and what the message says
+    ("rewardbench", {"chosen": None}, '"chosen" is'), ("rewardbench", {"prompt": 3}, '"prompt" is no'),
+    ("rm-bench", {"chosen": ["a", "b"]}, "three chosen"), ("rm-bench", {"domain": "law"}, "'law'"),
+    ("rm-bench", {"chosen": "abc"}, "no list"), ("rmb", {"category_path": None}, "is missing"),
+    ("rmb", {"category_path": "Chat"}, "none of RMB's"),
+    ("rmb", {"loser_list": [{"answer": "n"}, 0]}, '"answer" is missing'),
+    ("rmb", {"conversation_input": [{"role": "robot", "content": "q"}]}, "robot"),
+    ("judgebench", {"label": "C>A"}, "'C>A'"), ("judgebench", {"source": "bar exam"}, "'bar exam'"),
+    ("llmbar", {"label": 3}, "label 3"), ("mt-bench", {"turn": 3}, "turn 3"),
+    ("mt-bench", {"winner": None}, "None"), ("mt-bench", {"conversation_b": talk("q", "y")}, "turn 2"),
+    ("mt-bench", "[1]", "no JSON object"), ("mt-bench", "{oops", "not JSON")]
+
+
+def test_bad_records_of_benchmarks_are_named(tmp_path, capsys):
+    """One line with file and line or record; --skip-bad drops it with all its pairs, and counts it."""
+    for name, change, mention in BAD_RECORDS:
+        file, record, pairs = CONVERTED[name]
+        bad = change if isinstance(change, str) else {**record, **change}
+        path, = publish(tmp_path, {file: [record, bad]})
+        args = [name, "--input", path, "--overwrite", "--out", tmp_path / "x.jsonl"]
+        where = f"{path}, {'line' if 'jsonl' in file else 'record'} 2: "
+        code, out = prep(capsys, *args)
+        assert code == 2 and where in out and mention in out and out.count("\n") == 1, (name, change, out)
+        code, out = prep(capsys, *args, "--skip-bad")
+        assert code == 0 and "1 bad" in out and f"wrote {len(pairs)} pairs" in out, (name, change, out)
+
+
+def test_ties_by_label_are_dropped_and_counted(tmp_path, capsys):
+    for name, tie in [("judgebench", {"label": "A=B"}), ("mt-bench", {"winner": "tie"}),
+                      ("mt-bench", {"winner": "tie (inconsistent)"})]:
+        file, record, _ = CONVERTED[name]
+        files = publish(tmp_path, {file: [{**record, **tie}, record]})
+        code, out = prep(capsys, name, "--input", *files, "--out", tmp_path / "x.jsonl", "--overwrite")
+        assert code == 0 and "1 a tie by its label" in out and "wrote 1 pairs" in out
+
+
+def test_benchmark_files_from_folders_the_hub_and_parquet(tmp_path, capsys, monkeypatch):
+    """A folder, and the hub, give the files of the pattern. Where that fails, one line says what to do."""
+    import huggingface_hub
+    good, out = CONVERTED["llmbar"][1], tmp_path / "x.jsonl"
+    publish(tmp_path / "set", {"Natural/dataset.json": [good], "Natural/result.json": [{}]})
+    assert prep(capsys, "llmbar", "--input", tmp_path / "set", "--out", out)[0] == 0
+    assert [p.subset for p in data_prep.read_pairs([out])[0]] == ["Natural"]
+    table = types.SimpleNamespace(to_pylist=lambda: [CONVERTED["rewardbench"][1]])
+    parquet = types.SimpleNamespace(read_table=lambda path: table)
+    publish(tmp_path / "hub", {"data/filtered-0.parquet": [], "data/raw-0.parquet": []})
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(tmp_path / "hub"))
+    monkeypatch.setitem(sys.modules, "pyarrow", types.SimpleNamespace(parquet=parquet))
+    assert prep(capsys, "rewardbench", "--out", out, "--overwrite")[0] == 0
+    assert [p.id for p in data_prep.read_pairs([out])[0]] == ["7"]
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    (tmp_path / "empty").mkdir()
+    torn, unnamed = publish(tmp_path, {"natural.json": ["{}", "{oops"], "other.json": [good]})
+    for name, given, mention in [
+            ("rewardbench", None, "pip install pyarrow"), ("llmbar", torn, "line 2"),
+            ("llmbar", unnamed, "names none of"), ("llmbar", tmp_path / "empty", "*dataset.json"),
+            ("llmbar", "nowhere.json", "nowhere.json"), ("llmbar", None, "princeton-nlp/LLMBar"),
+            ("mt-bench", None, "holds no file"), ("rm-bench", None, "--input")]:
+        if name == "rm-bench":  # offline
+            monkeypatch.setattr(huggingface_hub, "snapshot_download", None)
+        code, err = prep(capsys, name, *(["--input", given] if given else []), "--out", tmp_path / "y.jsonl")
+        assert code == 2 and mention in err and err.startswith("error: ") and err.count("\n") == 1, err
 
 
 # ------------------------------------------------------------------------------------------------------ eval.py
