@@ -824,16 +824,16 @@ def train_in(run: Run, cfg: Config, needs_teacher: bool, device, amp) -> dict:
     layers = layers if cfg.lambda_intra > 0 or cfg.lambda_inter > 0 else ((), ())
     matched, bf16 = cfg.align_heads == "matched", amp is not nullcontext
 
-    def open_student(stock) -> RewardModel:
-        return RewardModel(stock.to(device), cfg.encoding, layers[0], matched)
+    home = "cpu" if cfg.fsdp and WORLD > 1 else device  # distribute moves each layer as it shards it
 
     def open_teacher(stock) -> InteractionTeacher:
-        return InteractionTeacher(stock.to(device), teacher_tokenizer, layers[1], matched)
+        return InteractionTeacher(stock.to(home), teacher_tokenizer, layers[1], matched)
 
-    model, teacher = open_student(stock), open_teacher(teacher_stock) if needs_teacher else None
+    model = RewardModel(stock.to(home), cfg.encoding, layers[0], matched)
+    teacher = open_teacher(teacher_stock) if needs_teacher else None
     probe_student(model, cfg.model, cfg.max_length)
     if needs_teacher:  # what cannot give maps raises now, not after the fine-tuning
-        probe = torch.tensor([[5, 6, 7, 8]], device=device)
+        probe = torch.tensor([[5, 6, 7, 8]], device=home)
         teacher(dict(ids=probe, mask=torch.ones_like(probe), seg=probe - 5), maps=True)
         heads = [m.config.get_text_config().num_attention_heads for m in (stock, teacher_stock)]
         if matched and layers[0] and heads[0] != heads[1]:
@@ -879,7 +879,7 @@ def train_in(run: Run, cfg: Config, needs_teacher: bool, device, amp) -> dict:
                   "Train it longer (--teacher-epochs) or faster (--teacher-lr)")
     distribute(model, device, cfg.fsdp, bf16)
     train_student(run, model, tokenizer, teacher, examples, held["validation"], swaps, device, amp)
-    model = RewardModel(load_student(str(run.dir / "student"))[0].to(device), cfg.encoding)  # the best, from disk
+    model = RewardModel(load_student(str(run.dir / "student"))[0].to(home), cfg.encoding)  # the best, from disk
     distribute(model, device, cfg.fsdp, bf16)
     results = {"method": cfg.method, "seed": cfg.seed, "seconds": round(time.perf_counter() - started, 1), "sets": {}}
     for name, part in held.items():
