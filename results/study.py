@@ -5,6 +5,7 @@
     python results/study.py tune       # learning rate, lambda and teacher recipe, chosen on the validation split alone
     python results/study.py real       # the arms on real pairs, then their margins on every held-out file (real 2: seed 2)
     python results/study.py synthetic  # the readings of the paper on the generated language, five seeds
+    python results/study.py figures    # every verb of eval.py on the demo's models and on those of seed 0: JSON and PNG files here
     python results/study.py report     # results/study.json, and the tables in Markdown on the screen
 """
 import fcntl
@@ -147,6 +148,33 @@ def synthetic() -> None:
                 "--teacher", here / "id/teacher", "--teacher-epochs", "0", *flags])
 
 
+def figures() -> None:
+    demo, out = "runs/study/demo", "results"
+
+    def verb(name: str, to: str, *args) -> None:
+        if not (ROOT / out / f"{to}.json").exists():
+            sh(sys.executable, "eval.py", name, *args, "--json", f"{out}/{to}.json", "--plot", f"{out}/{to}.png")
+
+    one = f"{demo}/seed0"
+    two = [f"{one}/bt/student", f"{one}/id/student"]
+    if not (ROOT / one / "data/candidates.jsonl").exists():
+        sh(sys.executable, "data_prep.py", "synthetic", "--pairs", 500, "--responses", 16, "--agreement", 0.1, "--seed", 77, "--out",
+           f"{one}/data/candidates.jsonl")
+    verb("attention", "demo_attention", *two, "--teacher", f"{one}/id/teacher", "--data", f"{one}/data/cue-neutral.jsonl")
+    verb("show", "demo_show", *two, "--teacher", f"{one}/id/teacher", "--data", f"{one}/data/cue-reversed.jsonl", "--pair", 3)
+    verb("attack", "demo_attack", *two, "--data", f"{one}/data/cue-neutral.jsonl", "--edits", "results/demo_edits.json")
+    verb("bestofn", "demo_bestofn", *two, f"{one}/uniform-target/student", "--data", f"{one}/data/candidates.jsonl")
+    verb("stability", "demo_stability", *(f"{demo}/seed{s}/id/student" for s in range(5)), "--data", f"{one}/data/cue-neutral.jsonl")
+    real = [f"{folder(arm, 0).relative_to(ROOT)}/student" for arm in ("BT", "ID", "ID, uniform target")]
+    of_real = ["--max-length", 768, "--limit", 300, "--dtype", "fp32"]
+    verb("attention", "real_attention", *real[:2], "--teacher", "runs/study/ID-0/teacher", "--data", *list(HELD_OUT)[:1], *of_real)
+    verb("show", "real_show", *real[:2], "--teacher", "runs/study/ID-0/teacher", "--data", "data/llmbar_natural.jsonl.gz", "--pair", 3)
+    verb("attack", "real_attack", *real, "--data", *list(HELD_OUT)[:1], *of_real)
+    for arm in ("BT", "ID", "ID, uniform target"):
+        verb("stability", "real_stability_" + folder(arm).name, *(folder(arm, s).relative_to(ROOT) / "student" for s in SEEDS),
+             "--data", *list(HELD_OUT)[:1], *of_real)
+
+
 if __name__ == "__main__":
     RUNS.mkdir(parents=True, exist_ok=True)
-    {f.__name__: f for f in (prepare, tune, real, synthetic)}[sys.argv[1]](*sys.argv[2:])
+    {f.__name__: f for f in (prepare, tune, real, synthetic, figures)}[sys.argv[1]](*sys.argv[2:])
