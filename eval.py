@@ -1239,11 +1239,14 @@ def time_arms(args) -> dict[str, dict]:
     if args.lengths:
         examples = random_examples(args.pairs, args.lengths, (stock.config.vocab_size, len(reader_tokenizer)), room, args.seed)
     else:
-        pairs = [p for some in read_files(args).values() for p in some][:args.pairs]
+        pairs = [p for some in read_files(args).values() for p in some][:8 * args.pairs]
         examples = Encoder(tokenizer, args.max_length or 1024, "truncate", reader_tokenizer, room)(pairs, progress="encoding")
-    lengths, k = np.array([len(e.ids) for e in examples]), args.batch_size
+        # every eighth of the length buckets of training: few pairs, with the padding and the lengths of many
+        buckets = sorted(plan_epoch(np.array([len(e.ids) for e in examples]), args.batch_size, args.seed, 0), key=lambda i: len(examples[i[0]].ids))
+        examples = [examples[i] for bucket in buckets[len(buckets) // 2 % 8::8] for i in bucket][:args.pairs]
+    k, pairs = args.batch_size, [e.pair for e in examples]
     order = np.random.default_rng(args.seed).permutation(len(examples))
-    random, bucketed = [order[i:i + k] for i in range(0, len(order), k)], plan_epoch(lengths, k, args.seed, 0)
+    random, bucketed = ([o[i:i + k] for i in range(0, len(o), k)] for o in (order, np.arange(len(examples))))
     optimizer, sdpa = make_optimizer(stock, 0.0, 0.0), stock.config._attn_implementation  # lr 0: the same weights throughout
     peer, taken, tokens = None, {arm: [] for arm in args.arms}, {arm: np.zeros(2) for arm in args.arms}
     for round in bar(range(args.rounds + 1), "rounds"):
@@ -1396,7 +1399,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         speed: [("--teacher", dict(metavar="DIR", help="encoder that serves as the teacher")),
                 ("--arms", dict(nargs="+", default=["b", "a", "b'", "c", "tap", "pool", "d", "e"], choices=list(ARMS), help="ways to train, "
                                 "ratios are to the first (default: b a b' c tap pool d e)")),
-                ("--pairs", dict(type=int, default=128, help="pairs a round (default: 128)")),
+                ("--pairs", dict(type=int, default=128, help="pairs a round, whole length buckets of 8 times as many (default: 128)")),
                 ("--rounds", dict(type=int, default=5, help="rounds, after one that warms up (default: 5)")),
                 ("--lengths", dict(type=int, nargs=3, metavar="N", help="random tokens instead of --data: of prompt, chosen, rejected")),
                 ("--shrink", dict(type=int, nargs=2, metavar=("HIDDEN", "LAYERS"), help="MODEL's class at this size, random weights")),
