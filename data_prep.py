@@ -34,6 +34,7 @@ import hashlib
 import json
 import math
 import os
+import pickle
 import platform
 import re
 import shlex
@@ -42,14 +43,16 @@ import signal
 import socket
 import sys
 import time
+import zipfile
 import zlib
 from collections import Counter
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from fnmatch import fnmatch
 from itertools import product
 from pathlib import Path
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -63,6 +66,8 @@ from transformers import (AutoConfig, AutoModelForSequenceClassification, AutoMo
                           AutoTokenizer)
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
+LONGEST_LINE = 10_000_000  # bytes; far over any model's context, about 1 GB of memory while it is tokenised
+BARS: WeakSet = WeakSet()  # the progress bars of this process
 
 
 class UserError(Exception):
@@ -75,8 +80,10 @@ class UnusablePair(ValueError):
 
 def bar(items, name: str, leave: bool = False, **kwargs) -> tqdm:
     """A progress bar, silent without a name and in all processes but the first; a log file needs few lines."""
-    return tqdm(items, desc=name[-40:], disable=not name or RANK > 0, leave=leave,
+    made = tqdm(items, desc=name[-40:], disable=not name or RANK > 0, leave=leave,
                 mininterval=0.2 if sys.stderr.isatty() else 15.0, **kwargs)
+    BARS.add(made)
+    return made
 
 
 # ---------------------------------------------------------------------------------------------------------- reading
@@ -225,12 +232,15 @@ def read_pairs(paths: list[str], skip_bad: bool = False, parse=parse_pair) -> tu
     Raises UserError with file and line number."""
     pairs, counts = [], Counter()
     for path in paths:
+        number = 0
         try:
             with (gzip.open if str(path).endswith(".gz") else open)(path, "rb") as f:
                 for number, raw in enumerate(f, 1):
                     if not raw.strip():
                         continue
                     try:
+                        if len(raw) > LONGEST_LINE:
+                            raise ValueError(f"{len(raw) / 1e6:.0f} MB, over {LONGEST_LINE / 1e6:.0f}")
                         pairs.append(parse(json.loads(raw.decode("utf-8-sig" if number == 1 else "utf-8"))))
                     except UnusablePair as why:
                         counts[str(why)] += 1
@@ -241,7 +251,8 @@ def read_pairs(paths: list[str], skip_bad: bool = False, parse=parse_pair) -> tu
                             raise UserError(f"{path}, line {number}: {why}; mend the line{drop}") from None
                         counts["bad"] += 1
         except (OSError, EOFError, zlib.error) as why:
-            raise UserError(f"{path}: cannot be read ({why})") from None
+            where = f", after line {number}" if number else ""
+            raise UserError(f"{path}{where}: cannot be read ({why})") from None
     counts["pairs"] = len(pairs)
     if not pairs:
         noun = "pair" if parse is parse_pair else "prompt with candidates"
@@ -286,6 +297,15 @@ def answers(p: Pair | Candidates) -> dict:
     return {k: getattr(p, k) for k in ("chosen", "rejected", "responses", "gold") if hasattr(p, k)}
 
 
+def remove(path: Path) -> None:
+    """Deletes a file or folder where it can: half of something, or what was replaced."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
+
+
 def write_pairs(path: str | Path, pairs: list, overwrite: bool = False) -> None:
     """One JSON line a pair (or prompt with candidates), gzipped where the name ends in .gz; written aside, then renamed. Raises UserError."""
     path = Path(path)
@@ -303,6 +323,7 @@ def write_pairs(path: str | Path, pairs: list, overwrite: bool = False) -> None:
                 f.write(json.dumps(line, ensure_ascii=False) + "\n")
         os.replace(aside, path)
     except OSError as why:
+        remove(aside)
         raise UserError(f"{path}: cannot be written ({why.strerror})") from None
 
 
