@@ -353,8 +353,8 @@ class Formatter:
 
     Chat template where the tokenizer has one, else "User: ...\\n\\nAssistant: ..."; always ends in the end token
     (a missing one flips rewards: MOSS-RLHF #21); starts with BOS where the tokenizer would add it. The string is
-    tokenised with add_special_tokens=False, so there is never a second BOS. Control-token strings inside the
-    contents are defused by a space after their first character ("<|im_end|>" becomes "< |im_end|>").
+    tokenised with add_special_tokens=False, so there is never a second BOS. What would end a turn or start
+    another is defused inside the contents by a space after its first character ("< |im_end|>").
 
     Raises UserError for a tokenizer without end token, or a template that loses messages."""
 
@@ -365,12 +365,25 @@ class Formatter:
         self.tokenizer, self.eos, self.cache = tokenizer, tokenizer.eos_token, {}
         bos = tokenizer.bos_token
         self.bos = bos if bos and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id] else ""
-        special = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special and len(t.content) > 1}
-        self.control = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or r"(?!)")
         self.counts = Counter() if counts is None else counts
+        control = self.control_strings()
+        self.control = re.compile("|".join(map(re.escape, sorted(control, key=len, reverse=True))) or r"(?!)")
+
+    def control_strings(self) -> set[str]:
+        """Special tokens, other added tokens that the template writes, and the text it puts between turns."""
+        pieces, between = [], set()
+        for roles in (("user", "assistant", "user", "assistant"), ("user", "system", "assistant")):
+            try:
+                pieces += self.markup(roles)
+                between |= {p.strip(" ") for p in self.markup(roles)[1:-1] if re.search(r"\w", p)}
+            except UserError:  # a template may refuse some roles; it is asked again for those of the data
+                pass
+        added = {t.content for t in self.tokenizer.added_tokens_decoder.values()
+                 if t.special or any(t.content in p for p in pieces)} | set(self.tokenizer.all_special_tokens)
+        return {t for t in added | between if len(t) > 1}
 
     def clean(self, text: str) -> str:
-        """Stripped, and with control tokens defused (counted)."""
+        """Stripped, and with control strings defused (counted)."""
         text = text.strip()
         while self.control.search(text):
             text, count = self.control.subn(lambda m: m[0][0] + " " + m[0][1:], text)
@@ -559,7 +572,8 @@ class Encoder:
         self.counts["pairs cut for the teacher"] += keep_x + keep_c + keep_r < sum(sizes)
         cuts = (slice(sizes[0] - keep_x, None), slice(keep_c), slice(keep_r))
         special = np.array([i for i in self.teacher.all_special_ids if i != self.teacher.unk_token_id])
-        harmless = self.teacher.unk_token_id if self.teacher.unk_token_id is not None else self.teacher.mask_token_id
+        spare = (self.teacher.unk_token_id, self.teacher.mask_token_id)
+        harmless = next((i for i in spare if i is not None), 0)
         seen = np.zeros(len(ex.word_seg), dtype=bool)
         for (ids, offsets), words, base, cut in zip(tokens, spans, first, cuts):
             word = tokens_to_words(offsets, words)
