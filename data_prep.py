@@ -721,6 +721,9 @@ def load(auto, name: str, **kwargs):
     weights_only. Raises UserError."""
     try:
         return auto.from_pretrained(name, trust_remote_code=False, **kwargs)
+    except pickle.UnpicklingError:
+        raise UserError(f"{name}: refused: its pickled weights hold more than tensors, which could run code; "
+                        "use weights saved as safetensors") from None
     except Exception as why:  # the hub, the disk and every model class raise kinds of their own
         hint = "" if Path(name).is_dir() else " (no such local directory; as a hub id it could not be fetched)"
         raise UserError(f"{name}: cannot be loaded{hint}: {first_line(why)}") from None
@@ -742,24 +745,34 @@ def refuse_missing(name: str, model, keys: list[str]) -> None:
                         "they would be random")
 
 
+def refuse_small_vocabulary(name: str, model, tokens: int) -> None:
+    rows = model.get_input_embeddings().num_embeddings
+    if tokens > rows:
+        raise UserError(f"{name}: the tokenizer has {tokens} tokens, the model only {rows} embeddings")
+
+
 def load_tokenizer(name: str):
     """A tokenizer, checked to be one that can serve here."""
+    files = [p.name for p in Path(name).iterdir()] if Path(name).is_dir() else ["tokenizer of the hub"]
+    if not any(re.search("tok|vocab|merges|spiece|spm|sentencepiece", file) for file in files):
+        raise UserError(f"{name}: holds no tokenizer; put its files there too (tokenizer.save_pretrained)")
     tokenizer = load(AutoTokenizer, name)
     if not tokenizer.is_fast:
         raise UserError(f"{name}: no fast tokenizer, and only those tell which characters a token covers")
     return tokenizer
 
 
-def choose_pad(tokenizer) -> None:
+def choose_pad(tokenizer) -> int:
     """A pad token that is not the end token: the stock class reads the reward at the right-most token that is not
-    pad, so with pad = eos it would skip the end token. Any other token serves; a new one only if there is none."""
+    pad, so with pad = eos it would skip the end token. Any other token serves; a new one only if there is
+    none. Returns the number of new ones."""
+    tokenizer.padding_side = "right"
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         spare = [t for t in (tokenizer.unk_token, *tokenizer.all_special_tokens) if t and t != tokenizer.eos_token]
-        if spare:
-            tokenizer.pad_token = spare[0]
-        else:
-            tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
-    tokenizer.padding_side = "right"
+        if not spare:
+            return tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
+        tokenizer.pad_token = spare[0]
+    return 0
 
 
 def load_student(name: str, seed: int = 0, max_length: int = 0, tied: bool = False):
@@ -775,7 +788,7 @@ def load_student(name: str, seed: int = 0, max_length: int = 0, tied: bool = Fal
     for key, value in text.to_dict().items():
         if "drop" in key and isinstance(value, float):
             setattr(text, key, 0.0)  # dropout off: noise in r would be noise in the margin
-    choose_pad(tokenizer)
+    added = choose_pad(tokenizer)
     torch.manual_seed(seed)  # before the load: a missing head is drawn in it
     model, info = load(AutoModelForSequenceClassification, name, config=config, dtype=torch.float32, output_loading_info=True)
     if not hasattr(model, "score"):
@@ -784,10 +797,8 @@ def load_student(name: str, seed: int = 0, max_length: int = 0, tied: bool = Fal
     refuse_missing(name, model, [k for k in info["missing_keys"] if not k.startswith("score")])
     if info["missing_keys"]:
         torch.nn.init.normal_(model.score.weight, std=1 / math.sqrt(model.score.in_features + 1))  # arXiv 2009.01325
+    refuse_small_vocabulary(name, model, len(tokenizer) - added)
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-        if len(tokenizer) - model.get_input_embeddings().num_embeddings > 1:
-            raise UserError(f"{name}: the tokenizer has {len(tokenizer)} tokens, the model only "
-                            f"{model.get_input_embeddings().num_embeddings} embeddings")
         model.resize_token_embeddings(len(tokenizer))
     model.config.pad_token_id = text.pad_token_id = tokenizer.pad_token_id
     return model, tokenizer
@@ -816,13 +827,15 @@ def probe_student(model, name: str, max_length: int = 0) -> None:
             for implementation in (model.tap.before, tapped):
                 stock.set_attn_implementation(implementation)
                 scores.append(stock.base_model(**rows, use_cache=False).last_hidden_state)
-            if not torch.allclose(*scores, atol=1e-3, rtol=1e-3):
+            if not torch.allclose(*scores, atol=1e-3, rtol=1e-3, equal_nan=True):
                 raise UserError(f"{name}: {type(stock).__name__} attends in a way that the tap does not keep; use --method bt")
         model.encoding = "siamese"
         try:
             apart = model(batch)
         except Exception as why:
             raise UserError(f"{name}: {type(stock).__name__} cannot be used as a student ({first_line(why)})") from None
+        if not apart.isfinite().all():
+            raise UserError(f"{name}: its rewards are not finite; the weights are damaged")
         other = dict(batch, ids=torch.where(torch.arange(8, device=device) == 4, (ids + 1) % (vocabulary // 2), ids))
         hidden = [stock.base_model(model.two_rows(b)[0]["input_ids"][:1], use_cache=False).last_hidden_state[0, 2]
                   for b in (batch, other)]
@@ -866,6 +879,7 @@ def load_teacher(name: str, seed: int = 0):
     model, info = load(AutoModelForTokenClassification, name, config=config, dtype=torch.float32, output_loading_info=True)
     base = model.base_model_prefix + "."  # a missing head is new, and trained
     refuse_missing(name, model, [k for k in info["missing_keys"] if k.startswith(base)])
+    refuse_small_vocabulary(name, model, len(tokenizer))
     for one, other in (("pad", "pad"), ("sep", "eos"), ("cls", "bos")):
         if getattr(tokenizer, one + "_token_id") is None and getattr(tokenizer, other + "_token_id") is None:
             raise UserError(f"{name}: the tokenizer has no {one} token; a teacher is a bidirectional encoder")
@@ -875,6 +889,8 @@ def load_teacher(name: str, seed: int = 0):
     model.eval()
     with torch.no_grad():
         first = [model.base_model(i).last_hidden_state[0, 0] for i in (ids, other)]
+    if not torch.stack(first).isfinite().all():
+        raise UserError(f"{name}: its hidden states are not finite; the weights are damaged")
     if torch.equal(*first):
         raise UserError(f"{name}: {type(model).__name__} is causal: its early tokens never see late ones; a teacher "
                         "is a bidirectional encoder (BERT, RoBERTa, ModernBERT, DeBERTa ...)")
