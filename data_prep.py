@@ -935,8 +935,12 @@ def written(path: str | Path, mode: str = "w"):
             os.fsync(f.fileno())
         os.replace(f"{path}.tmp", path)
         sync_folder(Path(path).parent)
-    except OSError as why:
-        raise UserError(f"{path}: cannot be written ({why.strerror}); what was there before is whole") from None
+    except (OSError, RuntimeError) as why:
+        cause = why if isinstance(why, OSError) else why.__context__  # torch.save hides the error of the disk
+        if not isinstance(cause, OSError):
+            raise
+        remove(Path(f"{path}.tmp"))
+        raise UserError(f"{path}: cannot be written ({cause.strerror}); what was there is whole") from None
 
 
 def sync_folder(folder: Path) -> None:
@@ -958,34 +962,39 @@ def save_stock(stock, tokenizer, to: Path, weights: dict | None = None) -> None:
     Raises UserError where the disk refuses."""
     aside, old = to.with_name(to.name + ".tmp"), to.with_name(to.name + ".old")
     weights = stock.state_dict() if weights is None else weights
-    for stale in (aside, old):
-        shutil.rmtree(stale, ignore_errors=True)
+    remove(aside)
+    remove(old)
     try:
         stock.save_pretrained(aside, state_dict=weights)
         tokenizer.save_pretrained(aside)
+        for path in aside.iterdir():
+            with open(path, "rb") as f:
+                os.fsync(f.fileno())
+        sync_folder(aside)
     except Exception as why:  # safetensors has errors of its own
+        remove(aside)
         raise UserError(f"{aside}: cannot be written ({first_line(why)}); {to} is as it was") from None
     if hasattr(stock, "score"):  # reward heads have been lost on save before (OpenRLHF #209): look
         heads = [f.get_tensor("score.weight") for f in (safe_open(p, "pt") for p in aside.glob("*.safetensors"))
                  if "score.weight" in f.keys()]
         if not heads or not torch.equal(heads[0], weights["score.weight"].cpu()):
             raise UserError(f"{aside}: the saved reward head is not the trained one; the folder above it is as it was")
-    for path in aside.iterdir():
-        with open(path, "rb") as f:
-            os.fsync(f.fileno())
     if to.exists():
         os.replace(to, old)
     os.replace(aside, to)
     sync_folder(to.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    remove(old)
 
 
 class Run:
     """The output directory: lock, metrics.jsonl, checkpoints, and the wish to stop (SIGTERM, Ctrl-C). Under torchrun
-    only the first process writes. Raises UserError for a directory that cannot serve."""
+    only the first process writes. rest: after what all is saved, so that a stop costs nothing; "" in a step.
+    Raises UserError for a directory that cannot serve."""
+    models = ("student", "teacher", "teacher-co-trained")
 
     def __init__(self, cfg):
-        self.dir, self.cfg, self.stop, self.handlers, self.lock = Path(cfg.output_dir), cfg, 0, {}, None
+        self.dir = Path(cfg.output_dir).absolute()  # no name below it can be taken for a hub id
+        self.cfg, self.stop, self.handlers, self.lock, self.rest = cfg, 0, {}, None, ""
         if RANK > 0:
             return
         try:
@@ -994,22 +1003,32 @@ class Run:
         except OSError as why:
             raise UserError(f"{self.dir}: cannot be written ({why.strerror})") from None
         try:
+            self.claim()
+        except BaseException as why:
+            self.__exit__(type(why), why)
+            raise
+
+    def claim(self) -> None:
+        """Takes the lock; refuses a directory that is in use, or holds another's files or another run."""
+        try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             self.lock.seek(0)
             raise UserError(f"{self.dir}: in use by another run ({self.lock.read().strip()}); choose another --output-dir") from None
-        self.lock.truncate(0)
-        self.lock.write(f"host {socket.gethostname()} pid {os.getpid()}\n")
-        self.lock.flush()
-        for name in ("student", "teacher"):  # killed between two renames: the old directory is the good one
+        cfg = self.cfg
+        for name in self.models:  # killed between two renames: the old directory is the good one
             if (self.dir / f"{name}.old").exists() and not (self.dir / name).exists():
                 os.replace(self.dir / f"{name}.old", self.dir / name)
         try:  # any model directory has a config.json: ours lists flags
-            before = json.loads((self.dir / "config.json").read_text())["flags"]
+            before = json.loads((self.dir / "config.json").read_text())
+            before["flags"]["seed"]
         except (OSError, ValueError, KeyError, TypeError):
             before = None
         known = before is not None
-        foreign = [n for n in ("student", "teacher", "checkpoints", *(() if known else ("config.json",))) if (self.dir / n).exists()]
+        ours = (*self.models, "checkpoints", *["config.json"] * (not known))
+        foreign = [n for n in ours if (self.dir / n).exists()]
+        self.lock.seek(0)
+        foreign += [] if re.match("host |$", self.lock.read()) else ["lock"]
         inputs = [Path(p).resolve() for p in (cfg.model, cfg.teacher, *cfg.data, *cfg.val_data, *cfg.eval_data) if p]
         inside = [p for p in inputs if any(p.is_relative_to((self.dir / n).resolve()) for n in foreign)]
         if (foreign and not known) or (inside and not cfg.resume):
@@ -1019,7 +1038,23 @@ class Run:
             raise UserError(f"{self.dir}: holds an earlier run; go on with --resume, replace it with --overwrite, or "
                             "choose another --output-dir")
         if known and cfg.resume:
-            self.compare_flags(before)
+            if (self.dir / "results.json").exists() and not self.checkpoints():
+                raise UserError(f"{self.dir}: holds a finished run without its checkpoints, so there is "
+                                "nothing to resume; start anew with --overwrite")
+            self.compare_flags(before["flags"])
+            read = before.get("inputs", {})
+            changed = [p for p, crc in self.checksums().items() if read.get(p, crc) != crc]
+            if changed:
+                raise UserError(f"{self.dir}: --resume with other pairs: {', '.join(changed)} changed since "
+                                "the run began; restore it, or start anew with --overwrite")
+        self.lock.truncate(0)
+        self.lock.write(f"host {socket.gethostname()} pid {os.getpid()}\n")
+        self.lock.flush()
+
+    def checksums(self) -> dict[str, int]:
+        """CRC-32 of each file of training and validation pairs."""
+        files = [p for p in [*self.cfg.data, *self.cfg.val_data] if Path(p).is_file()]
+        return {p: zlib.crc32(Path(p).read_bytes()) for p in files}
 
     def compare_flags(self, before: dict) -> None:
         """--resume with other flags: refused, but for those that change no step."""
@@ -1033,7 +1068,7 @@ class Run:
 
     def begin(self, weights: int, phase: str, counts: Counter) -> None:
         """Called when data and models are known to be good: only now is an earlier run replaced. weights: the number
-        of the student's."""
+        of the larger model's."""
         self.handlers = {number: signal.signal(number, self.on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
         if RANK > 0:
             return
@@ -1041,40 +1076,54 @@ class Run:
         held = sum(p.stat().st_size for p in self.dir.rglob("*") if p.is_file())
         free = shutil.disk_usage(self.dir).free + held
         if need > free:
-            raise UserError(f"{self.dir}: the disk has {free / 1e9:.1f} GB for this run, checkpoints and student need about "
-                            f"{need / 1e9:.1f} GB; choose another --output-dir")
+            raise UserError(f"{self.dir}: the disk has {free / 1e9:.1f} GB for this run, checkpoints and "
+                            f"models need about {need / 1e9:.1f} GB; choose another --output-dir")
+        halves = [self.dir / (n + end) for n in self.models for end in (".tmp", ".old")]
+        for half in [*halves, *self.dir.glob("checkpoints/*.pt.tmp")]:  # left by a kill
+            remove(half)
         if not self.cfg.resume:
-            for name in ("student", "teacher", "checkpoints"):
-                shutil.rmtree(self.dir / name, ignore_errors=True)
-            for name in ("metrics.jsonl", "results.json", "bad_batch.jsonl"):
-                (self.dir / name).unlink(missing_ok=True)
-        elif not self.checkpoints():
-            print(f"{self.dir}: no whole checkpoint to resume from; starting at the beginning")
+            for *_, path in self.checkpoints():  # first: killed in here, a resumed run finds none, and begins
+                path.unlink()
+        if not self.checkpoints():
+            for name in (*self.models, "metrics.jsonl", "results.json", "bad_batch.jsonl"):
+                remove(self.dir / name)
+            if self.cfg.resume:
+                print(f"{self.dir}: no checkpoint to resume from; starting at the beginning")
         versions = {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__,
                     "numpy": np.__version__}
-        write_json(self.dir / "config.json", {"flags": asdict(self.cfg), "versions": versions})
+        write_json(self.dir / "config.json", {"flags": asdict(self.cfg), "versions": versions,
+                                              "inputs": self.checksums()})
         if not (self.dir / "metrics.jsonl").exists():
             self.log(phase=phase, step=0, data=dict(counts))
+        self.rest = "the data were read"
 
     def __enter__(self):
         return self
 
-    def __exit__(self, *_) -> None:
-        """Gives back the lock and the signal handlers."""
+    def __exit__(self, kind, why, *_) -> None:
+        """Gives back the lock and the signal handlers. Raises UserError for an error of the disk."""
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
         if self.lock:
             self.lock.close()
+        for left in list(BARS):  # an error gets a line of its own
+            left.close()
+        if isinstance(why, OSError):
+            where, what = why.filename or self.dir, why.strerror or why
+            raise UserError(f"{where}: {what}; what was saved before is whole") from None
 
     def on_signal(self, number, _) -> None:
         self.stop = number
         signal.signal(number, signal.SIG_DFL)  # a second one ends at once
+        if self.rest and WORLD == 1:  # several processes leave together, after a step
+            self.leave(self.rest)
         print("\nstopping after this step; once more ends at once", file=sys.stderr)
 
     def leave(self, where: str) -> None:
         """Ends the process after a saved step: 130 after Ctrl-C, 0 after SIGTERM."""
-        argv = ["python", *sys.argv] + ([] if "--resume" in sys.argv else ["--resume"])
-        print(f"stopped and saved after {where}. Go on with:\n  {shlex.join(argv).replace(' --overwrite', '')}"
+        start = ["torchrun", "--nproc-per-node", str(WORLD)] if WORLD > 1 else ["python"]
+        argv = [*start, *(a for a in sys.argv if a not in ("--overwrite", "--resume")), "--resume"]
+        print(f"stopped and saved after {where}. Go on with:\n  {shlex.join(argv)}"
               if any(a.startswith("--model") for a in sys.argv) else "the demo is stopped; it starts anew each time")
         raise SystemExit(130 if self.stop == signal.SIGINT else 0)
 
@@ -1085,19 +1134,27 @@ class Run:
 
     def newest(self):
         """(phase, step, state) of the newest whole checkpoint, or None; a torn one is named and passed over."""
-        for phase, step, path in self.checkpoints():
+        found = self.checkpoints()
+        for k, (phase, step, path) in enumerate(found):
             try:
+                with zipfile.ZipFile(path) as parts:  # torch.save writes checksums, torch.load ignores them
+                    if broken := parts.testzip():
+                        raise ValueError(f"{broken} is damaged")
                 return phase, step, torch.load(path, map_location="cpu", weights_only=True)
             except Exception as why:  # zip, pickle and tensor errors alike mean: not whole
-                print(f"{path}: torn or foreign ({first_line(why)[:80]}); using the one before", file=sys.stderr)
-        return None
+                left = k + 1 < len(found)
+                then = "using the one before" if left else "none is left, starting at the beginning"
+                print(f"{path}: torn or foreign ({first_line(why)[:80]}); {then}", file=sys.stderr)
 
     def save(self, phase: int, step: int, state: dict) -> None:
-        """Written aside, flushed, renamed; the last two are kept."""
+        """Written aside, flushed, renamed, the lines of its steps before it; the last two are kept."""
         if RANK > 0:
             return
+        with open(self.dir / "metrics.jsonl", "a") as f:
+            os.fsync(f.fileno())
         path = self.dir / "checkpoints" / f"{phase}-{step:08d}.pt"
         path.parent.mkdir(exist_ok=True)
+        sync_folder(self.dir)
         with written(path, "wb") as f:
             torch.save(state, f)
         for *_, old in self.checkpoints()[2:]:
@@ -1110,7 +1167,9 @@ class Run:
     def log(self, **line) -> None:
         if RANK == 0:
             with open(self.dir / "metrics.jsonl", "a") as f:
-                f.write(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in line.items()}) + "\n")
+                floats = {k: v for k, v in line.items() if isinstance(v, float)}  # NaN is no JSON
+                line |= {k: round(v, 6) if math.isfinite(v) else None for k, v in floats.items()}
+                f.write(json.dumps(line) + "\n")
 
     def bad_batch(self, phase: str, step: int, pairs: list[Pair]) -> None:
         """Keeps the pairs of a step that went wrong, one line each, for a look."""
@@ -1119,14 +1178,18 @@ class Run:
                 f.writelines(json.dumps({"phase": phase, "step": step, **asdict(p)}, ensure_ascii=False) + "\n" for p in pairs)
 
     def rewind(self, phase: int, step: int) -> None:
-        """Drops the lines of metrics.jsonl that the resumed run will write again."""
-        path = self.dir / "metrics.jsonl"
-        if RANK > 0 or not path.exists():
-            return
-        lines = [json.loads(raw) for raw in path.read_text().splitlines() if raw.endswith("}")]
-        keep = [m for m in lines if (m["phase"] == "student", m["step"]) <= (phase == 1, step)]
-        with written(path) as f:
-            f.writelines(json.dumps(m) + "\n" for m in keep)
+        """Drops the lines of metrics.jsonl and bad_batch.jsonl that the resumed run will write again."""
+        for path in (self.dir / "metrics.jsonl", self.dir / "bad_batch.jsonl"):
+            if RANK > 0 or not path.exists():
+                continue
+            keep = []
+            for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+                with suppress(ValueError, KeyError, TypeError):  # torn by a power cut: after the checkpoint
+                    m = json.loads(line)
+                    if (m["phase"] == "student", m["step"]) <= (phase == 1, step):
+                        keep.append(line + "\n")
+            with written(path) as f:
+                f.writelines(keep)
 
 
 # ------------------------------------------------------------------------------------------------- benchmarks
@@ -1225,7 +1288,8 @@ def from_llmbar(record: dict, path: str):
 def from_mt_bench(record: dict, path: str):
     """MT-Bench (arXiv 2306.05685), a vote: conversation_a, conversation_b, turn, winner, judge; or LLMBar's
     layout of the majority on first turns. Two conversations differ from their first answers on, so the prompt
-    is the first question; a second turn continues the response as text, as Formatter without a template."""
+    is the first question; a second turn continues the response as text, as Formatter without a template,
+    which defuses it by a space as it does any turn inside a response."""
     if "conversation_a" not in record:
         yield {**next(from_llmbar(record, "natural")), "subset": "turn 1, majority"}
         return
@@ -1545,6 +1609,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     try:
         convert(args)
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        raise SystemExit(130) from None
     except UserError as why:
         print(f"error: {why}", file=sys.stderr)
         raise SystemExit(2) from None
