@@ -66,7 +66,7 @@ from transformers import (AutoConfig, AutoModelForSequenceClassification, AutoMo
                           AutoTokenizer)
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
-LONGEST_LINE = 10_000_000  # bytes; far over any model's context, about 1 GB of memory while it is tokenised
+LONGEST_LINE = 4_000_000  # bytes: a context of a million tokens, and up to 2 GB of memory while it is tokenised
 BARS: WeakSet = WeakSet()  # the progress bars of this process
 
 
