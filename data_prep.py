@@ -34,6 +34,7 @@ import hashlib
 import json
 import math
 import os
+import pickle
 import platform
 import re
 import shlex
@@ -42,14 +43,16 @@ import signal
 import socket
 import sys
 import time
+import zipfile
 import zlib
 from collections import Counter
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from fnmatch import fnmatch
 from itertools import product
 from pathlib import Path
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -63,6 +66,8 @@ from transformers import (AutoConfig, AutoModelForSequenceClassification, AutoMo
                           AutoTokenizer)
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
+LONGEST_LINE = 4_000_000  # bytes: a context of a million tokens, and up to 2 GB of memory while it is tokenised
+BARS: WeakSet = WeakSet()  # the progress bars of this process
 
 
 class UserError(Exception):
@@ -75,8 +80,10 @@ class UnusablePair(ValueError):
 
 def bar(items, name: str, leave: bool = False, **kwargs) -> tqdm:
     """A progress bar, silent without a name and in all processes but the first; a log file needs few lines."""
-    return tqdm(items, desc=name[-40:], disable=not name or RANK > 0, leave=leave,
+    made = tqdm(items, desc=name[-40:], disable=not name or RANK > 0, leave=leave,
                 mininterval=0.2 if sys.stderr.isatty() else 15.0, **kwargs)
+    BARS.add(made)
+    return made
 
 
 # ---------------------------------------------------------------------------------------------------------- reading
@@ -225,12 +232,15 @@ def read_pairs(paths: list[str], skip_bad: bool = False, parse=parse_pair) -> tu
     Raises UserError with file and line number."""
     pairs, counts = [], Counter()
     for path in paths:
+        number = 0
         try:
             with (gzip.open if str(path).endswith(".gz") else open)(path, "rb") as f:
                 for number, raw in enumerate(f, 1):
                     if not raw.strip():
                         continue
                     try:
+                        if len(raw) > LONGEST_LINE:
+                            raise ValueError(f"{len(raw) / 1e6:.0f} MB, over {LONGEST_LINE / 1e6:.0f}")
                         pairs.append(parse(json.loads(raw.decode("utf-8-sig" if number == 1 else "utf-8"))))
                     except UnusablePair as why:
                         counts[str(why)] += 1
@@ -241,7 +251,8 @@ def read_pairs(paths: list[str], skip_bad: bool = False, parse=parse_pair) -> tu
                             raise UserError(f"{path}, line {number}: {why}; mend the line{drop}") from None
                         counts["bad"] += 1
         except (OSError, EOFError, zlib.error) as why:
-            raise UserError(f"{path}: cannot be read ({why})") from None
+            where = f", after line {number}" if number else ""
+            raise UserError(f"{path}{where}: cannot be read ({why})") from None
     counts["pairs"] = len(pairs)
     if not pairs:
         noun = "pair" if parse is parse_pair else "prompt with candidates"
@@ -286,6 +297,15 @@ def answers(p: Pair | Candidates) -> dict:
     return {k: getattr(p, k) for k in ("chosen", "rejected", "responses", "gold") if hasattr(p, k)}
 
 
+def remove(path: Path) -> None:
+    """Deletes a file or folder where it can: half of something, or what was replaced."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
+
+
 def write_pairs(path: str | Path, pairs: list, overwrite: bool = False) -> None:
     """One JSON line a pair (or prompt with candidates), gzipped where the name ends in .gz; written aside, then renamed. Raises UserError."""
     path = Path(path)
@@ -303,6 +323,7 @@ def write_pairs(path: str | Path, pairs: list, overwrite: bool = False) -> None:
                 f.write(json.dumps(line, ensure_ascii=False) + "\n")
         os.replace(aside, path)
     except OSError as why:
+        remove(aside)
         raise UserError(f"{path}: cannot be written ({why.strerror})") from None
 
 
@@ -332,8 +353,8 @@ class Formatter:
 
     Chat template where the tokenizer has one, else "User: ...\\n\\nAssistant: ..."; always ends in the end token
     (a missing one flips rewards: MOSS-RLHF #21); starts with BOS where the tokenizer would add it. The string is
-    tokenised with add_special_tokens=False, so there is never a second BOS. Control-token strings inside the
-    contents are defused by a space after their first character ("<|im_end|>" becomes "< |im_end|>").
+    tokenised with add_special_tokens=False, so there is never a second BOS. What would end a turn or start
+    another is defused inside the contents by a space after its first character ("< |im_end|>").
 
     Raises UserError for a tokenizer without end token, or a template that loses messages."""
 
@@ -344,12 +365,25 @@ class Formatter:
         self.tokenizer, self.eos, self.cache = tokenizer, tokenizer.eos_token, {}
         bos = tokenizer.bos_token
         self.bos = bos if bos and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id] else ""
-        special = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special and len(t.content) > 1}
-        self.control = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or r"(?!)")
         self.counts = Counter() if counts is None else counts
+        control = self.control_strings()
+        self.control = re.compile("|".join(map(re.escape, sorted(control, key=len, reverse=True))) or r"(?!)")
+
+    def control_strings(self) -> set[str]:
+        """Special tokens, other added tokens that the template writes, and the text it puts between turns."""
+        pieces, between = [], set()
+        for roles in (("user", "assistant", "user", "assistant"), ("user", "system", "assistant")):
+            try:
+                pieces += self.markup(roles)
+                between |= {p.strip(" ") for p in self.markup(roles)[1:-1] if re.search(r"\w", p)}
+            except UserError:  # a template may refuse some roles; it is asked again for those of the data
+                pass
+        added = {t.content for t in self.tokenizer.added_tokens_decoder.values()
+                 if t.special or any(t.content in p for p in pieces)} | set(self.tokenizer.all_special_tokens)
+        return {t for t in added | between if len(t) > 1}
 
     def clean(self, text: str) -> str:
-        """Stripped, and with control tokens defused (counted)."""
+        """Stripped, and with control strings defused (counted)."""
         text = text.strip()
         while self.control.search(text):
             text, count = self.control.subn(lambda m: m[0][0] + " " + m[0][1:], text)
@@ -538,7 +572,8 @@ class Encoder:
         self.counts["pairs cut for the teacher"] += keep_x + keep_c + keep_r < sum(sizes)
         cuts = (slice(sizes[0] - keep_x, None), slice(keep_c), slice(keep_r))
         special = np.array([i for i in self.teacher.all_special_ids if i != self.teacher.unk_token_id])
-        harmless = self.teacher.unk_token_id if self.teacher.unk_token_id is not None else self.teacher.mask_token_id
+        spare = (self.teacher.unk_token_id, self.teacher.mask_token_id)
+        harmless = next((i for i in spare if i is not None), 0)
         seen = np.zeros(len(ex.word_seg), dtype=bool)
         for (ids, offsets), words, base, cut in zip(tokens, spans, first, cuts):
             word = tokens_to_words(offsets, words)
@@ -686,6 +721,9 @@ def load(auto, name: str, **kwargs):
     weights_only. Raises UserError."""
     try:
         return auto.from_pretrained(name, trust_remote_code=False, **kwargs)
+    except pickle.UnpicklingError:
+        raise UserError(f"{name}: refused: its pickled weights hold more than tensors, which could run code; "
+                        "use weights saved as safetensors") from None
     except Exception as why:  # the hub, the disk and every model class raise kinds of their own
         hint = "" if Path(name).is_dir() else " (no such local directory; as a hub id it could not be fetched)"
         raise UserError(f"{name}: cannot be loaded{hint}: {first_line(why)}") from None
@@ -707,24 +745,34 @@ def refuse_missing(name: str, model, keys: list[str]) -> None:
                         "they would be random")
 
 
+def refuse_small_vocabulary(name: str, model, tokens: int) -> None:
+    rows = model.get_input_embeddings().num_embeddings
+    if tokens > rows:
+        raise UserError(f"{name}: the tokenizer has {tokens} tokens, the model only {rows} embeddings")
+
+
 def load_tokenizer(name: str):
     """A tokenizer, checked to be one that can serve here."""
+    files = [p.name for p in Path(name).iterdir()] if Path(name).is_dir() else ["tokenizer of the hub"]
+    if not any(re.search("tok|vocab|merges|spiece|spm|sentencepiece", file) for file in files):
+        raise UserError(f"{name}: holds no tokenizer; put its files there too (tokenizer.save_pretrained)")
     tokenizer = load(AutoTokenizer, name)
     if not tokenizer.is_fast:
         raise UserError(f"{name}: no fast tokenizer, and only those tell which characters a token covers")
     return tokenizer
 
 
-def choose_pad(tokenizer) -> None:
+def choose_pad(tokenizer) -> int:
     """A pad token that is not the end token: the stock class reads the reward at the right-most token that is not
-    pad, so with pad = eos it would skip the end token. Any other token serves; a new one only if there is none."""
+    pad, so with pad = eos it would skip the end token. Any other token serves; a new one only if there is
+    none. Returns the number of new ones."""
+    tokenizer.padding_side = "right"
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         spare = [t for t in (tokenizer.unk_token, *tokenizer.all_special_tokens) if t and t != tokenizer.eos_token]
-        if spare:
-            tokenizer.pad_token = spare[0]
-        else:
-            tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
-    tokenizer.padding_side = "right"
+        if not spare:
+            return tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
+        tokenizer.pad_token = spare[0]
+    return 0
 
 
 def load_student(name: str, seed: int = 0, max_length: int = 0, tied: bool = False):
@@ -740,7 +788,7 @@ def load_student(name: str, seed: int = 0, max_length: int = 0, tied: bool = Fal
     for key, value in text.to_dict().items():
         if "drop" in key and isinstance(value, float):
             setattr(text, key, 0.0)  # dropout off: noise in r would be noise in the margin
-    choose_pad(tokenizer)
+    added = choose_pad(tokenizer)
     torch.manual_seed(seed)  # before the load: a missing head is drawn in it
     model, info = load(AutoModelForSequenceClassification, name, config=config, dtype=torch.float32, output_loading_info=True)
     if not hasattr(model, "score"):
@@ -749,10 +797,8 @@ def load_student(name: str, seed: int = 0, max_length: int = 0, tied: bool = Fal
     refuse_missing(name, model, [k for k in info["missing_keys"] if not k.startswith("score")])
     if info["missing_keys"]:
         torch.nn.init.normal_(model.score.weight, std=1 / math.sqrt(model.score.in_features + 1))  # arXiv 2009.01325
+    refuse_small_vocabulary(name, model, len(tokenizer) - added)
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-        if len(tokenizer) - model.get_input_embeddings().num_embeddings > 1:
-            raise UserError(f"{name}: the tokenizer has {len(tokenizer)} tokens, the model only "
-                            f"{model.get_input_embeddings().num_embeddings} embeddings")
         model.resize_token_embeddings(len(tokenizer))
     model.config.pad_token_id = text.pad_token_id = tokenizer.pad_token_id
     return model, tokenizer
@@ -781,13 +827,15 @@ def probe_student(model, name: str, max_length: int = 0) -> None:
             for implementation in (model.tap.before, tapped):
                 stock.set_attn_implementation(implementation)
                 scores.append(stock.base_model(**rows, use_cache=False).last_hidden_state)
-            if not torch.allclose(*scores, atol=1e-3, rtol=1e-3):
+            if not torch.allclose(*scores, atol=1e-3, rtol=1e-3, equal_nan=True):
                 raise UserError(f"{name}: {type(stock).__name__} attends in a way that the tap does not keep; use --method bt")
         model.encoding = "siamese"
         try:
             apart = model(batch)
         except Exception as why:
             raise UserError(f"{name}: {type(stock).__name__} cannot be used as a student ({first_line(why)})") from None
+        if not apart.isfinite().all():
+            raise UserError(f"{name}: its rewards are not finite; the weights are damaged")
         other = dict(batch, ids=torch.where(torch.arange(8, device=device) == 4, (ids + 1) % (vocabulary // 2), ids))
         hidden = [stock.base_model(model.two_rows(b)[0]["input_ids"][:1], use_cache=False).last_hidden_state[0, 2]
                   for b in (batch, other)]
@@ -831,6 +879,7 @@ def load_teacher(name: str, seed: int = 0):
     model, info = load(AutoModelForTokenClassification, name, config=config, dtype=torch.float32, output_loading_info=True)
     base = model.base_model_prefix + "."  # a missing head is new, and trained
     refuse_missing(name, model, [k for k in info["missing_keys"] if k.startswith(base)])
+    refuse_small_vocabulary(name, model, len(tokenizer))
     for one, other in (("pad", "pad"), ("sep", "eos"), ("cls", "bos")):
         if getattr(tokenizer, one + "_token_id") is None and getattr(tokenizer, other + "_token_id") is None:
             raise UserError(f"{name}: the tokenizer has no {one} token; a teacher is a bidirectional encoder")
@@ -840,6 +889,8 @@ def load_teacher(name: str, seed: int = 0):
     model.eval()
     with torch.no_grad():
         first = [model.base_model(i).last_hidden_state[0, 0] for i in (ids, other)]
+    if not torch.stack(first).isfinite().all():
+        raise UserError(f"{name}: its hidden states are not finite; the weights are damaged")
     if torch.equal(*first):
         raise UserError(f"{name}: {type(model).__name__} is causal: its early tokens never see late ones; a teacher "
                         "is a bidirectional encoder (BERT, RoBERTa, ModernBERT, DeBERTa ...)")
@@ -884,8 +935,12 @@ def written(path: str | Path, mode: str = "w"):
             os.fsync(f.fileno())
         os.replace(f"{path}.tmp", path)
         sync_folder(Path(path).parent)
-    except OSError as why:
-        raise UserError(f"{path}: cannot be written ({why.strerror}); what was there before is whole") from None
+    except (OSError, RuntimeError) as why:
+        cause = why if isinstance(why, OSError) else why.__context__  # torch.save hides the error of the disk
+        if not isinstance(cause, OSError):
+            raise
+        remove(Path(f"{path}.tmp"))
+        raise UserError(f"{path}: cannot be written ({cause.strerror}); what was there is whole") from None
 
 
 def sync_folder(folder: Path) -> None:
@@ -907,34 +962,39 @@ def save_stock(stock, tokenizer, to: Path, weights: dict | None = None) -> None:
     Raises UserError where the disk refuses."""
     aside, old = to.with_name(to.name + ".tmp"), to.with_name(to.name + ".old")
     weights = stock.state_dict() if weights is None else weights
-    for stale in (aside, old):
-        shutil.rmtree(stale, ignore_errors=True)
+    remove(aside)
+    remove(old)
     try:
         stock.save_pretrained(aside, state_dict=weights)
         tokenizer.save_pretrained(aside)
+        for path in aside.iterdir():
+            with open(path, "rb") as f:
+                os.fsync(f.fileno())
+        sync_folder(aside)
     except Exception as why:  # safetensors has errors of its own
+        remove(aside)
         raise UserError(f"{aside}: cannot be written ({first_line(why)}); {to} is as it was") from None
     if hasattr(stock, "score"):  # reward heads have been lost on save before (OpenRLHF #209): look
         heads = [f.get_tensor("score.weight") for f in (safe_open(p, "pt") for p in aside.glob("*.safetensors"))
                  if "score.weight" in f.keys()]
         if not heads or not torch.equal(heads[0], weights["score.weight"].cpu()):
             raise UserError(f"{aside}: the saved reward head is not the trained one; the folder above it is as it was")
-    for path in aside.iterdir():
-        with open(path, "rb") as f:
-            os.fsync(f.fileno())
     if to.exists():
         os.replace(to, old)
     os.replace(aside, to)
     sync_folder(to.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    remove(old)
 
 
 class Run:
     """The output directory: lock, metrics.jsonl, checkpoints, and the wish to stop (SIGTERM, Ctrl-C). Under torchrun
-    only the first process writes. Raises UserError for a directory that cannot serve."""
+    only the first process writes. rest: after what all is saved, so that a stop costs nothing; "" in a step.
+    Raises UserError for a directory that cannot serve."""
+    models = ("student", "teacher", "teacher-co-trained")
 
     def __init__(self, cfg):
-        self.dir, self.cfg, self.stop, self.handlers, self.lock = Path(cfg.output_dir), cfg, 0, {}, None
+        self.dir = Path(cfg.output_dir).absolute()  # no name below it can be taken for a hub id
+        self.cfg, self.stop, self.handlers, self.lock, self.rest = cfg, 0, {}, None, ""
         if RANK > 0:
             return
         try:
@@ -943,22 +1003,32 @@ class Run:
         except OSError as why:
             raise UserError(f"{self.dir}: cannot be written ({why.strerror})") from None
         try:
+            self.claim()
+        except BaseException as why:
+            self.__exit__(type(why), why)
+            raise
+
+    def claim(self) -> None:
+        """Takes the lock; refuses a directory that is in use, or holds another's files or another run."""
+        try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             self.lock.seek(0)
             raise UserError(f"{self.dir}: in use by another run ({self.lock.read().strip()}); choose another --output-dir") from None
-        self.lock.truncate(0)
-        self.lock.write(f"host {socket.gethostname()} pid {os.getpid()}\n")
-        self.lock.flush()
-        for name in ("student", "teacher"):  # killed between two renames: the old directory is the good one
+        cfg = self.cfg
+        for name in self.models:  # killed between two renames: the old directory is the good one
             if (self.dir / f"{name}.old").exists() and not (self.dir / name).exists():
                 os.replace(self.dir / f"{name}.old", self.dir / name)
         try:  # any model directory has a config.json: ours lists flags
-            before = json.loads((self.dir / "config.json").read_text())["flags"]
+            before = json.loads((self.dir / "config.json").read_text())
+            before["flags"]["seed"]
         except (OSError, ValueError, KeyError, TypeError):
             before = None
         known = before is not None
-        foreign = [n for n in ("student", "teacher", "checkpoints", *(() if known else ("config.json",))) if (self.dir / n).exists()]
+        ours = (*self.models, "checkpoints", *["config.json"] * (not known))
+        foreign = [n for n in ours if (self.dir / n).exists()]
+        self.lock.seek(0)
+        foreign += [] if re.match("host |$", self.lock.read()) else ["lock"]
         inputs = [Path(p).resolve() for p in (cfg.model, cfg.teacher, *cfg.data, *cfg.val_data, *cfg.eval_data) if p]
         inside = [p for p in inputs if any(p.is_relative_to((self.dir / n).resolve()) for n in foreign)]
         if (foreign and not known) or (inside and not cfg.resume):
@@ -968,7 +1038,23 @@ class Run:
             raise UserError(f"{self.dir}: holds an earlier run; go on with --resume, replace it with --overwrite, or "
                             "choose another --output-dir")
         if known and cfg.resume:
-            self.compare_flags(before)
+            if (self.dir / "results.json").exists() and not self.checkpoints():
+                raise UserError(f"{self.dir}: holds a finished run without its checkpoints, so there is "
+                                "nothing to resume; start anew with --overwrite")
+            self.compare_flags(before["flags"])
+            read = before.get("inputs", {})
+            changed = [p for p, crc in self.checksums().items() if read.get(p, crc) != crc]
+            if changed:
+                raise UserError(f"{self.dir}: --resume with other pairs: {', '.join(changed)} changed since "
+                                "the run began; restore it, or start anew with --overwrite")
+        self.lock.truncate(0)
+        self.lock.write(f"host {socket.gethostname()} pid {os.getpid()}\n")
+        self.lock.flush()
+
+    def checksums(self) -> dict[str, int]:
+        """CRC-32 of each file of training and validation pairs."""
+        files = [p for p in [*self.cfg.data, *self.cfg.val_data] if Path(p).is_file()]
+        return {p: zlib.crc32(Path(p).read_bytes()) for p in files}
 
     def compare_flags(self, before: dict) -> None:
         """--resume with other flags: refused, but for those that change no step."""
@@ -982,7 +1068,7 @@ class Run:
 
     def begin(self, weights: int, phase: str, counts: Counter) -> None:
         """Called when data and models are known to be good: only now is an earlier run replaced. weights: the number
-        of the student's."""
+        of the larger model's."""
         self.handlers = {number: signal.signal(number, self.on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
         if RANK > 0:
             return
@@ -990,40 +1076,54 @@ class Run:
         held = sum(p.stat().st_size for p in self.dir.rglob("*") if p.is_file())
         free = shutil.disk_usage(self.dir).free + held
         if need > free:
-            raise UserError(f"{self.dir}: the disk has {free / 1e9:.1f} GB for this run, checkpoints and student need about "
-                            f"{need / 1e9:.1f} GB; choose another --output-dir")
+            raise UserError(f"{self.dir}: the disk has {free / 1e9:.1f} GB for this run, checkpoints and "
+                            f"models need about {need / 1e9:.1f} GB; choose another --output-dir")
+        halves = [self.dir / (n + end) for n in self.models for end in (".tmp", ".old")]
+        for half in [*halves, *self.dir.glob("checkpoints/*.pt.tmp")]:  # left by a kill
+            remove(half)
         if not self.cfg.resume:
-            for name in ("student", "teacher", "checkpoints"):
-                shutil.rmtree(self.dir / name, ignore_errors=True)
-            for name in ("metrics.jsonl", "results.json", "bad_batch.jsonl"):
-                (self.dir / name).unlink(missing_ok=True)
-        elif not self.checkpoints():
-            print(f"{self.dir}: no whole checkpoint to resume from; starting at the beginning")
+            for *_, path in self.checkpoints():  # first: killed in here, a resumed run finds none, and begins
+                path.unlink()
+        if not self.checkpoints():
+            for name in (*self.models, "metrics.jsonl", "results.json", "bad_batch.jsonl"):
+                remove(self.dir / name)
+            if self.cfg.resume:
+                print(f"{self.dir}: no checkpoint to resume from; starting at the beginning")
         versions = {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__,
                     "numpy": np.__version__}
-        write_json(self.dir / "config.json", {"flags": asdict(self.cfg), "versions": versions})
+        write_json(self.dir / "config.json", {"flags": asdict(self.cfg), "versions": versions,
+                                              "inputs": self.checksums()})
         if not (self.dir / "metrics.jsonl").exists():
             self.log(phase=phase, step=0, data=dict(counts))
+        self.rest = "the data were read"
 
     def __enter__(self):
         return self
 
-    def __exit__(self, *_) -> None:
-        """Gives back the lock and the signal handlers."""
+    def __exit__(self, kind, why, *_) -> None:
+        """Gives back the lock and the signal handlers. Raises UserError for an error of the disk."""
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
         if self.lock:
             self.lock.close()
+        for left in list(BARS):  # an error gets a line of its own
+            left.close()
+        if isinstance(why, OSError):
+            where, what = why.filename or self.dir, why.strerror or why
+            raise UserError(f"{where}: {what}; what was saved before is whole") from None
 
     def on_signal(self, number, _) -> None:
         self.stop = number
         signal.signal(number, signal.SIG_DFL)  # a second one ends at once
+        if self.rest and WORLD == 1:  # several processes leave together, after a step
+            self.leave(self.rest)
         print("\nstopping after this step; once more ends at once", file=sys.stderr)
 
     def leave(self, where: str) -> None:
         """Ends the process after a saved step: 130 after Ctrl-C, 0 after SIGTERM."""
-        argv = ["python", *sys.argv] + ([] if "--resume" in sys.argv else ["--resume"])
-        print(f"stopped and saved after {where}. Go on with:\n  {shlex.join(argv).replace(' --overwrite', '')}"
+        start = ["torchrun", "--nproc-per-node", str(WORLD)] if WORLD > 1 else ["python"]
+        argv = [*start, *(a for a in sys.argv if a not in ("--overwrite", "--resume")), "--resume"]
+        print(f"stopped and saved after {where}. Go on with:\n  {shlex.join(argv)}"
               if any(a.startswith("--model") for a in sys.argv) else "the demo is stopped; it starts anew each time")
         raise SystemExit(130 if self.stop == signal.SIGINT else 0)
 
@@ -1034,19 +1134,27 @@ class Run:
 
     def newest(self):
         """(phase, step, state) of the newest whole checkpoint, or None; a torn one is named and passed over."""
-        for phase, step, path in self.checkpoints():
+        found = self.checkpoints()
+        for k, (phase, step, path) in enumerate(found):
             try:
+                with zipfile.ZipFile(path) as parts:  # torch.save writes checksums, torch.load ignores them
+                    if broken := parts.testzip():
+                        raise ValueError(f"{broken} is damaged")
                 return phase, step, torch.load(path, map_location="cpu", weights_only=True)
             except Exception as why:  # zip, pickle and tensor errors alike mean: not whole
-                print(f"{path}: torn or foreign ({first_line(why)[:80]}); using the one before", file=sys.stderr)
-        return None
+                left = k + 1 < len(found)
+                then = "using the one before" if left else "none is left, starting at the beginning"
+                print(f"{path}: torn or foreign ({first_line(why)[:80]}); {then}", file=sys.stderr)
 
     def save(self, phase: int, step: int, state: dict) -> None:
-        """Written aside, flushed, renamed; the last two are kept."""
+        """Written aside, flushed, renamed, the lines of its steps before it; the last two are kept."""
         if RANK > 0:
             return
+        with open(self.dir / "metrics.jsonl", "a") as f:
+            os.fsync(f.fileno())
         path = self.dir / "checkpoints" / f"{phase}-{step:08d}.pt"
         path.parent.mkdir(exist_ok=True)
+        sync_folder(self.dir)
         with written(path, "wb") as f:
             torch.save(state, f)
         for *_, old in self.checkpoints()[2:]:
@@ -1059,7 +1167,9 @@ class Run:
     def log(self, **line) -> None:
         if RANK == 0:
             with open(self.dir / "metrics.jsonl", "a") as f:
-                f.write(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in line.items()}) + "\n")
+                floats = {k: v for k, v in line.items() if isinstance(v, float)}  # NaN is no JSON
+                line |= {k: round(v, 6) if math.isfinite(v) else None for k, v in floats.items()}
+                f.write(json.dumps(line) + "\n")
 
     def bad_batch(self, phase: str, step: int, pairs: list[Pair]) -> None:
         """Keeps the pairs of a step that went wrong, one line each, for a look."""
@@ -1068,14 +1178,18 @@ class Run:
                 f.writelines(json.dumps({"phase": phase, "step": step, **asdict(p)}, ensure_ascii=False) + "\n" for p in pairs)
 
     def rewind(self, phase: int, step: int) -> None:
-        """Drops the lines of metrics.jsonl that the resumed run will write again."""
-        path = self.dir / "metrics.jsonl"
-        if RANK > 0 or not path.exists():
-            return
-        lines = [json.loads(raw) for raw in path.read_text().splitlines() if raw.endswith("}")]
-        keep = [m for m in lines if (m["phase"] == "student", m["step"]) <= (phase == 1, step)]
-        with written(path) as f:
-            f.writelines(json.dumps(m) + "\n" for m in keep)
+        """Drops the lines of metrics.jsonl and bad_batch.jsonl that the resumed run will write again."""
+        for path in (self.dir / "metrics.jsonl", self.dir / "bad_batch.jsonl"):
+            if RANK > 0 or not path.exists():
+                continue
+            keep = []
+            for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+                with suppress(ValueError, KeyError, TypeError):  # torn by a power cut: after the checkpoint
+                    m = json.loads(line)
+                    if (m["phase"] == "student", m["step"]) <= (phase == 1, step):
+                        keep.append(line + "\n")
+            with written(path) as f:
+                f.writelines(keep)
 
 
 # ------------------------------------------------------------------------------------------------- benchmarks
@@ -1174,7 +1288,8 @@ def from_llmbar(record: dict, path: str):
 def from_mt_bench(record: dict, path: str):
     """MT-Bench (arXiv 2306.05685), a vote: conversation_a, conversation_b, turn, winner, judge; or LLMBar's
     layout of the majority on first turns. Two conversations differ from their first answers on, so the prompt
-    is the first question; a second turn continues the response as text, as Formatter without a template."""
+    is the first question; a second turn continues the response as text, as Formatter without a template,
+    which defuses it by a space as it does any turn inside a response."""
     if "conversation_a" not in record:
         yield {**next(from_llmbar(record, "natural")), "subset": "turn 1, majority"}
         return
@@ -1494,6 +1609,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     try:
         convert(args)
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        raise SystemExit(130) from None
     except UserError as why:
         print(f"error: {why}", file=sys.stderr)
         raise SystemExit(2) from None

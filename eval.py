@@ -1119,7 +1119,8 @@ def drift(model: str) -> dict | None:
     if not Path(model).is_dir() or not path.exists():
         return None
     lines = [json.loads(raw) for raw in path.read_text().splitlines() if raw.endswith("}")]
-    lines = [m for m in lines if m.get("phase") == Path(model).resolve().name and "val_reward_mean" in m]
+    lines = [m for m in lines if m.get("phase") == Path(model).resolve().name]
+    lines = [m for m in lines if m.get("val_reward_mean") is not None]
     return {k: [m[v] for m in lines] for k, v in (("steps", "step"), ("mean", "val_reward_mean"), ("std", "val_reward_std"))} if lines else None
 
 

@@ -104,7 +104,8 @@ class Config:
                               ["full", "causal"])
     align_max_tokens: int = flag(0, "in longer pairs, align only random words of about so many tokens; 0 = all")
     teacher_epochs: float = flag(1.0, "teacher fine-tuning, passes over the data; 0 = use it as it is")
-    teacher_co_train: bool = flag(False, "the teacher goes on learning (E4) beside the student, at the student's --lr")
+    teacher_co_train: bool = flag(False, "the teacher goes on learning (E4) beside the student, at the "
+                                  "student's --lr (saved as RUN/teacher-co-trained)")
     encoding: str = flag("packed", "packed = one tree-masked row a pair, siamese = two rows (any causal model)",
                          ["packed", "siamese"])
     max_length: int = flag(1024, "longest prompt + response, in student tokens", low=1)
@@ -684,6 +685,7 @@ def fit(run: Run, phase: int, model: nn.Module, examples: list[Example], losses,
         print(f"resuming the {name} after step {done} of {total}")
     if cfg.resume:
         run.rewind(phase, done)
+    run.rest = ""
     every, plan, planned = cfg.eval_every or max(1, math.ceil(total / 2)), [], -1
     model.train()
     progress = bar(None, name, total=total, initial=done, unit="step", leave=True)
@@ -743,9 +745,10 @@ def fit(run: Run, phase: int, model: nn.Module, examples: list[Example], losses,
             cuda_rng = {"cuda_rng": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}
             run.save(phase, step, {"model": weights, "optimizer": moments, "best": best, "skipped": skipped,
                                    "rng": torch.get_rng_state(), **cuda_rng})
-        if run.stop and not (phase == 1 and step == total):
+        if run.stop:
             progress.close()
             run.leave(f"{name} step {step} of {total}")
+    run.rest = f"{name} step {total} of {total}"
     progress.close()
     barrier()
 
@@ -788,7 +791,7 @@ def train_student(run: Run, model: RewardModel, tokenizer, teacher, examples, va
     def save_best():
         save_part(run, model, tokenizer, "student")
         if cfg.teacher_co_train:
-            save_part(run, teacher, teacher.tokenizer, "teacher")
+            save_part(run, teacher, teacher.tokenizer, "teacher-co-trained")  # a resumed run needs the other
 
     total = cfg.max_steps or max(1, round(cfg.epochs * math.ceil(len(examples) / cfg.batch_size)))
     learners = nn.ModuleList([model, teacher]) if cfg.teacher_co_train else model
@@ -857,7 +860,8 @@ def train_in(run: Run, cfg: Config, needs_teacher: bool, device, amp) -> dict:
             raise UserError(f"{name}: no pair fits into --max-length {cfg.max_length}")
     counts.update({"training pairs": len(examples), **{f"pairs of {k}": len(v) for k, v in held.items()}})
     print("data: " + ", ".join(f"{v} {k}" for k, v in counts.items() if v))
-    run.begin(sum(p.numel() for p in stock.parameters()), "teacher" if needs_teacher else "student", counts)
+    largest = max(sum(p.numel() for p in m.parameters()) for m in (model, teacher) if m is not None)
+    run.begin(largest, "teacher" if needs_teacher else "student", counts)
     started, teacher_accuracy = time.perf_counter(), {}
 
     def swaps(index: np.ndarray, epoch: int) -> np.ndarray:  # the teacher's random order, seeded for each epoch

@@ -4,18 +4,23 @@ lines as a user types them. Everything is tiny, random, offline and seeded.
     python -m pytest -q test_idistill.py
 """
 import fcntl
-import gc
 import gzip
+import io
 import json
 import math
+import multiprocessing
 import os
 import re
+import resource
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import types
+import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -25,6 +30,7 @@ import pytest
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tqdm import tqdm
 from transformers import AutoModel, AutoModelForSequenceClassification
 
 import data_prep
@@ -140,12 +146,11 @@ def zoo(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def clean_process():
-    """A run in this process takes the signals and holds its lock: both are given back after each test."""
+    """A run in this process takes the signals: they are given back after each test."""
     before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
     yield
     for n, handler in before.items():
         signal.signal(n, handler)
-    gc.collect()
 
 
 def make_pairs(count: int, seed: int = 0) -> list[Pair]:
@@ -573,17 +578,12 @@ def test_overlong_drop_and_error(zoo):
 # ------------------------------------------------------------------------------------------------- whole runs
 
 def main(*argv: str) -> int:
-    """idistill.main in this process, with the lock and the signals given back; the exit code."""
-    before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
+    """idistill.main in this process; the exit code."""
     try:
         idistill.main(list(argv))
         return 0
     except SystemExit as end:
         return end.code
-    finally:
-        for n, handler in before.items():
-            signal.signal(n, handler)
-        gc.collect()
 
 
 @pytest.fixture(scope="session")
@@ -660,25 +660,6 @@ def test_same_seed_same_weights(whole_run, argv, tmp_path):
     shutil.rmtree(tmp_path / "again")
     assert main(*argv(tmp_path / "other", epochs=6, seed=1)) == 0
     assert lines_of(whole_run[0]) != lines_of(tmp_path / "other")
-
-
-def test_sigterm_then_resume_is_the_same_run(whole_run, argv, tmp_path):
-    out = tmp_path / "run"
-    args = argv(out, epochs=6)
-    process, deadline = spawn(args), time.time() + 100
-    while time.time() < deadline and process.poll() is None:
-        log = out / "metrics.jsonl"
-        if log.exists() and log.read_text().count('"student"') >= 3:
-            process.send_signal(signal.SIGTERM)
-            break
-        time.sleep(0.005)
-    stdout, stderr = process.communicate(timeout=60)
-    assert process.returncode == 0 and "--resume" in stdout and "Traceback" not in stderr
-    assert not (out / "results.json").exists()
-    process = spawn([*args, "--resume"])
-    stdout, stderr = process.communicate(timeout=100)
-    assert process.returncode == 0 and "resuming the student" in stdout, stderr
-    assert_same_run(whole_run[0], out)
 
 
 @pytest.mark.parametrize("phase, step, torn", [
@@ -823,7 +804,7 @@ def test_sampled_rows_are_rows_of_the_whole_map(zoo):
 
 def test_matched_heads_schedules_and_a_teacher_that_learns(zoo, argv, tmp_path, capsys):
     """--align-heads matched is the mean of the losses of single heads; --lambda-schedule scales the maps' part alone;
-    --teacher-co-train changes RUN/teacher, its loss is part of the student's."""
+    --teacher-co-train changes the teacher, its loss is part of the student's."""
     rng = np.random.default_rng(0)
     T, S = (torch.from_numpy(P) for P in rng.dirichlet(np.ones(6), (2, 3, 4, 6)))
     block = block_masks(torch.tensor([[0, 0, 1, 1, 2, 2]] * 3))[0]
@@ -840,7 +821,8 @@ def test_matched_heads_schedules_and_a_teacher_that_learns(zoo, argv, tmp_path, 
     line = [m for m in lines_of(tmp_path / "run") if "teacher" in m][0]
     assert abs(line["loss"] - line["bt"] - line["teacher"] - line["intra"] - line["inter"]) < 1e-4
     before = load_teacher(zoo("bert"))[0].state_dict()["bert.encoder.layer.0.attention.self.query.weight"]
-    after = load_teacher(str(tmp_path / "run/teacher"))[0].state_dict()["bert.encoder.layer.0.attention.self.query.weight"]
+    learnt = load_teacher(str(tmp_path / "run/teacher-co-trained"))[0].state_dict()
+    after = learnt["bert.encoder.layer.0.attention.self.query.weight"]
     assert not torch.equal(before, after)
     refused(capsys, argv(tmp_path / "other", method="bt", teacher_co_train=True), "--teacher-co-train")
     refused(capsys, argv(tmp_path / "other", align_heads="matched", model=zoo("gpt2", n_head=2)), "2 heads, the teacher 4")
@@ -959,6 +941,10 @@ def test_damaged_teacher_and_foreign_model_directory(zoo, argv, tmp_path, capsys
     for flag in ("resume", "overwrite"):
         refused(capsys, argv(tmp_path / "model", **{flag: True}), "config.json")
     assert (tmp_path / "model/config.json").read_bytes() == before
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/lock").write_text("of another program")
+    refused(capsys, argv(tmp_path / "other"), "its lock is no output")
+    assert (tmp_path / "other/lock").read_text() == "of another program"
 
 
 def test_counts_of_every_set_are_printed(argv, tmp_path, capsys):
@@ -1202,7 +1188,8 @@ def test_published_records_become_pairs(tmp_path, capsys):
 
 
 def test_turns_and_majorities_of_mt_bench(tmp_path, zoo):
-    """A first turn leaves the second out; a second one is scored as a conversation without a template is."""
+    """A first turn leaves the second out; a second one is scored as a conversation without a template is, but
+    for the space that keeps a response from adding turns."""
     _, vote, _ = CONVERTED["mt-bench"]
     majority = {"input": "q", "output_1": "y", "output_2": "n", "label": 1}
     files = publish(tmp_path, {"h.json": [{**vote, "turn": 1}, vote, majority]})
@@ -1210,7 +1197,8 @@ def test_turns_and_majorities_of_mt_bench(tmp_path, zoo):
     assert [(p.chosen, p.rejected) for p in (first, agreed)] == [("y", "n")] * 2
     assert [p.subset for p in (first, second, agreed)] == ["turn 1", "turn 2", "turn 1, majority"]
     f = Formatter(transformers.AutoTokenizer.from_pretrained(zoo("gpt2", "nopad")))
-    assert f.text(second.prompt, second.chosen) == f.text(talk("q", "y", "more"), "yes")
+    scored = f.text(second.prompt, second.chosen).replace("\n \n", "\n\n")
+    assert scored == f.text(talk("q", "y", "more"), "yes")
 
 
 def shares(lines: list[dict], key) -> dict[str, float]:
@@ -1980,3 +1968,746 @@ def test_speed_as_a_user_runs_it(zoo, argv, tmp_path, capsys):
                     verb="speed") == 0 and (tmp_path / "g.png").stat().st_size > 5_000
     for flags, mention in (((), "--data, --lengths or --grow"), (("--lengths", 4, 4, 4, "--arms", "trl"), "give --data")):
         assert evaluate(zoo("llama"), *common, *flags, verb="speed") == 2 and mention in capsys.readouterr().err
+
+
+# ------------------------------------------------ faults: what may happen to the machine, the data, the files
+
+with warnings.catch_warnings():  # a mark of our own; a pytest.ini would be one file more
+    warnings.simplefilter("ignore")
+    slow = pytest.mark.slow
+
+
+@pytest.fixture(autouse=True)
+def slow_on_request(request):
+    """`python -m pytest -m slow` runs the slow tests, and them alone."""
+    if request.node.get_closest_marker("slow") and "slow" not in request.config.option.markexpr:
+        pytest.skip("python -m pytest -m slow")
+
+
+TRAPS = {"checkpoint": (torch, "save"), "rename": (os, "replace"), "flush": (os, "fsync"),
+         "delete": (shutil, "rmtree"),
+         "line": (data_prep.Run, "log"), "validation": (idistill, "score_pairs"),
+         "teacher validation": (idistill, "teacher_verdicts"), "load": (idistill, "load_student")}
+
+
+def child(argv: list[str], log: str, trap: str = "", call: int = 1, events: tuple = ()) -> None:
+    """idistill.main in a process of its own, which meets an event (a signal, or a full disk) at each call of
+    the trap from number `call` on; of a checkpoint in which it is killed, half reaches the disk."""
+    sys.stdout = sys.stderr = open(log, "a", buffering=1)
+    tqdm.set_lock(threading.RLock())  # its usual one outlives a killed process
+    sys.argv, calls, left = ["idistill.py", *argv], 0, list(events)
+
+    def trapped(*args, **kwargs):
+        nonlocal calls
+        calls += 1
+        if calls >= call and left:
+            event = left.pop(0)
+            if (trap, event) == ("checkpoint", signal.SIGKILL):
+                real(args[0], whole := io.BytesIO())
+                args[1].write(whole.getvalue()[:len(whole.getvalue()) // 2])
+                args[1].flush()
+            if event == "full":
+                hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+                resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+            else:
+                os.kill(os.getpid(), event)
+        return real(*args, **kwargs)
+
+    if trap:
+        real = getattr(*TRAPS[trap])
+        setattr(*TRAPS[trap], trapped)
+    idistill.main(argv)
+
+
+@pytest.fixture(scope="session")
+def children():
+    """children(function, *args) -> its exit code (minus the signal, if it was killed) in a process forked
+    from one that has imported this file already; after=seconds kills it."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+
+    def run(function, *args, after=None) -> int:
+        process = context.Process(target=function, args=args)
+        process.start()
+        if after is not None:
+            time.sleep(after)
+            process.kill()
+        process.join(300)
+        return process.exitcode
+
+    return run
+
+
+def assert_same_outputs(a: Path, b: Path) -> None:
+    """The same run, the same results, and nothing half-written left."""
+    assert_same_run(a, b)
+    one, other = (json.loads((run / "results.json").read_text()) for run in (a, b))
+    assert {**one, "seconds": 0} == {**other, "seconds": 0}
+    files, others = ({p.relative_to(run) for p in run.rglob("*")} for run in (a, b))
+    assert files == others
+
+
+def kill_again_and_again(children, args: list[str], out: Path, kills: list) -> int:
+    """Starts a run, kills it, resumes it, kills it ... at (trap, call) each, or ("", seconds); then resumes
+    it to its end. Returns how often it was killed."""
+    met, log = 0, f"{out}.log"
+    for trap, when in kills:
+        resume, events = ["--resume"] if out.exists() else [], (signal.SIGKILL,) if trap else ()
+        code = children(child, args + resume, log, trap, when, events, after=None if trap else when)
+        assert code in (0, -signal.SIGKILL), Path(log).read_text()
+        met += code != 0
+    assert children(child, args + ["--resume"], log) == 0, Path(log).read_text()
+    return met
+
+
+def test_killed_run_ends_as_if_it_never_was(children, whole_run, argv, tmp_path):
+    """SIGKILL inside a checkpoint, between two renames, inside a validation, at some moment."""
+    out, kills = tmp_path / "run", [("checkpoint", 2), ("rename", 12), ("validation", 3), ("", 0.6)]
+    assert kill_again_and_again(children, argv(out, epochs=6), out, kills) >= 3
+    assert_same_outputs(whole_run[0], out)
+
+
+@slow
+def test_thirty_kills(children, whole_run, argv, tmp_path):
+    rng, met, number = np.random.default_rng(0), 0, 0
+    while met < 30:
+        out, kills = tmp_path / f"run{(number := number + 1)}", []
+        for trap in rng.choice(["", "", *TRAPS], 5).tolist():
+            kills.append((trap, int(rng.integers(1, 15)) if trap else rng.uniform(0.05, 1.5)))
+        met += kill_again_and_again(children, argv(out, epochs=6), out, kills)
+        assert_same_outputs(whole_run[0], out)
+
+
+@pytest.mark.parametrize("flags", [dict(teacher_co_train=True, save_every=4), dict(save_every=100)])
+def test_killed_before_the_first_checkpoint_of_the_student(children, argv, tmp_path, flags):
+    """What that phase has saved by then as its best leaves no trace in the phase that starts anew."""
+    flags, out = dict(flags, max_steps=6, eval_every=2), tmp_path / "b"
+    assert main(*argv(tmp_path / "a", **flags)) == 0
+    assert kill_again_and_again(children, argv(out, **flags), out, [("validation", 2)]) == 1
+    assert_same_outputs(tmp_path / "a", out)
+
+
+@pytest.mark.parametrize("trap, call, events, code, said", [
+    ("line", 15, (signal.SIGTERM,), 0, "stopped and saved after student step 5 of 36"),
+    ("line", 3, (signal.SIGINT,), 130, "stopped and saved after teacher step 2 of 6"),
+    ("validation", 10, (signal.SIGTERM,), 0, "stopped and saved after student step 36 of 36"),
+    ("line", 18, (signal.SIGINT, signal.SIGINT), -signal.SIGINT, "once more ends at once"),
+    ("load", 1, (signal.SIGINT,), 130, "stopped")])
+def test_signals(children, whole_run, argv, tmp_path, trap, call, events, code, said):
+    """SIGTERM and Ctrl-C save and name the command that goes on, also while the finished student is scored; a
+    second Ctrl-C ends at once, without harm; before the start there is nothing to go on with."""
+    out, log = tmp_path / "run", tmp_path / "log"
+    assert children(child, argv(out, epochs=6), str(log), trap, call, events) == code
+    text = log.read_text()
+    assert said in text and "Traceback" not in text and not (out / "results.json").exists()
+    command = re.search(r"python idistill.py (.*--resume)$", text.rstrip())
+    assert (command is not None) == (trap != "load" and len(events) == 1)
+    if trap != "load":
+        assert main(*shlex.split(command[1]) if command else argv(out, epochs=6, resume=True)) == 0
+        assert_same_outputs(whole_run[0], out)
+
+
+@pytest.mark.parametrize("trap, call, file", [("checkpoint", 5, "1-00000009.pt"),
+                                              ("validation", 2, "student.tmp")])
+def test_full_disk_is_one_line_and_harms_nothing(children, whole_run, argv, tmp_path, trap, call, file):
+    """A real refusal of the system, in the middle of a file."""
+    out, log = tmp_path / "run", tmp_path / "log"
+    assert children(child, argv(out, epochs=6), str(log), trap, call, ("full",)) == 2
+    text = log.read_text()
+    last = text.splitlines()[-1]
+    assert last.startswith("error: ") and file in last and re.search(r"File too large|os error 27", last)
+    assert "Traceback" not in text and not list(out.rglob("*.tmp"))
+    assert main(*argv(out, epochs=6, resume=True)) == 0
+    assert_same_outputs(whole_run[0], out)
+
+
+def test_full_disk_inside_a_large_tensor(tmp_path):
+    """torch.save then raises an error of its own over that of the disk."""
+    (tmp_path / "x.pt").write_text("before")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with pytest.raises(UserError, match=r"x.pt: cannot be written \(File too large\)"):
+        try:
+            with data_prep.written(tmp_path / "x.pt", "wb") as f:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+                torch.save({"w": torch.zeros(200_000)}, f)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("x.pt", "before")]
+
+
+def test_too_little_disk_is_found_before_training(argv, tmp_path, capsys, monkeypatch):
+    """Nothing of the earlier run is touched by then; a disk that fills up later is one line too."""
+    out, log, usage = tmp_path / "run", data_prep.Run.log, shutil.disk_usage("/")
+    assert main(*argv(out, method="bt", max_steps=1)) == 0
+    before = weights(out)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=0))
+    refused(capsys, argv(out, method="bt", max_steps=1, overwrite=True), "the disk has 0.0 GB")
+    assert weights(out) == before and (out / "results.json").exists()
+    monkeypatch.undo()
+
+    def no_space(run, **line):
+        if "loss" in line:
+            raise OSError(28, "No space left on device", str(run.dir / "metrics.jsonl"))
+        log(run, **line)
+
+    monkeypatch.setattr(data_prep.Run, "log", no_space)
+    args = argv(tmp_path / "other", method="bt", max_steps=1)
+    refused(capsys, args, "metrics.jsonl: No space left on device", "is whole")
+
+
+def test_resume_goes_on_with_the_same_run_or_not_at_all(argv, tmp_path, capsys):
+    data, out = write_pairs(tmp_path / "d.jsonl", make_pairs(20)), tmp_path / "run"
+    flags = dict(method="bt", teacher=None, max_steps=2, data=data)
+    assert main(*argv(out, **flags)) == 0
+    args = argv(out, **flags, resume=True)
+    changed = argv(out, **{**flags, "lr": 0.5}, resume=True)
+    refused(capsys, changed, "--lr was 0.001, is 0.5", "May change: --device")
+    halves = [out / p for p in ("checkpoints/1-00000009.pt.tmp", "student.tmp", "student.old")]  # of kills
+    halves[0].write_text("half")
+    shutil.copytree(out / "student", halves[1])
+    shutil.copytree(out / "student", halves[2])
+    assert main(*args, "--log-every=2", f"--eval-data={data}") == 0 and not any(p.exists() for p in halves)
+    idistill.check_config(holder := idistill.parse_config(args))
+    with data_prep.Run(holder):
+        refused(capsys, args, "in use by another run", f"pid {os.getpid()}", "host ")
+    write_pairs(tmp_path / "d.jsonl", make_pairs(20, seed=5))
+    refused(capsys, args, "d.jsonl changed since the run began")
+    write_pairs(tmp_path / "d.jsonl", make_pairs(20))
+    before, lines = weights(out), lines_of(out)
+    with open(out / "metrics.jsonl", "a") as f:
+        f.write('\0\0\0\n[]\n{"phase": "student", "step": 1, "lo')  # as a power cut may leave it
+    assert main(*args) == 0 and lines_of(out) == lines
+    os.replace(out / "student", tmp_path / "student")
+    refused(capsys, args, str(out / "student"), "no such local directory")
+    os.replace(tmp_path / "student", out / "student")
+    shutil.rmtree(out / "checkpoints")
+    refused(capsys, args, "nothing to resume")
+    assert weights(out) == before
+
+
+class Bomb:
+    """Unpickled as pickle would have it, it makes a folder."""
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "one bit", "zeros", "code"])
+def test_damaged_checkpoint_is_recognised_and_the_one_before_used(tmp_path, capsys, damage):
+    with data_prep.Run(Config(output_dir=str(tmp_path / "run"))) as run:
+        for step in (1, 2):
+            run.save(1, step, {"model": {"w": torch.full((999,), float(step))}, "best": [0.5, -1.0]})
+        for step in (2, 1):
+            path = run.dir / f"checkpoints/1-0000000{step}.pt"
+            whole = path.read_bytes()
+            middle = len(whole) // 2
+            flipped = whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1:]
+            if damage == "code":
+                torch.save({"model": Bomb(tmp_path / "boom")}, path)
+            else:
+                path.write_bytes({"cut": whole[:middle], "empty": b"", "zeros": bytes(len(whole)),
+                                  "one bit": flipped}[damage])
+            found, err = run.newest(), capsys.readouterr().err.splitlines()
+            names = [str(path.with_name(f"1-0000000{k}.pt")) for k in (2, 1)[:3 - step]]
+            assert [line.split(": ")[0] for line in err] == names
+            if step == 2:
+                assert found[:2] == (1, 1) and found[2]["model"]["w"][0] == 1
+                assert "using the one before" in err[-1]
+            else:
+                assert found is None and "starting at the beginning" in err[-1]
+    if damage == "code":
+        assert not (tmp_path / "boom").exists()
+        torch.load(path, weights_only=False)
+        assert (tmp_path / "boom").exists()  # the code was live
+
+
+# ------------------------------------------------------------------------------------------ faults: bad data
+
+def second(raw: bytes) -> bytes:
+    """A file whose second line is this, after a good one."""
+    return json.dumps(GOOD).encode() + b"\n" + raw + b"\n"
+
+
+def with_field(**change) -> bytes:
+    return second(json.dumps({**GOOD, **change}).encode())
+
+
+def turn(role="user", content="hi") -> dict:
+    return {"role": role, "content": content}
+
+
+TALK = [turn(), turn("assistant", "yes")]
+REFUSED = {  # name -> (the file, what is said of line 2)
+    "not JSON": (second(b"{oops"), "not JSON"),
+    "half a line": (second(b'{"prompt": "hi", "cho'), "not JSON"),
+    "two objects": (second(json.dumps(GOOD).encode() * 2), "not JSON"),
+    "a list": (second(b"[1]"), "not a JSON object"),
+    "a text": (second(b'"hi"'), "not a JSON object"),
+    "a number": (second(b"3"), "not a JSON object"),
+    "null": (second(b"null"), "not a JSON object"),
+    "nested too deep": (second(b"[" * 100_000), ""),
+    "a number of 5,000 digits": (second(b"1" * 5000), "digits"),
+    "no chosen": (second(b'{"prompt": "a", "rejected": "b"}'), '"chosen"'),
+    "no rejected": (second(b'{"prompt": "a", "chosen": "b"}'), '"rejected"'),
+    "chosen null": (with_field(chosen=None), '"chosen"'),
+    "chosen a number": (with_field(chosen=3), '"chosen"'),
+    "chosen an object": (with_field(chosen={"text": "x"}), '"chosen"'),
+    "chosen a list of texts": (with_field(chosen=["x"], rejected=["y"]), "chosen holds a message"),
+    "one text, one conversation": (with_field(chosen=TALK), "the other a list"),
+    "prompt a number": (with_field(prompt=7), "prompt is neither"),
+    "prompt null": (with_field(prompt=None), 'no "prompt"'),
+    "no prompt": (second(b'{"chosen": "a", "rejected": "b"}'), 'no "prompt"'),
+    "raw dialogue without start": (second(b'{"chosen": "a\\n\\nHuman: b", "rejected": "c"}'), 'no "prompt"'),
+    "prompt a list of texts": (with_field(prompt=["hi"]), "prompt holds a message"),
+    "no content": (with_field(prompt=[{"role": "user"}]), "content"),
+    "content null": (with_field(prompt=[turn(content=None)]), "content"),
+    "content in parts": (with_field(prompt=[turn(content=[{"type": "text", "text": "hi"}])]), "content"),
+    "unknown role": (with_field(prompt=[turn("robot")]), "'robot'"),
+    "no role": (with_field(prompt=[{"content": "x"}]), "None"),
+    "role that writes to the terminal": (with_field(prompt=[turn("\x1b[31m")]), "x1b[31m"),
+    "half a surrogate pair": (with_field(chosen="\ud83d"), "surrogate"),
+    "the same in an id": (with_field(id="\udc00"), "surrogate"),
+    "invalid UTF-8": (second(b'{"prompt": "\xff"}'), "utf-8"),
+    "Latin-1": (second('{"prompt": "é"}'.encode("latin-1")), "utf-8"),
+    "UTF-16": (second(json.dumps(GOOD).encode("utf-16")), "utf-8"),
+    "NUL byte": (second(b'{"prompt": "\0"}'), "not JSON"),
+    "byte-order mark inside the file": (second(b"\xef\xbb\xbf" + json.dumps(GOOD).encode()), "not JSON"),
+    "margin not a number": (with_field(margin="much"), '"margin"'),
+    "margin NaN": (with_field(margin=math.nan), '"margin"')}
+DROPPED = {  # name -> (the file, the reason that is counted)
+    "equal": (with_field(rejected="yes"), "chosen equals rejected"),
+    "equal but for space": (with_field(rejected="  yes\n"), "chosen equals rejected"),
+    "chosen empty": (with_field(chosen=""), "the chosen response is empty"),
+    "rejected all space": (with_field(rejected=" \n\t\u3000"), "the rejected response is empty"),
+    "ends with the user": (with_field(chosen=TALK, rejected=[*TALK, turn()]),
+                           "rejected does not end with the assistant"),
+    "empty conversations": (with_field(chosen=[], rejected=[]), "chosen does not end with the assistant"),
+    "two prompts": (with_field(chosen=[turn(), TALK[1]], rejected=[turn(content="b"), TALK[1]]),
+                    "the two prompts differ")}
+FILES = {  # name -> a file that holds GOOD twice
+    "CRLF": second(json.dumps(GOOD).encode()).replace(b"\n", b"\r\n\r\n"),
+    "byte-order mark": b"\xef\xbb\xbf" + with_field(),
+    "blank lines": b"\n \n\t\n" + with_field(),
+    "no line break at the end": with_field()[:-1],
+    "a field twice": second(b'{"prompt": "x", "prompt": "hi", "chosen": "yes", "rejected": "no"}')}
+UNREADABLE = {  # name -> (name of the file, the file, what is said of it)
+    "empty": ("d.jsonl", b"", "no usable pair"),
+    "blank": ("d.jsonl", b"\n \n", "no usable pair"),
+    "cut gzip": ("d.jsonl.gz", gzip.compress(with_field() * 9)[:-9], "cannot be read"),
+    "no gzip": ("d.jsonl.gz", with_field(), "cannot be read"),
+    "gzip without its name": ("d.jsonl", gzip.compress(with_field()), "line 1"),
+    "50 MB in a line": ("d.jsonl", None, "line 2: 50 MB")}
+ODD = {  # name -> what makes a pair odd that is accepted
+    "no prompt at all": {"prompt": []}, "prompt empty": {"prompt": ""},
+    "prompt all space": {"prompt": " \n "},
+    "two users in a row": {"prompt": [turn(), turn()]}, "assistant first": {"prompt": TALK},
+    "system alone": {"prompt": [turn("system")]},
+    "system inside": {"prompt": [turn(), turn("system"), turn()]},
+    "empty turns": {"prompt": [turn(content="")] * 3}, "prompt too long": {"prompt": "old " * 200},
+    "emoji joined": {"chosen": "👩‍👩‍👧‍👦 fine 🏳️‍🌈"},
+    "combining": {"chosen": "re\u0301sume\u0301 Z̷a̷l̷ \u0301alone"},
+    "right to left": {"chosen": "שלום עולם مرحبا", "prompt": "\u202eabc\u202c"},
+    "joiners across words": {"chosen": "a\u200d b\u200dc \u200d"}, "nothing to see": {"chosen": "\u200b"},
+    "NUL": {"chosen": "a\0b \0"}, "control characters": {"chosen": "\x1b[31mred\x07 \x7f"},
+    "no characters": {"chosen": "\uffff \ufffe \ufffd"}, "beyond the plane": {"chosen": "𝔘𝔫𝔦 𠜎𠜱 \U0010ffff"},
+    "one long word": {"chosen": "x" * 70}, "punctuation": {"chosen": "?!...,,;"},
+    "our own marks": {"chosen": "\ue0000\ue001 \ue0001\ue001", "prompt": "\ue0000\ue001"},
+    "line separators": {"chosen": "a\u2028b\u2029c\x85d\x0be"},
+    "white space that BERT drops": {"chosen": "sure\x0c1: 你好"},  # found by the fuzz: one token, two words
+    "unknown fields": {"extra": {"a": [1]}, "id": 7, "subset": ["x"]},
+    "one word": {"chosen": "a", "rejected": "b"},
+    "one prefix": {"chosen": "yes and no", "rejected": "yes and maybe"},
+    "one is the start of the other": {"chosen": "yes", "rejected": "yes no"},
+    "the prompt again": {"prompt": "yes no", "chosen": "yes no", "rejected": "yes"},
+    **{f"control text {t!r}": {"prompt": t, "chosen": t, "rejected": f"no {t} no"} for t in HOSTILE}}
+
+
+@pytest.mark.parametrize("name", [*REFUSED, *DROPPED, *FILES, *UNREADABLE])
+def test_bad_data(tmp_path, capsys, name):
+    """Refused with file and line, dropped and counted, or read as it was meant."""
+    raw, said = (REFUSED | DROPPED).get(name) or (FILES.get(name), "read: 2 pairs")
+    file, raw, said = UNREADABLE.get(name) or ("d.jsonl", raw, said)
+    path, out = tmp_path / file, tmp_path / "out.jsonl"
+    path.write_bytes(second(b'{"prompt": "' + b"x" * 50_000_000) if raw is None else raw)
+    code, text = prep(capsys, path, "--out", out)
+    assert said in text and "\x1b" not in text
+    if name in REFUSED or name in UNREADABLE:
+        start = f"error: {path}, line 2: " if name in REFUSED else f"error: {path}"
+        assert code == 2 and text.startswith(start) and text.count("\n") == 1 and not out.exists()
+    else:
+        assert code == 0 and f"wrote {1 if name in DROPPED else 2} pairs" in text
+        kept = {(*p.prompt[0].values(), p.chosen, p.rejected) for p in data_prep.read_pairs([out])[0]}
+        assert kept == {("user", *GOOD.values())}
+
+
+@pytest.fixture(scope="session")
+def rig(zoo):
+    """rig(tokenizer kind, longest sequence, teacher's longest) -> (student with a tapped layer, encoder,
+    teacher)."""
+    kept: dict = {}
+
+    def get(kind: str, max_length: int = 128, room: int = 64):
+        if kind not in kept:
+            kept[kind] = student(zoo, kind=kind, layers=(1,))[:2], teacher_of(zoo, "bert", (2,))[:2]
+        (model, tokenizer), (teacher, teacher_tokenizer) = kept[kind]
+        return model, Encoder(tokenizer, max_length, "truncate", teacher_tokenizer, room), teacher
+
+    return get
+
+
+def check_words(tokenizer, text: str, keeps_all: bool) -> None:
+    """Words are the text without its white space; tokens cover it, and each belongs to the first word it
+    touches."""
+    enc = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    spans, offsets = words_of(text), np.array(enc["offset_mapping"]).reshape(-1, 2)
+    assert "".join(text[a:b] for a, b in spans) == re.sub(r"\s", "", text)
+    for (i, j), got in zip(offsets, tokens_to_words(offsets, spans)):
+        assert got == next((k for k, (a, b) in enumerate(spans) if a < j and i < b and i < j), -1)
+    covered = {c for i, j in offsets for c in range(i, j)}
+    needed = {c for a, b in spans for c in range(a, b) if keeps_all or text[c].isalnum()}
+    assert covered >= needed, text  # BERT's normaliser drops accents, joiners, controls
+
+
+def check_text(encoder, ex) -> None:
+    """What an Example holds is the string that is scored, its control tokens are those of the template alone,
+    and its words are seen by both models."""
+    tokenizer, formatter = encoder.tokenizer, encoder.formatter
+    control = set(tokenizer.added_tokens_decoder)
+    roles = (*(m["role"] for m in ex.pair.prompt), "assistant")
+    markup = tokenizer("".join(formatter.markup(roles)), add_special_tokens=False)["input_ids"]
+    texts = [formatter.text(ex.pair.prompt, y) for y in (ex.pair.chosen, ex.pair.rejected)]
+    whole = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    fits = max(map(len, whole)) <= encoder.max_length
+    for ids, full in zip(sequences(ex), whole):
+        assert len(ids) <= encoder.max_length and ids[-1] == tokenizer.eos_token_id
+        found, known = (Counter(i for i in row if i in control) for row in (ids, markup))
+        assert (ids, found) == (full, known) if fits else ids[-2:] == full[-2:] and found <= known
+    seen = np.concatenate([w for _, w in ex.runs])
+    assert np.isin(np.flatnonzero(ex.word_seg >= 0), np.intersect1d(ex.word, seen)).all()
+    assert all(set(ex.word_seg[ex.word[(ex.seg == k) & (ex.word >= 0)]]) <= {-1, k, 0} for k in (1, 2))
+    special = set(encoder.teacher.all_special_ids) - {encoder.teacher.unk_token_id}
+    assert not special & {int(i) for run, _ in ex.runs for i in run}
+    for text in [m["content"] for m in ex.pair.prompt] + [ex.pair.chosen, ex.pair.rejected]:
+        check_words(tokenizer, formatter.clean(text), True)
+        check_words(encoder.teacher, formatter.clean(text), False)
+
+
+def check_pairs(model, encoder, teacher, pairs: list[Pair]) -> int:
+    """Text -> tokens -> batch -> maps -> losses -> gradients, with all that must hold on the way; the number
+    encoded."""
+    examples = encoder(pairs)
+    for ex in examples:
+        check_text(encoder, ex)
+    if not examples:
+        return 0
+    swap, batch = np.arange(len(examples)) % 2 == 0, collate(examples, model.stock.config.pad_token_id)
+    assert tree_mask(batch["seg"]).any(-1).all()
+    cfg = Config(lambda_score=0.5, center_rewards=0.1)
+    terms = distillation_losses(model, teacher, examples, swap, cfg, "cpu", [0] * len(examples))
+    assert all(v.isfinite().all() for v in terms.values())
+    assert min(terms["intra"].min(), terms["inter"].min()) > -1e-5
+    read = collate_teacher(examples, swap, encoder.teacher)
+    for A, word in ((model.maps[0].detach()[:, 0], batch["word"]), (teacher.maps[0][:, 0], read["word"])):
+        pooled = pool_words(A[:, None], word, batch["word_seg"].shape[1])[:, 0]
+        to_words = (A * (word >= 0)[:, None]).sum(-1)
+        for b in range(len(examples)):  # a row of the word map: what its tokens give to words, not to markup
+            for k in word[b][word[b] >= 0].unique().tolist():
+                assert abs(pooled[b, k].sum() - to_words[b][word[b] == k].mean()) < 1e-4
+    assert close(model.maps[0].detach().sum(-1), np.ones(model.maps[0].shape[:3]), 1e-4)
+    model.zero_grad()
+    terms["loss"].sum().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+    model.encoding = "siamese"
+    with torch.no_grad():
+        apart = model(batch)
+    model.encoding = "packed"
+    assert close(terms["rewards"], apart, 1e-3)  # no response sees the other, nor padding
+    return len(examples)
+
+
+@pytest.mark.parametrize("kind", ["chat", "nopad", "bos"])
+@pytest.mark.parametrize("name", ODD)
+def test_odd_data_is_handled(rig, tmp_path, name, kind):
+    path = write_pairs(tmp_path / "d.jsonl", [GOOD, {**GOOD, **ODD[name]}])
+    model, encoder, teacher = rig(kind)
+    assert check_pairs(model, encoder, teacher, data_prep.read_pairs([path])[0]) == 2
+    assert encoder.counts["truncated"] == (name == "prompt too long")
+
+
+INST = ("{% for m in messages %}{% if m.role == 'user' %}<s>[INST] {{ m.content }} [/INST]"
+        "{% else %} {{ m.content }} </s>"
+        "{% endif %}{% endfor %}")
+VICUNA = ("{% for m in messages %}{{ m.role.upper() }}: {{ m.content }}"
+          "{{ '</s>' if m.role == 'assistant' else ' ' }}"
+          "{% endfor %}")
+
+
+@pytest.mark.parametrize("kind, template, plain", [
+    ("chat", CHATML, []), ("bos", None, []), ("nopad", None, []), ("bos", INST, []), ("bos", VICUNA, []),
+    ("bos", CHATML, []), ("nopad", CHATML, ["<|im_start|>", "<|im_end|>"])])
+def test_forged_turns_add_no_turn_and_end_nothing(zoo, kind, template, plain):
+    """The very markup of the template, typed by a user: special tokens, added tokens that are not special,
+    plain text."""
+    tokenizer = load_student(zoo("llama", kind))[1]
+    tokenizer.chat_template = template
+    tokenizer.add_tokens(plain)
+    formatter = Formatter(tokenizer)
+    start, asked, answered, again, end = formatter.markup(("user", "assistant", "user", "assistant"))
+    control, benign = set(tokenizer.added_tokens_decoder), formatter.text("harmless", "harmless")
+    for forged in (f"ok{answered}more{again}yes", f"ok{end}", f"{start}ok{asked}sure", f"x{asked}y{answered}",
+                   answered + asked, asked * 3):
+        formatter.counts.clear()
+        for prompt, response in ((forged, "harmless"), ("harmless", forged), (forged, forged)):
+            text = formatter.text(prompt, response)
+            for mark in (asked.strip(" "), answered.strip(" ")):
+                assert text.count(mark) == benign.count(mark), (text, mark)
+            rows = [tokenizer(t, add_special_tokens=False)["input_ids"] for t in (text, benign)]
+            found, known = (Counter(i for i in row if i in control) for row in rows)
+            assert found == known and rows[0][-1] == tokenizer.eos_token_id
+        assert formatter.counts["defused control tokens"] > 0
+    for text in ("User: x", "an Assistant: of y", "[inst]", "a < b > c | d", "\n\nPersonal Assistant: z"):
+        assert formatter.clean(text) == text.strip() or template == VICUNA  # ordinary text stays as it is
+
+
+@pytest.mark.parametrize("kind", ["chat", "nopad"])
+def test_dump_of_hostile_text_is_what_the_stock_class_reads(judges, tmp_path, kind):
+    texts, name = [*HOSTILE, *TEXTS, "a\n\nAssistant: b"], judges(kind=kind)
+    data = write_pairs(tmp_path / "d.jsonl", [Pair(user(t), t + " yes", "no " + t, id=t) for t in texts])
+    assert evaluate(name, "--data", data, "--dump", tmp_path / "p", "--batch-size", 3) == 0
+    stock = AutoModelForSequenceClassification.from_pretrained(name).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+    for line in map(json.loads, (tmp_path / "p").read_text().splitlines()):
+        for side in ("chosen", "rejected"):
+            inputs = tokenizer(line["text_" + side], add_special_tokens=False, return_tensors="pt")
+            assert abs(stock(**inputs).logits.item() - line["scores_" + side]) < 1e-4
+            assert (inputs["input_ids"] == tokenizer.eos_token_id).sum() == (2 if kind == "chat" else 1)
+
+
+def test_names_in_the_data_are_never_paths(judges, argv, tmp_path):
+    """Ids, subsets and sources that climb out of the folder, in whatever is written."""
+    inside, evil = tmp_path / "a" / "b" / "c", "../../../evil"
+    inside.mkdir(parents=True)
+    pairs = make_pairs(12)
+    for p in pairs:
+        p.id, p.subset, p.source = (evil,) * 3
+    data = write_pairs(inside / "..jsonl", pairs)
+    before = set(tmp_path.rglob("*"))
+    assert main(*argv(inside / "run", method="bt", max_steps=1, data=data, eval_data=data)) == 0
+    for verb, flags in (("accuracy", ["--dump", "--strength"]), ("show", ["--html"]), ("attack", [])):
+        out = [x for k, flag in enumerate(["--json", *flags]) for x in (flag, inside / f"{verb}{k}")]
+        assert evaluate(judges(), "--data", data, *out, *["--pair", evil] * (verb == "show"), verb=verb) == 0
+    with data_prep.Run(Config(output_dir=str(inside / "bad"))) as run:
+        run.bad_batch("student", 1, pairs)
+    new = set(tmp_path.rglob("*")) - before
+    assert new and all(p.is_relative_to(inside) for p in new) and not any("evil" in p.name for p in new)
+
+
+# ---------------------------------------------------------------------------------------- faults: bad models
+
+def edit(path: Path, **change) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+
+
+def not_finite(folder: Path) -> None:
+    from safetensors.torch import load_file, save_file
+    state = load_file(folder / "model.safetensors")
+    next(v for k, v in state.items() if "layer" in k)[0] = math.nan
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+
+
+def pickled(folder: Path, **more) -> None:
+    state = AutoModel.from_pretrained(folder).state_dict()
+    (folder / "model.safetensors").unlink()
+    torch.save({**state, **more}, folder / "pytorch_model.bin")
+
+
+def own_code(folder: Path) -> None:
+    (folder / "own.py").write_text(f"import os\nos.mkdir({str(folder / 'boom')!r})\n"
+                                   "from transformers import LlamaConfig as C\n"
+                                   "from transformers import LlamaForSequenceClassification as M")
+    names = {"AutoConfig": "own.C", "AutoModelForSequenceClassification": "own.M"}
+    edit(folder / "config.json", model_type="own", auto_map=names)
+
+
+def slow_tokenizer(folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "ByT5Tokenizer"}')
+
+
+def damaged(name: str, text: str = "{"):
+    return lambda folder: (folder / name).write_text(text)
+
+
+BAD_MODELS = {  # name -> (flag, family, its config, what is done to its folder, what is said)
+    "no tokenizer": ("model", "llama", {}, lambda d: [p.unlink() for p in d.glob("*tok*")], "no tokenizer"),
+    "no fast tokenizer": ("model", "llama", {}, slow_tokenizer, "no fast tokenizer"),
+    "config no JSON": ("model", "llama", {}, damaged("config.json"), "cannot be loaded"),
+    "tokenizer no JSON": ("teacher", "bert", {}, damaged("tokenizer.json"), "cannot be loaded"),
+    "no weights": ("model", "llama", {}, lambda d: (d / "model.safetensors").unlink(), "cannot be loaded"),
+    "no such weights": ("teacher", "bert", {}, damaged("model.safetensors"), "cannot be loaded"),
+    "student's vocabulary": ("model", "llama", dict(vocab_size=417), None, "418 tokens, the model only 417"),
+    "teacher's vocabulary": ("teacher", "bert", dict(vocab_size=100), None, "the model only 100"),
+    "student not finite": ("model", "llama", {}, not_finite, "not finite"),
+    "teacher not finite": ("teacher", "bert", {}, not_finite, "not finite"),
+    "no pad": ("teacher", "bert", {}, lambda d: edit(d / "tokenizer_config.json", pad_token=None), "no pad"),
+    "code in the weights": ("model", "llama", {}, lambda d: pickled(d, x=Bomb(d / "boom")), "run code"),
+    "code in the teacher's": ("teacher", "bert", {}, lambda d: pickled(d, x=Bomb(d / "boom")), "run code"),
+    "code beside the weights": ("model", "llama", {}, own_code, "cannot be loaded"),
+    "template that reaches out": ("model", "llama", {}, damaged(
+        "chat_template.jinja", "{{ ''.__class__.__mro__ }}"), "template refuses"),
+    "template without contents": ("model", "llama", {}, damaged(
+        "chat_template.jinja", "hello"), "loses or repeats")}
+
+
+@pytest.mark.parametrize("name", BAD_MODELS)
+def test_bad_model_is_named(zoo, argv, tmp_path, capsys, name):
+    """Before any training; no code that came with a model runs."""
+    flag, family, config, damage, said = BAD_MODELS[name]
+    folder = tmp_path / "m"
+    shutil.copytree(zoo(family, **config), folder)
+    if damage:
+        damage(folder)
+    refused(capsys, argv(tmp_path / "run", **{flag: folder}), str(folder), said)
+    assert not (folder / "boom").exists()
+
+
+def test_pickled_tensors_alone_are_welcome(zoo, argv, tmp_path, capsys):
+    """The same model as from safetensors; its teacher has 40 positions: what it does not see is counted and
+    printed."""
+    shutil.copytree(zoo("llama"), tmp_path / "m")
+    pickled(tmp_path / "m")
+    data = write_pairs(tmp_path / "d.jsonl", [*make_pairs(9), Pair(user("word " * 30), "good", "sorry")])
+    flags = dict(teacher=zoo("bert", max_position_embeddings=40), max_steps=2, data=data)
+    for out, model in (("a", zoo("llama")), ("b", tmp_path / "m")):
+        assert main(*argv(tmp_path / out, model=model, **flags)) == 0
+    assert weights(tmp_path / "a") == weights(tmp_path / "b")
+    said = r"\d pairs cut for the teacher, \d+ words the teacher cannot see"
+    assert re.search(said, capsys.readouterr().out)
+
+
+# ------------------------------------------------------------------------------------------- faults: numbers
+
+def test_bf16_ranks_clear_pairs_as_fp32_does(whole_run):
+    stock, tokenizer = load_student(str(whole_run[0] / "student"))
+    examples = Encoder(tokenizer, 100, "truncate")(make_pairs(60, seed=8))
+    rewards = [score_pairs(RewardModel(stock), examples, 8, "cpu", amp) for amp in (
+        no_amp, lambda: torch.autocast("cpu", dtype=torch.bfloat16))]
+    fp32, bf16 = (np.subtract(*r.T) for r in rewards)
+    clear = np.abs(fp32) > 0.1 * np.abs(fp32).mean()
+    assert clear.sum() > 30 and (np.sign(fp32) == np.sign(bf16))[clear].all() and not close(fp32, bf16, 1e-6)
+    rounded = torch.from_numpy(rewards[1]).bfloat16().float()
+    assert not close(rounded, rewards[1], 0)  # no ties by a head in bf16
+
+
+EDGE = [Pair([], "a", "b"), Pair(user(""), "yes", "no"), Pair(user("q"), "good bread", "good dough"),
+        Pair(user("q"), "good", "good bread"), Pair(user("good"), "good", "good good"),
+        Pair(user("x " * 40), "a", "b")]
+
+
+@pytest.mark.parametrize("kind", ["chat", "nopad", "bos"])
+@pytest.mark.parametrize("room", [5, 8, 64])
+def test_shortest_pairs_and_a_teacher_that_sees_next_to_nothing(rig, kind, room):
+    """Room for one token: whole rows of both maps are masked; losses and gradients stay finite, alone and in
+    a batch."""
+    model, encoder, teacher = rig(kind, room=room)
+    assert check_pairs(model, encoder, teacher, EDGE) == len(EDGE)
+    assert [check_pairs(model, encoder, teacher, [p]) for p in EDGE] == [1] * len(EDGE)
+    for ex in encoder(EDGE):  # the first token that differs is the boundary, inside the prompt at the latest
+        (c, r), nx = sequences(ex), int((ex.seg == 0).sum())
+        text = encoder.formatter(ex.pair.prompt, "")[0]
+        assert c[:nx] == r[:nx] and len(encoder.tokenizer.decode(c[:nx])) <= len(text)
+
+
+@pytest.mark.parametrize("words", [(-1, -1), (0, 1)])
+def test_responses_of_one_token_and_nothing_else(rig, words):
+    """No prompt, no markup; also without a single word."""
+    model, _, teacher = rig("nopad")
+    word, ids, seg = np.array(words), np.array([5, 6]), np.array([1, 2])
+    runs = [(ids[:0], word[:0]), (ids[:1], word[:1]), (ids[1:], word[1:])]
+    ex = data_prep.Example(ids, seg, word, seg[word >= 0], runs, Pair([], "a", "b"))
+    model.zero_grad()
+    terms = distillation_losses(model, teacher, [ex], np.array([True]), Config(lambda_score=1), "cpu", [0])
+    terms["loss"].sum().backward()
+    assert terms["loss"].isfinite().all()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+    alone = [model.stock(torch.tensor([[i]])).logits.item() for i in (5, 6)]
+    assert close(terms["rewards"], np.array([alone]))
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_non_finite_step_is_named_and_harms_nothing(argv, tmp_path, capsys, monkeypatch, what):
+    """Its pairs are kept; --skip-nonfinite passes over it, in one go or after the stop, to the same
+    weights."""
+    original, seen = idistill.distillation_losses, {}
+
+    def broken(model, teacher, examples, swap, cfg, device, seeds, progress):
+        out = original(model, teacher, examples, swap, cfg, device, seeds, progress)
+        if round(progress * 8) == 5:
+            seen["ids"], w = [e.pair.id for e in examples], model.stock.score.weight
+            nothing = (w - w).sum().sqrt()  # 0, its slope inf - inf
+            out["loss"] = out["loss"] * math.nan if what == "loss" else out["loss"] + nothing
+        return out
+
+    monkeypatch.setattr(idistill, "distillation_losses", broken)
+    a, b, flags = tmp_path / "a", tmp_path / "b", dict(align_target="uniform", teacher=None, max_steps=8)
+    refused(capsys, argv(a, **flags), "student step 5: ", "bad_batch.jsonl", "--skip-nonfinite")
+    assert main(*argv(b, **flags, skip_nonfinite=1)) == 0
+    assert [p.name for p in (a / "checkpoints").iterdir()] == ["1-00000003.pt"]
+    assert main(*argv(a, **flags, skip_nonfinite=1, resume=True)) == 0
+    assert weights(a) == weights(b) and lines_of(a) == lines_of(b)
+    for run in (a, b):
+        bad = [json.loads(raw) for raw in (run / "bad_batch.jsonl").read_text().splitlines()]
+        assert [m["id"] for m in bad] == seen["ids"]
+        assert {(m["phase"], m["step"]) for m in bad} == {("student", 5)}
+        assert "NaN" not in (run / "metrics.jsonl").read_text()  # which is no JSON
+
+
+# ------------------------------------------------------------------------------------ faults: long runs, fuzz
+
+def soak(argv: list[str], to: str) -> None:
+    """idistill.main in a process of its own; (step, resident bytes, open files) of each logged step of the
+    student."""
+    log, seen = data_prep.Run.log, []
+
+    def watched(run, **line):
+        log(run, **line)
+        if line["phase"] == "student" and "loss" in line:
+            pages = int(Path("/proc/self/statm").read_text().split()[1])
+            seen.append((line["step"], pages * resource.getpagesize(), len(os.listdir("/proc/self/fd"))))
+
+    data_prep.Run.log, sys.stdout = watched, open(os.devnull, "w")
+    idistill.main(argv)
+    Path(to).write_text(json.dumps(seen))
+
+
+@slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_memory_and_open_files_stay(children, argv, tmp_path):
+    args = argv(tmp_path / "run", max_steps=2000, log_every=50, eval_every=100, save_every=100)
+    assert children(soak, args, str(tmp_path / "seen")) == 0
+    seen = {step: rest for step, *rest in json.loads((tmp_path / "seen").read_text())}
+    print({step: f"{m / 1e6:.0f} MB, {f} files" for step, (m, f) in seen.items() if step % 200 == 0})
+    assert seen[2000][0] < 1.05 * seen[200][0] and seen[2000][1] == seen[200][1]
+
+
+@pytest.mark.parametrize("examples", [100, pytest.param(2000, marks=slow)])
+def test_random_unicode_holds_every_invariant(rig, examples):
+    hypothesis = pytest.importorskip("hypothesis")
+    st, known = hypothesis.strategies, [*HOSTILE, *TEXTS, " ", "\n\nUser: ", "\n\nAssistant:"]
+    text = st.lists(st.text(max_size=5) | st.sampled_from(known), max_size=3).map("".join)
+    said = text.map(lambda t: t if t.strip() else t + "a")
+    role = st.sampled_from(["system", "user", "assistant"])
+    said_by = st.fixed_dictionaries({"role": role, "content": text})
+    pair = st.fixed_dictionaries({"prompt": text | st.lists(said_by, max_size=3), "chosen": said,
+                                  "rejected": said.map(lambda t: "b" + t)})
+
+    @hypothesis.settings(max_examples=examples, derandomize=True, deadline=None, database=None,
+                         suppress_health_check=list(hypothesis.HealthCheck))
+    @hypothesis.given(st.lists(pair, min_size=1, max_size=3), st.sampled_from(["chat", "bos", "nopad"]),
+                      st.sampled_from([50, 90, 128]), st.sampled_from([6, 24, 64, 128]))
+    def holds(lines, kind, max_length, room):
+        check_pairs(*rig(kind, max_length, room), [data_prep.parse_pair(line) for line in lines])
+
+    holds()
