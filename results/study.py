@@ -175,6 +175,101 @@ def figures() -> None:
              "--data", *list(HELD_OUT)[:1], *of_real)
 
 
+def flags_of(run: Path) -> dict:
+    """Flags that are not the default, versions, validation accuracy, seconds, end of the loss curve."""
+    from dataclasses import asdict
+
+    from idistill import Config
+    config, results = (json.loads((run / f"{n}.json").read_text()) for n in ("config", "results"))
+    steps = [m for m in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if m["phase"] == "student" and "loss" in m]
+    kept = ("bt", "preference", "intra", "inter", "score")
+    return {"flags": {k: v for k, v in config["flags"].items() if v != asdict(Config())[k] and "resume" != k},
+            "versions": config["versions"], "seconds": results["seconds"], "validation": results["sets"]["validation"]["student"],
+            "teacher_validation": results["sets"]["validation"]["teacher"],
+            "first_step": {k: steps[0][k] for k in kept if k in steps[0]}, "last_step": {k: steps[-1][k] for k in kept if k in steps[-1]}}
+
+
+def report() -> None:
+    import numpy as np
+
+    import eval as evaluation
+    from data_prep import longer_margins
+    files = {}
+    for path, limit in HELD_OUT.items():
+        args = evaluation.parse_args(["accuracy", "none", "--data", str(ROOT / path), "--limit", str(limit)])
+        files.update(evaluation.read_files(args))
+    groups = {name: evaluation.prompt_groups(pairs) for name, pairs in files.items()}
+
+    def right(run: str, model: str = "student") -> dict[str, np.ndarray] | None:
+        path = RUNS / run / f"{model}.margins.json"
+        read = json.loads(path.read_text()) if path.exists() else {}
+        of = {name: np.array([np.nan if v is None else v for v in values]) for name, values in read.items()}
+        return {name: np.where(np.isnan(v), np.nan, evaluation.outcomes(v)) for name, v in of.items()} or None
+
+    done = {arm: {s: r for s in seeds if (r := right(folder(arm, s).name))} for arm, (_, seeds) in ARMS.items()}
+    done["teacher"] = {s: r for s in SEEDS if (r := right(folder("ID", s).name, "teacher"))}
+    study = {"tuning": {n: flags_of(RUNS / "tune" / n.replace(" ", "-")) for n in TUNE if (RUNS / "tune" / n.replace(" ", "-") / "results.json").exists()},
+             "runs": {arm: {s: {**({} if arm == "teacher" else flags_of(folder(arm, s))), "sets": {
+                 name: {"pairs": int((~np.isnan(v)).sum()), "dropped": int(np.isnan(v).sum()), "accuracy": float(np.nanmean(v))}
+                 for name, v in r.items()}} for s, r in of.items()} for arm, of in done.items()}, "differences": {}}
+
+    def mean(arm: str, name: str, seeds) -> np.ndarray:
+        return np.mean([done[arm][s][name] for s in seeds], axis=0)
+
+    def difference(arm: str, other: str) -> dict:
+        """Paired by seed and by pair: mean, 95 % bootstrap interval over prompts, standard error over seeds."""
+        seeds, out = sorted(done[arm].keys() & done[other].keys()), {}
+        for name in files if seeds else ():
+            gap = mean(arm, name, seeds) - mean(other, name, seeds)
+            both = ~np.isnan(gap)
+            by_seed = [float(np.nanmean(done[arm][s][name] - done[other][s][name])) for s in seeds]
+            out[name] = {"seeds": len(seeds), "pairs": int(both.sum()), "mean": float(gap[both].mean()),
+                         "interval": evaluation.bootstrap(gap[both], groups[name][both], 0),
+                         "standard_error_over_seeds": float(np.std(by_seed, ddof=1) / len(seeds) ** 0.5) if len(seeds) > 1 else None}
+        return out
+
+    def table(rows: dict[str, list[str]], header: list[str]) -> None:
+        print("\n| " + " | ".join(["", *header]) + " |\n" + "|---" * (len(header) + 1) + "|")
+        for name, cells in rows.items():
+            print(f"| {name} | " + " | ".join(cells) + " |")
+
+    rows = {}
+    for arm, of in done.items():
+        if of:
+            of_seeds = {name: [100 * float(np.nanmean(r[name])) for r in of.values()] for name in files}
+            rows[f"{arm} ({len(of)})"] = [f"{np.mean(v):.1f}" + (f" ± {np.std(v, ddof=1) / len(v) ** 0.5:.1f}" if len(v) > 1 else "")
+                                          for v in of_seeds.values()]
+    rows["longer response"] = [f"{100 * evaluation.outcomes(longer_margins(p)).mean():.1f}" for p in files.values()]
+    print("\naccuracy %, mean ± standard error over seeds (number of seeds)")
+    table(rows, [f"{name} ({len(p)})" for name, p in files.items()])
+    pairs = [("ID", "BT"), ("ID", "ID, uniform target"), ("ID, uniform target", "BT"), ("ID", "teacher"),
+             *((arm, other) for arm in ARMS if arm not in ("BT", "ID", "ID, uniform target") and "noise" not in arm for other in ("BT", "ID")),
+             *((f"{a}, {n} % noise", f"{b}, {n} % noise") for n in (20, 40) for a, b in (("ID", "BT"), ("label smoothing", "BT")))]
+    rows = {}
+    for arm, other in pairs:
+        if done.get(arm) and done.get(other):
+            study["differences"][f"{arm} - {other}"] = found = difference(arm, other)
+            rows[f"{arm} − {other}"] = [evaluation.percent(d["mean"], d["interval"], "+") + (
+                f", s.e. {100 * d['standard_error_over_seeds']:.1f}" if d["standard_error_over_seeds"] is not None else "") for d in found.values()]
+    print("\ndifferences in points [95 %, bootstrap over prompts], standard error over seeds where there are several")
+    table(rows, list(files))
+    columns = ("in-distribution", "cue-neutral", "cue-reversed")
+    read = {}
+    for name in READINGS:
+        found = [RUNS / f"demo/seed{s}/readings/{name.replace(',', '').replace(' ', '-')}/results.json" for s in range(5)]
+        if all(p.exists() for p in found):
+            sets = [json.loads(p.read_text())["sets"] for p in found]
+            read[name] = {c: {k: [s[c][k] for s in sets] for k in ("student", "teacher")} for c in ("validation", *columns)}
+    study["readings"], rows = read, {}
+    for name, r in read.items():
+        gaps = [100 * (np.array(r[c]["student"]) - np.array(read["default"][c]["student"])) for c in columns]
+        rows[name] = [f"{100 * np.mean(r[c]['student']):.1f} ± {100 * np.std(r[c]['student'], ddof=1) / 5 ** 0.5:.1f}" for c in ("validation", *columns)] + [
+            f"{g.mean():+.1f} ± {g.std(ddof=1) / 5 ** 0.5:.1f}" for g in gaps[1:]]
+    print("\ngenerated language, five seeds, mean ± standard error; the last two columns: minus the default, paired by seed")
+    table(rows, ["validation", *columns, "neutral − default", "reversed − default"])
+    (ROOT / "results/study.json").write_text(json.dumps(study, indent=1))
+
+
 if __name__ == "__main__":
     RUNS.mkdir(parents=True, exist_ok=True)
-    {f.__name__: f for f in (prepare, tune, real, synthetic, figures)}[sys.argv[1]](*sys.argv[2:])
+    {f.__name__: f for f in (prepare, tune, real, synthetic, figures, report)}[sys.argv[1]](*sys.argv[2:])
