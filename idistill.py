@@ -476,13 +476,17 @@ def pool_words(token_map: Tensor, word: Tensor, W: int, row_word: Tensor | None 
     return rows.transpose(2, 3) @ token_map @ members(word, W)
 
 
+def segments_of(word_seg: Tensor, attending: Tensor | None) -> Tensor:
+    """Segment of each attending word: word_seg (B, W), numbers (B, R) or none = all -> (B, R) or (B, W)."""
+    return word_seg if attending is None else word_seg.gather(1, attending.clamp_min(0)).where(attending >= 0, -1)
+
+
 def block_masks(word_seg: Tensor, support: str = "full", attending: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """word_seg (B, W) -> the block sets intra and inter (B, 1, R, W), rows for the attending words (B, R) (none: all,
     R = W). Support causal keeps what the student really attends."""
     number = torch.arange(word_seg.shape[1], device=word_seg.device)
     attending = number.expand_as(word_seg) if attending is None else attending
-    s_i = word_seg.gather(1, attending.clamp_min(0)).where(attending >= 0, -1)[:, None, :, None]
-    s_j = word_seg[:, None, None, :]
+    s_i, s_j = segments_of(word_seg, attending)[:, None, :, None], word_seg[:, None, None, :]
     real, cross = (s_i >= 0) & (s_j >= 0), (s_i + s_j == 3) & (s_i > 0) & (s_j > 0)
     if support == "causal":
         return real & ~cross & (number <= attending[:, None, :, None]), torch.zeros_like(cross)
@@ -554,8 +558,7 @@ def distillation_losses(model: RewardModel, teacher: InteractionTeacher | None, 
             T = torch.ones_like(S) if cfg.align_target == "uniform" else pool_words(
                 target, teacher_batch["word"], W, teacher_batch.get("row_word"), R)
             if cfg.align_target == "shuffled":
-                row_seg = word_seg if attending is None else word_seg.gather(1, attending.clamp_min(0)).where(attending >= 0, -1)
-                T = shuffle_rows(T, row_seg, seeds)
+                T = shuffle_rows(T, segments_of(word_seg, attending), seeds)
             for name, weight, block in zip(("intra", "inter"), (cfg.lambda_intra, cfg.lambda_inter), blocks):
                 term = alignment_loss(T, S, block, cfg.align_loss) / len(model.layers)
                 out[name] = out.get(name, 0) + term.detach()
@@ -593,7 +596,8 @@ def shares(examples: list[Example], batch_size: int, name: str):
     process has equally many, since a sharded model computes only together; some batches come twice."""
     order = np.argsort([-len(e.ids) for e in examples], kind="stable")
     batches = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
-    return bar([batches[k % len(batches)] for k in range(RANK, math.ceil(len(batches) / WORLD) * WORLD, WORLD)], name)
+    everyones = math.ceil(len(batches) / WORLD) * WORLD
+    return bar([batches[k % len(batches)] for k in range(RANK, everyones, WORLD)], name)
 
 
 def together(scores: np.ndarray, device) -> np.ndarray:
@@ -606,7 +610,8 @@ def together(scores: np.ndarray, device) -> np.ndarray:
 
 
 @torch.no_grad()
-def score_pairs(model: RewardModel, examples: list[Example], batch_size: int, device, amp, name: str = "") -> np.ndarray:
+def score_pairs(model: RewardModel, examples: list[Example], batch_size: int, device, amp,
+                name: str = "") -> np.ndarray:
     """Rewards (N, 2) in fp32 of encoded pairs, in their order; only scalars are kept."""
     scores, was = np.full((len(examples), 2), -np.inf, dtype=np.float32), model.training
     model.eval()
@@ -723,9 +728,9 @@ def fit(run: Run, phase: int, model: nn.Module, examples: list[Example], losses,
             skipped += 1
             run.bad_batch(name, step, [examples[i].pair for i in index])
             if skipped > cfg.skip_nonfinite:
-                raise UserError(f"{name} step {step}: the loss or its gradient is not finite (loss {sums['loss']}, gradient "
-                                f"norm {norm}); nothing was updated, the last checkpoint is whole, the pairs are in "
-                                f"{run.dir}/bad_batch.jsonl. Try a lower learning rate, --dtype fp32, or --skip-nonfinite 1")
+                raise UserError(f"{name} step {step}: the loss or its gradient is not finite (loss {sums['loss']}, "
+                                f"gradient norm {norm}); nothing was updated, the last checkpoint is whole, the pairs are "
+                                f"in {run.dir}/bad_batch.jsonl. Try a lower learning rate, --dtype fp32, or --skip-nonfinite 1")
         optimizer.zero_grad(set_to_none=True)
         progress.update()
         progress.set_postfix({k: f"{sums[k]:.3f}" for k in sums if k[:6] not in ("reward", "margin")}, refresh=False)
@@ -764,7 +769,7 @@ def train_teacher(run: Run, teacher: InteractionTeacher, examples, validation, s
 
     def losses(part, index, epoch, progress):
         v = teacher(collate_teacher(part, swaps(index, epoch), tokenizer, device))
-        return {"loss": bt_loss(v, torch.zeros_like(v)), "rewards": torch.stack([v.detach() / 2, -v.detach() / 2], 1)}
+        return {"loss": bt_loss(v, torch.zeros_like(v)), "rewards": torch.stack([v, -v], 1).detach() / 2}
 
     def validate():
         v = teacher_verdicts(teacher, validation, 2 * cfg.batch_size, device, amp)
@@ -775,7 +780,8 @@ def train_teacher(run: Run, teacher: InteractionTeacher, examples, validation, s
         cfg.teacher_lr, total, device, amp)
 
 
-def train_student(run: Run, model: RewardModel, tokenizer, teacher, examples, validation, swaps, device, amp) -> None:
+def train_student(run: Run, model: RewardModel, tokenizer, teacher, examples, validation, swaps, device,
+                  amp) -> None:
     """Trains the reward model on E7; the best by validation accuracy is RUN/student."""
     cfg = run.cfg
 
@@ -820,7 +826,8 @@ def train_in(run: Run, cfg: Config, needs_teacher: bool, device, amp) -> dict:
     trained = False  # a resumed student needs the teacher that was trained for it
     if needs_teacher:
         trained = cfg.resume and cfg.teacher_epochs > 0 and any(phase == 1 for phase, *_ in run.checkpoints())
-        teacher_stock, teacher_tokenizer, room = load_teacher(str(run.dir / "teacher") if trained else cfg.teacher, cfg.seed)
+        name = str(run.dir / "teacher") if trained else cfg.teacher
+        teacher_stock, teacher_tokenizer, room = load_teacher(name, cfg.seed)
     stock, tokenizer = load_student(cfg.model, cfg.seed, cfg.max_length, cfg.lambda_sft > 0)
     layers = parse_layers(cfg.align_layers, stock.config.get_text_config().num_hidden_layers,
                           teacher_stock.config.num_hidden_layers if needs_teacher else None)
@@ -874,10 +881,11 @@ def train_in(run: Run, cfg: Config, needs_teacher: bool, device, amp) -> dict:
             teacher = open_teacher(load_teacher(str(run.dir / "teacher"))[0])  # the best, from disk
         teacher.eval().requires_grad_(cfg.teacher_co_train)
         distribute(teacher, device, cfg.fsdp, bf16)
-        teacher_accuracy = {name: accuracy(teacher_verdicts(teacher, part, 2 * cfg.batch_size, device, amp, f"teacher: {name}"))
-                            for name, part in held.items()}
-        n, got = len(held["validation"]), teacher_accuracy["validation"]
-        print(f"teacher: validation accuracy {got:.4f} on {n} pairs, {'goes on learning' if cfg.teacher_co_train else 'frozen'}")
+        for name, part in held.items():
+            v = teacher_verdicts(teacher, part, 2 * cfg.batch_size, device, amp, f"teacher: {name}")
+            teacher_accuracy[name] = accuracy(v)
+        n, got, now = len(held["validation"]), teacher_accuracy["validation"], "goes on learning" if cfg.teacher_co_train else "frozen"
+        print(f"teacher: validation accuracy {got:.4f} on {n} pairs, {now}")
         if got < 0.5 + 1.64 * math.sqrt(0.25 / n):  # one-sided 95 %
             print(f"warning: the teacher is at chance ({got:.3f} on {n} pairs); its attention has little to teach. "
                   "Train it longer (--teacher-epochs) or faster (--teacher-lr)")
