@@ -3,7 +3,8 @@
 
     python results/study.py prepare    # splits, the cut student (data/ and models/ as in results/README.md)
     python results/study.py tune       # learning rate, lambda and teacher recipe, chosen on the validation split alone
-    python results/study.py real       # the arms on real pairs, then their margins on every held-out file (real 2: seed 2)
+    python results/study.py real       # the arms on real pairs, then their margins on every held-out file (real BT 0 1: the
+    #                                    arms with --method bt of seeds 0 and 1)
     python results/study.py synthetic  # the readings of the paper on the generated language, five seeds
     python results/study.py figures    # every verb of eval.py on the demo's models and on those of seed 0: JSON and PNG files here
     python results/study.py report     # results/study.json, and the tables in Markdown on the screen
@@ -22,7 +23,8 @@ RUNS, SEEDS = ROOT / "runs" / "study", (0, 1, 2)
 STUDENT, TEACHER, RAW = "models/smollm2-135m-l6", "models/minilm-l6", "data/hh_helpful.train.jsonl.gz"
 HELD_OUT = {"data/hh_helpful.test.jsonl.gz": 600, "data/hh_harmless.test.jsonl.gz": 300, "data/rmb_helpful.test.jsonl.gz": 200,
             "data/llmbar_natural.jsonl.gz": 100, "data/mt_bench_llmbar_layout.jsonl.gz": 200}  # file -> random pairs of it
-LR, TEACHER_FLAGS = "1e-4", ["--teacher-epochs", "2", "--teacher-lr", "1e-4"]  # what `tune` chose
+LR = {"BT": "3e-4", "ID": "1e-4"}  # what `tune` chose by validation accuracy, for arms with --method bt and for the others
+TEACHER_FLAGS = ["--teacher-epochs", "2", "--teacher-lr", "1e-4"]
 COMMON = ["--data", "runs/study/hh.jsonl", "--val-data", "runs/study/hh.val.jsonl", "--max-length", "512", "--dtype", "fp32",
           "--eval-every", "50", "--model", STUDENT]
 BT, UNIFORM = ["--method", "bt"], ["--align-target", "uniform"]
@@ -97,21 +99,24 @@ def tune() -> None:
         train(RUNS / "tune" / name.replace(" ", "-"), [*COMMON, *flags])
 
 
-def real(*chosen: str) -> None:
+def real(family: str = "", *chosen: str) -> None:
     for seed in map(int, chosen or SEEDS):  # the arms of one seed after another: a study that is cut short has whole seeds
         for arm, (flags, seeds) in ARMS.items():
-            if seed not in seeds:
+            kind = "BT" if "bt" in flags else "ID"
+            if seed not in seeds or family not in ("", kind):
                 continue
+            lr = LR[kind]
             if arm == "adaptive margin" and not (RUNS / "hh.strength.jsonl").exists():
                 for other in SEEDS:
-                    train(folder("BT", other), [*COMMON, "--lr", LR, "--seed", str(other), *BT])
+                    train(folder("BT", other), [*COMMON, "--lr", lr, "--seed", str(other), *BT])
                 sh(sys.executable, "eval.py", "accuracy", *(folder("BT", s) / "student" for s in SEEDS), "--data",
                    RUNS / "hh.jsonl", "--max-length", 512, "--strength", RUNS / "hh.strength.jsonl")
             teacher = ["--teacher", TEACHER, *TEACHER_FLAGS] if arm == "ID" else [
                 "--teacher", f"{folder('ID', seed)}/teacher", "--teacher-epochs", "0"]
-            train(folder(arm, seed), [*COMMON, "--lr", LR, "--seed", str(seed), *teacher, *flags])
+            train(folder(arm, seed), [*COMMON, "--lr", lr, "--seed", str(seed), *teacher, *flags])
             score(folder(arm, seed) / "student")
-        score(folder("ID", seed) / "teacher")
+        if family != "BT":
+            score(folder("ID", seed) / "teacher")
 
 
 def score(model: Path) -> None:
