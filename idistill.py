@@ -758,6 +758,11 @@ def fit(run: Run, phase: int, model: nn.Module, examples: list[Example], losses,
     barrier()
 
 
+def scored_at_once(cfg: Config) -> int:
+    """Pairs a batch of each process where no gradient is kept: twice those of training."""
+    return max(1, 2 * cfg.batch_size // (cfg.grad_accum * WORLD))
+
+
 def barrier() -> None:
     if WORLD > 1:
         dist.barrier()
@@ -772,7 +777,7 @@ def train_teacher(run: Run, teacher: InteractionTeacher, examples, validation, s
         return {"loss": bt_loss(v, torch.zeros_like(v)), "rewards": torch.stack([v, -v], 1).detach() / 2}
 
     def validate():
-        v = teacher_verdicts(teacher, validation, 2 * cfg.batch_size, device, amp)
+        v = teacher_verdicts(teacher, validation, scored_at_once(cfg), device, amp)
         return {"accuracy": accuracy(v), "loss": float(np.logaddexp(0, -v).mean())}
 
     total = max(1, round(cfg.teacher_epochs * math.ceil(len(examples) / cfg.batch_size)))
@@ -790,7 +795,7 @@ def train_student(run: Run, model: RewardModel, tokenizer, teacher, examples, va
         return distillation_losses(model, teacher, part, swaps(index, epoch), cfg, device, seeds, progress)
 
     def validate():
-        s = score_pairs(model, validation, 2 * cfg.batch_size, device, amp)
+        s = score_pairs(model, validation, scored_at_once(cfg), device, amp)
         return {"accuracy": accuracy(s[:, 0] - s[:, 1]), "loss": float(np.logaddexp(0, s[:, 1] - s[:, 0]).mean()),
                 "reward_mean": float(s.mean()), "reward_std": float(s.std())}
 
@@ -882,7 +887,7 @@ def train_in(run: Run, cfg: Config, needs_teacher: bool, device, amp) -> dict:
         teacher.eval().requires_grad_(cfg.teacher_co_train)
         distribute(teacher, device, cfg.fsdp, bf16)
         for name, part in held.items():
-            v = teacher_verdicts(teacher, part, 2 * cfg.batch_size, device, amp, f"teacher: {name}")
+            v = teacher_verdicts(teacher, part, scored_at_once(cfg), device, amp, f"teacher: {name}")
             teacher_accuracy[name] = accuracy(v)
         n, got, now = len(held["validation"]), teacher_accuracy["validation"], "goes on learning" if cfg.teacher_co_train else "frozen"
         print(f"teacher: validation accuracy {got:.4f} on {n} pairs, {now}")
@@ -895,7 +900,7 @@ def train_in(run: Run, cfg: Config, needs_teacher: bool, device, amp) -> dict:
     distribute(model, device, cfg.fsdp, bf16)
     results = {"method": cfg.method, "seed": cfg.seed, "seconds": round(time.perf_counter() - started, 1), "sets": {}}
     for name, part in held.items():
-        s = score_pairs(model, part, 2 * cfg.batch_size, device, amp, f"student: {name}")
+        s = score_pairs(model, part, scored_at_once(cfg), device, amp, f"student: {name}")
         results["sets"][name] = {"pairs": len(part), "student": accuracy(s[:, 0] - s[:, 1]),
                                  "ties": int((s[:, 0] == s[:, 1]).sum()), "teacher": teacher_accuracy.get(name),
                                  "longer": accuracy(longer_margins([e.pair for e in part])),
