@@ -3,8 +3,7 @@
 
     python results/study.py prepare    # splits, the cut student (data/ and models/ as in results/README.md)
     python results/study.py tune       # learning rate, lambda and teacher recipe, chosen on the validation split alone
-    python results/study.py real       # the arms on real pairs, then their margins on every held-out file (real BT 0 1: the
-    #                                    arms with --method bt of seeds 0 and 1)
+    python results/study.py real       # the arms on real pairs, then their margins on every held-out file
     python results/study.py synthetic  # the readings of the paper on the generated language, five seeds
     python results/study.py figures    # every verb of eval.py on the demo's models and on those of seed 0: JSON and PNG files here
     python results/study.py report     # results/study.json, and the tables in Markdown on the screen
@@ -99,24 +98,28 @@ def tune() -> None:
         train(RUNS / "tune" / name.replace(" ", "-"), [*COMMON, *flags])
 
 
-def real(family: str = "", *chosen: str) -> None:
-    for seed in map(int, chosen or SEEDS):  # the arms of one seed after another: a study that is cut short has whole seeds
-        for arm, (flags, seeds) in ARMS.items():
-            kind = "BT" if "bt" in flags else "ID"
-            if seed not in seeds or family not in ("", kind):
-                continue
-            lr = LR[kind]
-            if arm == "adaptive margin" and not (RUNS / "hh.strength.jsonl").exists():
-                for other in SEEDS:
-                    train(folder("BT", other), [*COMMON, "--lr", lr, "--seed", str(other), *BT])
-                sh(sys.executable, "eval.py", "accuracy", *(folder("BT", s) / "student" for s in SEEDS), "--data",
-                   RUNS / "hh.jsonl", "--max-length", 512, "--strength", RUNS / "hh.strength.jsonl")
-            teacher = ["--teacher", TEACHER, *TEACHER_FLAGS] if arm == "ID" else [
-                "--teacher", f"{folder('ID', seed)}/teacher", "--teacher-epochs", "0"]
-            train(folder(arm, seed), [*COMMON, "--lr", lr, "--seed", str(seed), *teacher, *flags])
-            score(folder(arm, seed) / "student")
-        if family != "BT":
-            score(folder("ID", seed) / "teacher")
+def real(backwards: str = "") -> None:
+    """Every arm and seed; a second process may come from the other end (real backwards)."""
+    def one(arm: str, seed: int) -> None:
+        flags, _ = ARMS[arm]
+        lr, run = LR["BT" if "bt" in flags else "ID"], folder(arm, seed)
+        if arm == "adaptive margin" and not (RUNS / "hh.strength.jsonl").exists():
+            for other in SEEDS:
+                one("BT", other)
+            sh(sys.executable, "eval.py", "accuracy", *(folder("BT", s) / "student" for s in SEEDS), "--data", RUNS / "hh.jsonl",
+               "--max-length", 512, "--strength", RUNS / "hh.strength.jsonl")
+        teacher = ["--teacher", TEACHER, *TEACHER_FLAGS]
+        if arm != "ID" and "bt" not in flags and "--teacher" not in flags:
+            one("ID", seed)
+            teacher = ["--teacher", f"{folder('ID', seed)}/teacher", "--teacher-epochs", "0"]
+        train(run, [*COMMON, "--lr", lr, "--seed", str(seed), *teacher, *flags])
+        score(run / "student")
+
+    todo = [(arm, seed) for arm, (_, seeds) in ARMS.items() for seed in seeds]
+    for arm, seed in reversed(todo) if backwards else todo:
+        one(arm, seed)
+    for seed in SEEDS:
+        score(folder("ID", seed) / "teacher")
 
 
 def score(model: Path) -> None:
