@@ -11,9 +11,9 @@
     stability  Do several runs agree? Spread, rank correlation, calibration of sigma(margin), drift
     speed      What does a training step cost? Ways to train as ratios of pairs a second, --memory
 
-Every verb but speed shows several models side by side. A model is scored as its stock class scores it: the
-string of data_prep.Formatter, tokenised with add_special_tokens=False, read at the right-most token that is no
-pad token. A RUN/teacher is scored too: its verdict, mean of both orders, as (verdict / 2, -verdict / 2).
+Every verb but speed shows several models side by side. A model is scored as its stock class scores it: string
+of data_prep.Formatter, tokenised with add_special_tokens=False, read at the last token that is not pad. A
+RUN/teacher is scored too: its verdict, mean of both orders, as (verdict / 2, -verdict / 2).
 
 Letters: N pairs, k responses each; P prompts, N candidates each; K stages; B rows a batch, n tokens, W words.
 """
@@ -51,10 +51,6 @@ from idistill import (AttentionTap, Config, InteractionTeacher, RewardModel, ali
 
 # ---------------------------------------------------------------------------------------------------- scoring
 
-Rows = list[list[int]]         # the tokens of each text
-Spans = list[tuple[int, int]]  # a range of tokens of each row, [start, end)
-
-
 @dataclass
 class Judge:
     """A loaded model that scores pairs: a reward model, or an interaction teacher (encoder is set for it)."""
@@ -90,12 +86,13 @@ class Judge:
                 tokens = [ids.tolist() for ids, _ in cut[1]] if cut else []
             rows |= zip(some or [], tokens)
             texts.append(some)
-        reward, missing = dict(zip(rows, self.score_rows(list(rows.values()), batch_size))), [np.nan] * len(sides)
-        return np.array([[reward[t] for t in some] if some else missing for some in texts], np.float32), texts
+        reward = dict(zip(rows, self.score_rows(list(rows.values()), batch_size)))
+        rewards = [[reward[t] for t in some] if some else [np.nan] * len(sides) for some in texts]
+        return np.array(rewards, dtype=np.float32), texts
 
-    def batches(self, rows: Rows, batch_size: int, hidden: Spans | None = None):
-        """Rows batched by length, behind a progress bar, padded on the right: (index (B,), the model's inputs
-        (B, n), scoring position (B,)). hidden: tokens that keep their places, but none attends to them."""
+    def batches(self, rows: list[list[int]], batch_size: int, hidden: list[tuple[int, int]] | None = None):
+        """Token rows batched by length, behind a progress bar, padded on the right: (index (B,), the model's
+        inputs (B, n), scoring position (B,)). hidden: a range of each row that keeps its place unattended."""
         pad = self.model.config.get_text_config().pad_token_id
         order = np.argsort([-len(row) for row in rows], kind="stable")
         parts = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
@@ -114,7 +111,7 @@ class Judge:
             yield index, to_device(inputs, self.device), torch.from_numpy(at).to(self.device)
 
     @torch.no_grad()
-    def score_rows(self, rows: Rows, batch_size: int, hidden: Spans | None = None) -> np.ndarray:
+    def score_rows(self, rows: list[list[int]], batch_size: int, hidden=None) -> np.ndarray:
         """Rewards (N,) of N token rows; hidden as in batches."""
         rewards, head = np.zeros(len(rows), dtype=np.float32), getattr(self.model, "score", None)
         for index, inputs, at in self.batches(rows, batch_size, hidden):
@@ -129,7 +126,7 @@ class Judge:
         return rewards
 
     @torch.no_grad()
-    def end_attention(self, rows: Rows, layers: str, rollout: bool, batch_size: int) -> list[np.ndarray]:
+    def end_attention(self, rows: list[list[int]], layers: str, rollout: bool, batch_size: int):
         """What the scoring position attends to: (n,) a row, mean over heads and layers; rollout: through all
         layers, half of each step on the residual stream (arXiv 2005.00928). Raises UserError."""
         out, chosen = [np.zeros(0)] * len(rows), pick_layers(self, "all" if rollout else layers)
@@ -184,9 +181,8 @@ def check_model(name: str):
     if not kind.endswith(("ForSequenceClassification", "ForTokenClassification")):
         raise UserError(f"{name}: {kind} has no reward head; a reward model is a sequence classifier with "
                         "one label (train one: python idistill.py --model ...)")
-    if config.num_labels != 1:
-        raise UserError(f"{name}: {kind} has {config.num_labels} labels, a reward model or interaction "
-                        "teacher has 1")
+    if (labels := config.num_labels) != 1:
+        raise UserError(f"{name}: {kind} has {labels} labels, a reward model or interaction teacher has 1")
     return config, kind.endswith("ForTokenClassification")
 
 
@@ -200,9 +196,8 @@ def open_judge(name: str, args, decoder: bool = False) -> Judge:
         room, model = min(room, 2 * args.max_length or room), InteractionTeacher(stock, tokenizer)
         encoder = Encoder(view, 10**9, "truncate", tokenizer, room)
     else:
-        tokenizer = load_tokenizer(name)
-        model, info = load(AutoModelForSequenceClassification, name, output_loading_info=True,
-                           dtype=torch.bfloat16 if args.dtype == "bf16" else torch.float32)
+        tokenizer, dtype = load_tokenizer(name), torch.bfloat16 if args.dtype == "bf16" else torch.float32
+        model, info = load(AutoModelForSequenceClassification, name, output_loading_info=True, dtype=dtype)
         refuse_missing(name, model, info["missing_keys"])
         positions, tokenizer.padding_side = positions_of(config, name, args.max_length), "right"
         encoder = Encoder(tokenizer, args.max_length or positions, "truncate")
@@ -227,8 +222,7 @@ def read_files(args, read=read_pairs) -> dict[str, list]:
     files, subsets = {}, set()
     for path in args.data:
         pairs, counts = read([path])
-        left_out = [f"{v} ({k})" for k, v in counts.items() if k != "pairs" and v]
-        if left_out:
+        if left_out := [f"{v} ({k})" for k, v in counts.items() if k != "pairs" and v]:
             print(f"{path}: left out " + ", ".join(left_out))
         subsets |= {p.subset for p in pairs}
         pairs = [p for p in pairs if not args.subset or p.subset in args.subset]
@@ -244,8 +238,8 @@ def read_files(args, read=read_pairs) -> dict[str, list]:
 
 
 def scored(args, files: dict[str, list], result: dict, *responses):
-    """(model, file, its items, rewards, texts, counts) for each model and file, see Judge.score. One model is in
-    memory at a time; what was cut is printed; --json is written each time: a failure later loses nothing."""
+    """(model, file, its items, rewards, texts, counts) of each model and file, see Judge.score. One model is
+    in memory at a time; what was cut is printed; --json is written each time, so a failure loses little."""
     for name in args.models:
         judge = open_judge(name, args)
         for file, items in files.items():
@@ -326,9 +320,7 @@ WRITTEN = ("json", "plot", "dump", "html", "strength")  # flags that name a file
 def check_outputs(args) -> None:
     """Before the long work: what is to be written can be, and is no input; --plot has its matplotlib."""
     inputs = [("data", f) for f in args.data] + [("edits", getattr(args, "edits", None) or "")]
-    for flag, path in ((flag, getattr(args, flag, None)) for flag in WRITTEN):
-        if not path:
-            continue
+    for flag, path in ((flag, getattr(args, flag)) for flag in WRITTEN if getattr(args, flag, None)):
         for name, file in inputs:
             if os.path.exists(path) and os.path.exists(file) and os.path.samefile(path, file):
                 raise UserError(f"--{flag} {path}: is read as --{name}; choose another file")
@@ -394,21 +386,19 @@ def low_high(intervals: list) -> np.ndarray:
     return np.array([[np.nan] * 2 if i is None else i for i in intervals]).T
 
 
-def draw(path: str, panels: list[tuple[dict, dict]]) -> None:
-    """Panels side by side, told apart without colour; each: (what axes.set takes, {label: (x (n,), y (n,),
-    [low, high] (2, n) or None)}). With xticklabels the points are not joined."""
-    plt = pyplot()
-    figure, all_axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 3.6), squeeze=False)
-    for axes, (settings, series) in zip(all_axes[0], panels):
-        named = "xticklabels" in settings
+def draw(path: str, panels: list[tuple], ticks: list[str] | None = None, **settings) -> None:
+    """Panels side by side, told apart without colour, each (title, x label, y label, {label: (x (n,), y (n,),
+    intervals (2, n) or None)}); with named ticks 0, 1 ... the points are not joined."""
+    figure, all_axes = pyplot().subplots(1, len(panels), figsize=(5 * len(panels), 3.6), squeeze=False)
+    for axes, (title, xlabel, ylabel, series) in zip(all_axes[0], panels):
         for k, (label, (x, y, ends)) in enumerate(series.items()):
-            y, line = np.array(y, dtype=float), "none" if named else ["-", "--", ":", "-."][k % 4]
+            y, line = np.array(y, dtype=float), "none" if ticks else ["-", "--", ":", "-."][k % 4]
             ends = None if ends is None else np.abs(np.array(ends, dtype=float) - y)
             axes.errorbar(x, y, ends, label=short(label), color=str(0.7 * k / max(1, len(series) - 1)),
                           linestyle=line, marker="osD^vx"[k % 6], markersize=4, capsize=2)
-        axes.set(**settings)
-        if named:
-            plt.setp(axes.get_xticklabels(), rotation=35, ha="right")
+        axes.set(title=title, xlabel=xlabel, ylabel=ylabel, **settings)
+        if ticks:
+            axes.set_xticks(range(len(ticks)), ticks, rotation=35, ha="right")
         axes.legend(fontsize=7)
     save_plot(figure, path)
 
@@ -460,12 +450,16 @@ def accuracy(args) -> None:
     for file, pairs in files.items():
         print(f"\n{file}: {len(pairs)} pairs")
         print_accuracy(result[file])
-        print_own_terms(result[file].get("benchmarks", {}))
-    print("\n(majority: either side of a pair comes first, so a constant answer is right in half; equal length: "
-          "within 10 %\n in characters; ties count half; intervals: 95 %, bootstrap over prompts; - first: paired "
-          "with the first model)")
-    if args.strength:
-        write_strengths(args.strength, files, rewards)
+    print("\n(majority: either side of a pair comes first, so a constant answer is right in half; "
+          "equal length: within 10 %\n in characters; ties count half; intervals: 95 %, bootstrap over "
+          "prompts; - first: paired with the first model)")
+    if args.strength:  # mean over the models of r_c - r_r (arXiv 2401.06080, Eq. 4), where all have scored
+        margins = [np.mean([r[:, 0] - r[:, 1] for r in of_models], axis=0) for of_models in rewards.values()]
+        scored_by_all = zip(sum(files.values(), []), np.concatenate(margins))
+        strong = [replace(p, strength=float(m)) for p, m in scored_by_all if not np.isnan(m)]
+        write_pairs(args.strength, strong, overwrite=True)
+        negative, dropped = sum(p.strength < 0 for p in strong), sum(map(len, margins)) - len(strong)
+        print(f"{args.strength}: {len(strong)} pairs with strength ({negative} negative), {dropped} dropped")
     if args.plot:
         plot_accuracy(result, args.plot)
 
@@ -537,32 +531,9 @@ def own_terms(source: str, pairs: list[Pair], margins: np.ndarray, groups: np.nd
                    "count": count[name]} for name, v in value.items()}
 
 
-def print_own_terms(results: dict) -> None:
-    """A table a benchmark, a column a model. The nine cells of an RM-Bench domain are in --json alone."""
-    for source, models in results.items():
-        counts = {k: r["count"] for m in [*models.values()][::-1] for k, r in m.items()}
-        rows = []
-        for k in (k for k in counts if not re.search(r" \d-\d$", k)):
-            cells = [m.get(k, {"value": None}) for m in models.values()]
-            rows.append([f"{k} ({counts[k]})", *(percent(c["value"], c.get("interval")) for c in cells)])
-        if rows:
-            print(f"\n{source} in its own terms, a tie being a miss")
-            print_rows(["% [95 %]"] + [name[-44:] for name in models], rows)
-
-
-def write_strengths(path: str, files: dict[str, list[Pair]], rewards: dict[str, list[np.ndarray]]) -> None:
-    """The pairs of all files with strength = mean over the models of r_c - r_r (arXiv 2401.06080, Eq. 4), from
-    the rewards (N, 2) of each model; pairs that one of the models could not score are left out."""
-    means = np.concatenate([np.mean([r[:, 0] - r[:, 1] for r in some], axis=0) for some in rewards.values()])
-    pairs = zip(sum(files.values(), []), means)
-    pairs = [replace(p, strength=float(m)) for p, m in pairs if not np.isnan(m)]
-    write_pairs(path, pairs, overwrite=True)
-    negative, dropped = sum(p.strength < 0 for p in pairs), len(means) - len(pairs)
-    print(f"{path}: {len(pairs)} pairs with strength ({negative} negative), {dropped} dropped")
-
-
 def print_accuracy(result: dict) -> None:
-    """The models, the baselines, then each subset."""
+    """The models, the baselines, each subset; a table a benchmark, where the nine cells of an RM-Bench domain
+    are left to --json."""
     def row(label: str, r: dict) -> list[str]:
         if not r["pairs"]:
             return [label, "-", *[""] * 5, str(r["dropped"])]
@@ -580,6 +551,14 @@ def print_accuracy(result: dict) -> None:
         rows += [row("  " + name[-42:], r) for name, r in models.items()]
     print_rows(["accuracy %", "all [95 %]", "- first", "equal length", "reward", "margin", "ties", "dropped"],
                rows)
+    for source, models in result.get("benchmarks", {}).items():
+        counts, rows = {k: r["count"] for m in [*models.values()][::-1] for k, r in m.items()}, []
+        for k in (k for k in counts if not re.search(r" \d-\d$", k)):
+            cells = [m.get(k, {"value": None}) for m in models.values()]
+            rows.append([f"{k} ({counts[k]})", *(percent(c["value"], c.get("interval")) for c in cells)])
+        if rows:
+            print(f"\n{source} in its own terms, a tie being a miss")
+            print_rows(["% [95 %]"] + [name[-44:] for name in models], rows)
 
 
 def plot_accuracy(result: dict, path: str) -> None:
@@ -604,7 +583,7 @@ def plot_accuracy(result: dict, path: str) -> None:
 
 # -------------------------------------------------------------------------------------------- verb: attention
 
-def response_rows(examples: list[Example]) -> tuple[Rows, Spans]:
+def response_rows(examples: list[Example]) -> tuple[list[list[int]], list[tuple[int, int]]]:
     """Token rows of (x, y_c) and (x, y_r) of each example in turn, and the tokens of the response in each."""
     rows, spans = [], []
     for e in examples:
@@ -623,8 +602,8 @@ def stage_edges(start: int, end: int, stages: int) -> np.ndarray:
 
 
 def stage_density(attention: np.ndarray, edges: np.ndarray) -> np.ndarray:
-    """Each stage's share of the attention (n,) inside the edges (K + 1,), over its share of the tokens: (K,), 1
-    where attention is even, NaN for a stage without token."""
+    """Each stage's share of the attention (n,) inside the edges (K + 1,), over its share of the tokens: (K,),
+    1 where attention is even, NaN for a stage without token."""
     mass = np.array([attention[a:b].sum() for a, b in zip(edges, edges[1:])])
     size = np.diff(edges).astype(float)
     size[size == 0] = np.nan
@@ -633,24 +612,25 @@ def stage_density(attention: np.ndarray, edges: np.ndarray) -> np.ndarray:
 
 @torch.no_grad()
 def word_maps(judge: Judge, teacher: Judge | None, examples: list[Example], layers: str):
-    """The simulated word map S of the model (E3, E5), the teacher's T (mean of both orders; None without), the
+    """The simulated word map S (E3, E5), the teacher's T (mean of both orders, None without a teacher), the
     segments: (B, W, W), (B, W, W), (B, W). Raises UserError where queries and keys do not give the map."""
     if judge.caps:
-        raise UserError(f"{judge.name}: caps its attention logits, so queries and keys do not give a simulated "
-                        "map")
+        raise UserError(f"{judge.name}: caps its attention logits, so queries and keys do not give a "
+                        "simulated map")
     model = RewardModel(judge.model.requires_grad_(False), "siamese", tuple(pick_layers(judge, layers)))
     batch = collate(examples, judge.model.config.get_text_config().pad_token_id or 0, judge.device)
-    W, T = batch["word_seg"].shape[1], 0
+    W, T = batch["word_seg"].shape[1], None
     with judge.amp(), torch.enable_grad():  # the student keeps its maps where it trains only
         model(batch)
     model.tap.remove()
     S = pool_words(torch.stack(model.maps).mean(0), batch["word"], W)[:, 0]
-    for swap in (np.full(len(examples), k) for k in ((False, True) if teacher else ())):
+    for swap in (np.zeros(len(examples)), np.ones(len(examples))) if teacher else ():
         both = collate_teacher(examples, swap, teacher.encoder.teacher, judge.device)
         with judge.amp():
             teacher.model(both, maps=True)
-        T = T + pool_words(teacher.model.maps[0], both["word"], W)[:, 0] / 2
-    return S, T if teacher else None, batch["word_seg"]
+        one = pool_words(teacher.model.maps[0], both["word"], W)[:, 0] / 2
+        T = one if T is None else T + one
+    return S, T, batch["word_seg"]
 
 
 def with_teacher(encoder: Encoder, teacher: Judge | None) -> Encoder:
@@ -687,8 +667,8 @@ def curve(values: np.ndarray, groups: np.ndarray, seed: int) -> dict[str, list]:
 
 def attention(args) -> None:
     """The paper's Figure 1: accuracy as the response is masked stage by stage, and the attention that the
-    scoring position pays to each stage, in rightly and wrongly ranked pairs; with --teacher the KL of the maps
-    by stage."""
+    scoring position pays to each stage, in rightly and wrongly ranked pairs; with --teacher the KL of the
+    maps by stage."""
     files, result = read_files(args), {}
     teacher = open_teacher(args.teacher, args) if args.teacher else None
     for name in args.models:
@@ -710,8 +690,8 @@ def attention(args) -> None:
 
 
 def read_stages(judge: Judge, examples: list[Example], groups: np.ndarray, args) -> dict:
-    """Accuracy with the first (last) 0..K stages masked; attention density of the stages, in pairs ranked right
-    and wrong; shares of the attention: first token, before the stages, stages."""
+    """Accuracy with the first (last) 0..K stages masked; attention density of the stages in pairs ranked
+    right and wrong; shares of the attention: first token, before the stages, stages."""
     K, first, (rows, spans) = args.stages, 0 if args.with_first else 1, response_rows(examples)
     if args.span == "all":
         spans = [(first, end) for _, end in spans]
@@ -793,7 +773,8 @@ def show(args) -> None:
     pairs = [p for some in read_files(args).values() for p in some]
     found = [p for p in pairs if p.id == args.pair] or [p for k, p in enumerate(pairs) if str(k) == args.pair]
     if not found:
-        raise UserError(f"--pair {args.pair}: neither an id in the data nor a number from 0 to {len(pairs) - 1}")
+        last = len(pairs) - 1
+        raise UserError(f"--pair {args.pair}: neither an id in the data nor a number from 0 to {last}")
     teacher, pages = open_teacher(args.teacher, args) if args.teacher else None, []
     for name in args.models:
         pages.append(read_pair(open_judge(name, args, decoder=True), teacher, found[0], args))
@@ -817,8 +798,8 @@ def read_pair(judge: Judge, teacher: Judge | None, pair: Pair, args) -> dict:
         own = (plain.word == w) & ((plain.seg != 2) | (s == 2))
         words.append(judge.encoder.tokenizer.decode(plain.ids[own]).strip())
     rows, _ = response_rows([plain])
-    page = {"model": judge.name, "id": pair.id, "words": words, "segments": plain.word_seg.tolist(), "maps": {},
-            "rewards": judge.score_rows(rows, args.batch_size).tolist(), "attention": []}
+    page = {"model": judge.name, "id": pair.id, "words": words, "segments": plain.word_seg.tolist(),
+            "maps": {}, "rewards": judge.score_rows(rows, args.batch_size).tolist(), "attention": []}
     for s, seen in zip((1, 2), judge.end_attention(rows, args.layers, args.rollout, args.batch_size)):
         word = plain.word[(plain.seg == 0) | (plain.seg == s)]
         page["attention"].append(np.bincount(word[word >= 0], seen[word >= 0], len(words)).tolist())
@@ -837,8 +818,8 @@ def print_page(page: dict) -> None:
     for s, side in ((1, "chosen"), (2, "rejected")):
         reward, attention = page["rewards"][s - 1], page["attention"][s - 1]
         most = [f"{words[w]} ({100 * attention[w]:.1f} %)" for w in np.argsort(attention)[::-1][:5]]
-        print(f"\n{page['model']}, {side}, reward {reward:.3f}; {100 * sum(attention):.0f} % of the attention is "
-              "on words, most on " + ", ".join(most))
+        share = f"{100 * sum(attention):.0f} % of the attention is on words, most on "
+        print(f"\n{page['model']}, {side}, reward {reward:.3f}; {share}" + ", ".join(most))
         pale = [int(255 - 200 * a / (max(attention) or 1.0)) for a in attention]
         shaded = [f"\x1b[48;2;255;{p};{p}m\x1b[30m{word}\x1b[0m" for word, p in zip(words, pale)]
         for segment in (0, s):
@@ -857,8 +838,8 @@ def plot_show(pages: list[dict], path: str) -> None:
             for edge in np.flatnonzero(np.diff(np.maximum(page["segments"], 0))) + 0.5:
                 panel.axhline(edge, color="black", linewidth=0.5)
                 panel.axvline(edge, color="black", linewidth=0.5)
-            title = f"{short(page['model'])}\n{name}"
-            panel.set(title=title, xlabel="attended word", ylabel="attending word")
+            panel.set_title(f"{short(page['model'])}\n{name}")
+            panel.set(xlabel="attended word", ylabel="attending word")
     figure.tight_layout()
     save_plot(figure, path)
 
@@ -949,12 +930,14 @@ def read_edits(path: str | None) -> dict[str, dict]:
     except (OSError, ValueError) as why:
         raise UserError(f"--edits {path}: cannot be read ({why})") from None
     if not isinstance(more, dict):
-        raise UserError(f'--edits {path}: is not one JSON object, such as {{"thanks": {{"append": " Thanks!"}}}}')
-    for name, edit in more.items():
-        fits = isinstance(edit, dict) and edit and all(k in APPLY and isinstance(v, str) for k, v in edit.items())
-        if not (fits and edit.get("built_in", "upper") in BUILT_IN or edit is None and name in EDITS):
-            raise UserError(f'--edits {path}: "{name}" is not {{KIND: text}} with a KIND of {", ".join(APPLY)} '
-                            f'(one of {", ".join(BUILT_IN)}), nor null for one of: {", ".join(EDITS)}')
+        raise UserError(f'--edits {path}: is not one JSON object, such as '
+                        '{"thanks": {"append": " Thanks!"}}')
+    for name, e in more.items():
+        fits = isinstance(e, dict) and e and all(k in APPLY and isinstance(v, str) for k, v in e.items())
+        if not (fits and e.get("built_in", "upper") in BUILT_IN or e is None and name in EDITS):
+            raise UserError(f'--edits {path}: "{name}" is not {{KIND: text}} with a KIND of '
+                            f'{", ".join(APPLY)} (one of {", ".join(BUILT_IN)}), nor null for one of: '
+                            f'{", ".join(EDITS)}')
     edits = {name: edit for name, edit in {**EDITS, **more}.items() if edit}
     if not edits:
         raise UserError(f"--edits {path}: leaves no edit")
@@ -962,7 +945,7 @@ def read_edits(path: str | None) -> dict[str, dict]:
 
 
 def overturned(r: np.ndarray, edits: dict, groups: np.ndarray, seed: int) -> dict:
-    """All that attack says of the rewards (N, 2 + edits) of chosen, rejected, and rejected after each edit."""
+    """All that attack says of rewards (N, 2 + edits): of chosen, rejected, rejected after each edit."""
     right, spread, of_edits = r[:, 0] > r[:, 1], float(r[:, :2].std()), {}
     for edit, after in zip(edits, r[:, 2:].T):
         flip = 1 - outcomes(r[:, 0] - after)
@@ -975,16 +958,17 @@ def overturned(r: np.ndarray, edits: dict, groups: np.ndarray, seed: int) -> dic
 
 
 def attack(args) -> None:
-    """How often surface edits of the rejected response alone overturn a right ranking, and what reward they earn.
+    """How often surface edits of the rejected response alone overturn a right ranking, and what reward they
+    earn.
 
-    --edits FILE.json, {"name": EDIT, ...}, adds edits to the built-in ones, or replaces those of the same name.
-    An EDIT is {"append": text}, {"prepend": text}, {"replace_end": text} (the last sentence is swapped; of a
-    single sentence, the second half), {"built_in": "recap" | "repeat" | "markdown" | "upper"}, several of these
-    (applied in order), or null (takes a built-in edit out)."""
+    --edits FILE.json, {"name": EDIT, ...}, adds edits to the built-in ones, or replaces those of the same
+    name. An EDIT is {"append": text}, {"prepend": text}, {"replace_end": text} (the last sentence is swapped;
+    of a single sentence, the second half), {"built_in": "recap" | "repeat" | "markdown" | "upper"}, several
+    of these (applied in order), or null (takes a built-in edit out)."""
     edits, files = read_edits(args.edits), read_files(args)
-    result, panels = {file: {} for file in files}, []
+    result, panels, x = {file: {} for file in files}, [], np.arange(len(edits))
 
-    def responses(p: Pair) -> list[str]:  # share one cut of the prompt; where one does not fit, none is scored
+    def responses(p: Pair) -> list[str]:  # all or none fit, with one cut of the prompt
         return [p.chosen, p.rejected, *(edited(p.rejected, edit) for edit in edits.values())]
 
     for name, file, pairs, r, *_ in scored(args, files, {"edits": edits, "files": result}, responses):
@@ -993,8 +977,14 @@ def attack(args) -> None:
         if fits.any():
             result[file][name] |= overturned(r[fits], edits, prompt_groups(pairs)[fits], args.seed)
     for file, models in result.items():
-        rows = [[f"{name[-44:]} ({m['pairs']} pairs, {m['dropped']} dropped)", "", "", percent(m.get("accuracy"))]
-                for name, m in models.items()]
+        rows, points = [], {}
+        for k, (name, m) in enumerate(models.items()):
+            label = f"{name[-44:]} ({m['pairs']} pairs, {m['dropped']} dropped)"
+            rows.append([label, "", "", percent(m.get("accuracy"))])
+            if m["pairs"]:
+                rates, ends = ([e[v] for e in m["edits"].values()] for v in ("flip_rate", "flip_interval"))
+                rates = np.array([rate or np.nan for rate in rates], dtype=float)
+                points[name] = (x + 0.12 * k, 100 * rates, 100 * low_high(ends))
         for edit in edits:
             rows.append([edit])
             for name, e in ((name, m["edits"][edit]) for name, m in models.items() if m["pairs"]):
@@ -1003,24 +993,20 @@ def attack(args) -> None:
                              shown(e["shift"], e["shift_interval"], "+.2f")])
         print(f"\n{file}: {len(files[file])} pairs, only the rejected response is edited")
         print_rows(["", "flips % [95 %]", "of all %", "accuracy %", "shift [95 %]"], rows)
-        x, points = np.arange(len(edits)), {}
-        for k, (name, m) in enumerate((name, m["edits"].values()) for name, m in models.items() if m["pairs"]):
-            rates = np.array([e["flip_rate"] or np.nan for e in m], dtype=float)
-            points[name] = (x + 0.12 * k, 100 * rates, 100 * low_high([e["flip_interval"] for e in m]))
-        panels.append((dict(title=file, ylabel="flips %, 95 % interval", xticks=x, xticklabels=[*edits]), points))
-    print("\n(flips: of the pairs ranked right before, ties after the edit count half; shift: of the reward, in "
-          "standard\n deviations of the model's rewards of the unedited responses; the same pairs and prompts for "
-          "every edit)")
+        panels.append((file, "", "flips %, 95 % interval", points))
+    print("\n(flips: of the pairs ranked right before, ties after the edit count half; shift: of the reward, "
+          "in standard\n deviations of the model's rewards of the unedited responses; the same pairs and "
+          "prompts for every edit)")
     if args.plot:
-        draw(args.plot, panels)
+        draw(args.plot, panels, list(edits))
 
 
 # ---------------------------------------------------------------------------------------------- verb: bestofn
 
 def best_of_n(proxy: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Expected value of the candidate with the highest proxy among n drawn without replacement: (P, N), (P, N)
-    -> (P, N), column n - 1 for n. The k-th lowest of N is the highest of n in C(k-1, n-1) of C(N, n) draws;
-    candidates of equal proxy share the mean of their values, as if ties were broken at random."""
+    """Expected value of the candidate with the highest proxy among n drawn without replacement: (P, N) and
+    (P, N) -> (P, N), column n - 1 for n. The k-th lowest of N is the highest of n in C(k-1, n-1) of C(N, n)
+    draws; candidates of equal proxy share the mean of their values, as if ties were broken at random."""
     N = proxy.shape[1]
     weights = np.array([[comb(k - 1, n - 1) / comb(N, n) for k in range(1, N + 1)] for n in range(1, N + 1)])
     out = np.zeros(proxy.shape)
@@ -1035,10 +1021,10 @@ def over_optimisation(proxy: np.ndarray, gold: np.ndarray, groups: np.ndarray, s
     """All that bestofn says of one model: curves over n = 1..N of proxy (P, N) and gold (P, N); the KL of the
     best of n from a random choice is log n - (n-1)/n (arXiv 2210.10760)."""
     of_gold, of_proxy = best_of_n(proxy, gold), best_of_n(proxy, proxy).mean(0)
-    n, means, curve = np.arange(1, proxy.shape[1] + 1), resampled_means(of_gold, groups, seed), of_gold.mean(0)
-    gains = []
+    means, curve, gains = resampled_means(of_gold, groups, seed), of_gold.mean(0), []
+    n = np.arange(1, len(curve) + 1)
     for c, values in ((of_proxy, proxy), (curve, gold)):
-        spread = np.sqrt(values.var(1).mean())  # within prompts: a reward is defined up to a constant for each
+        spread = np.sqrt(values.var(1).mean())  # within prompts: each has a constant of its own
         gains.append(float((c[-1] - c[0]) / spread) if spread else None)
     return {"n": n.tolist(), "kl": (np.log(n) - (n - 1) / n).tolist(), "proxy": of_proxy.tolist(),
             "gold": curve.tolist(), "gold_interval": interval(means),
@@ -1049,10 +1035,12 @@ def over_optimisation(proxy: np.ndarray, gold: np.ndarray, groups: np.ndarray, s
 
 
 def bestofn(args) -> None:
-    """Proxy and gold score of the best of n candidates by reward, n = 1..N: does choosing harder still choose better?
+    """Proxy and gold score of the best of n candidates by reward, n = 1..N: does choosing harder still choose
+    better?
 
-    A line of --data is {"prompt", "responses": [text, ...], "gold": [number, ...]} or, one good and several bad,
-    {"prompt", "chosen": text, "rejected": [text, ...]} (gold 1 and 0); all prompts of a file have the same N."""
+    A line of --data is {"prompt", "responses": [text, ...], "gold": [number, ...]} or, one good and several
+    bad, {"prompt", "chosen": text, "rejected": [text, ...]} (gold 1 and 0); all prompts of a file have the
+    same N."""
     files = read_files(args, read_candidates)
     result, panels = {file: {} for file in files}, []
     for name, file, items, r, *_ in scored(args, files, {"files": result}, lambda c: c.responses):
@@ -1063,29 +1051,27 @@ def bestofn(args) -> None:
             result[file][name] |= over_optimisation(r[fits].astype(float), gold, groups, args.seed)
     for file, models in result.items():
         print(f"\n{file}: {len(files[file])} prompts, {len(files[file][0].responses)} candidates each")
-        rows, lines, curves = [], [], {}
+        rows, curves = [], {}
         for name, m in models.items():
             rows.append([f"{name[-44:]} ({m['prompts']} prompts, {m['dropped']} dropped)"])
             for k, n in enumerate(m.get("n", [])):
                 if n & (n - 1) == 0 or n == len(m["n"]):  # 1, 2, 4 ... N
                     gold = shown(m["gold"][k], [ends[k] for ends in m["gold_interval"]])
-                    rows.append([f"  {n}", f"{m['kl'][k]:.2f}", shown(m["proxy"][k]), gold, shown(m["random"]),
-                                 shown(m["oracle"][k])])
-            if m["prompts"]:
-                gain = [shown(m[k], form="+.2f") for k in ("proxy_gain", "gold_gain", "gain_difference")]
-                lines.append(f"{name[-44:]}: gap {shown(m['gap'], m['gap_interval'])} below the best gold, at n = "
-                             f"{m['best_n']}; proxy gain {gain[0]}, gold gain {gain[1]}, difference {gain[2]}\n")
-                curves[name] = (m["kl"], m["gold"], m["gold_interval"])
+                    rows.append([f"  {n}", f"{m['kl'][k]:.2f}", shown(m["proxy"][k]), gold,
+                                 shown(m["random"]), shown(m["oracle"][k])])
         print_rows(["best of n", "KL", "proxy", "gold [95 %]", "random", "oracle"], rows)
-        print(*lines, sep="", end="")
+        for name, m in ((name, m) for name, m in models.items() if m["prompts"]):
+            gain = [shown(m[k], form="+.2f") for k in ("proxy_gain", "gold_gain", "gain_difference")]
+            print(f"{name[-44:]}: gap {shown(m['gap'], m['gap_interval'])} below the best gold, at n = "
+                  f"{m['best_n']}; proxy gain {gain[0]}, gold gain {gain[1]}, difference {gain[2]}")
+            curves[name] = (m["kl"], m["gold"], m["gold_interval"])
         m = next(iter(models.values()))
         if m["prompts"]:
             curves["oracle"] = (m["kl"], m["oracle"], None)
             curves["random"] = (m["kl"], [m["random"]] * len(m["kl"]), None)
-        panels.append((dict(title=file, xlabel="KL of the best of n, nats", ylabel="gold score, 95 % interval"),
-                       curves))
-    print("\n(KL = log n - (n-1)/n; gap: highest gold of any n minus gold at N, never negative; gains: from n = 1 "
-          "to N, in standard\n deviations within a prompt; intervals: 95 %, bootstrap over prompts)")
+        panels.append((file, "KL of the best of n, nats", "gold score, 95 % interval", curves))
+    print("\n(KL = log n - (n-1)/n; gap: highest gold of any n minus gold at N, never negative; gains: from "
+          "n = 1 to N, in standard\n deviations within a prompt; intervals: 95 %, bootstrap over prompts)")
     if args.plot:
         draw(args.plot, panels)
 
@@ -1102,7 +1088,7 @@ def spearman(a: np.ndarray, b: np.ndarray) -> float | None:
 
 
 def rank_correlations(runs: list[np.ndarray], view) -> list[list[float | None]]:
-    """(runs, runs): of view(rewards) of every two runs, rewards (N, 2), over the pairs that both could score."""
+    """(runs, runs): of view(rewards) of every two runs, rewards (N, 2), over the pairs that both score."""
     def of(a: np.ndarray, b: np.ndarray) -> float | None:
         both = ~np.isnan(a + b).any(1)
         return spearman(view(a[both]), view(b[both])) if both.any() else None
@@ -1111,8 +1097,8 @@ def rank_correlations(runs: list[np.ndarray], view) -> list[list[float | None]]:
 
 
 def fitted_temperature(margins: np.ndarray) -> float | None:
-    """T > 0 with the least mean of -log sigma(margin / T), margins (N,), by bisection: in 1 / T the loss is
-    convex. None where no finite T is best: nothing is ranked wrong, or the margins tell no more than chance."""
+    """T > 0 with the least mean of -log sigma(margin / T), margins (N,), by bisection: the loss is convex
+    in 1 / T. None where no finite T is best: nothing is ranked wrong, or margins tell no more than chance."""
     def slope(beta: float) -> float:
         return float(-(margins * np.exp(-np.logaddexp(0, beta * margins))).mean())
 
@@ -1182,7 +1168,7 @@ def stability(args) -> None:
             if c:
                 curves[name] = ([b["confidence"] for b in c["bins"]], [b["right"] for b in c["bins"]], None)
         curves["calibrated"] = ([0.5, 1], [0.5, 1], None)
-        panels.append((dict(title=file, xlabel="confidence, sigma(|margin|)", ylabel="share ranked right"), curves))
+        panels.append((file, "confidence, sigma(|margin|)", "share ranked right", curves))
         print(f"\n{file}: {len(files[file])} pairs; accuracy of the runs {percent(r['accuracy']['mean'])} ± "
               f"{percent(r['accuracy']['std'])} (mean, standard deviation)")
         print_rows(["stability", "accuracy % [95 %]", "NLL", "Brier", "ECE", "T", "rank corr.", "of margins",
@@ -1193,43 +1179,61 @@ def stability(args) -> None:
         if d:
             low, high = np.subtract(d["mean"], d["std"]), np.add(d["mean"], d["std"])
             curves[name] = (d["steps"], d["mean"], [low, high])
-            said = "validation reward by step: " + ", ".join(f"{s}: {m:.2f} ± {v:.2f}" for s, m, v in zip(*d.values()))
+            steps = [f"{step}: {mean:.2f} ± {std:.2f}" for step, mean, std in zip(*d.values())]
+            said = "validation reward by step: " + ", ".join(steps)
         print(f"{name[-44:]}: {said}")
     if curves:
-        panels.append((dict(xlabel="step", ylabel="validation reward, mean ± standard deviation"), curves))
-    print("\n(NLL, Brier, ECE of sigma(margin); T: the temperature that would minimise the NLL; rank correlation: "
-          "Spearman, mean over\n the other runs, of all rewards and of the margins, which do not see a shift "
-          "between prompts)")
+        panels.append(("", "step", "validation reward, mean ± standard deviation", curves))
+    print("\n(NLL, Brier, ECE of sigma(margin); T: the temperature that would minimise the NLL; rank "
+          "correlation: Spearman, mean over\n the other runs, of all rewards and of the margins, which do "
+          "not see a shift between prompts)")
     if args.plot:
         draw(args.plot, panels)
 
 
-# -------------------------------------------------------------------------------------------------- verb: speed
+# ------------------------------------------------------------------------------------------------ verb: speed
 
-ARMS = {"a": "two passes, padded", "b": "one batch of both, random order (as TRL)", "b'": "b, bucketed by length",
-        "c": "packed tree, bucketed: plain BT", "tap": "c and its maps",
+ARMS = {"a": "two passes, padded", "b": "one batch of both, random order (as TRL)",
+        "b'": "b, bucketed by length", "c": "packed tree, bucketed: plain BT", "tap": "c and its maps",
         "pool": "c, maps, pooling, loss; no teacher", "d": "the whole method with its teacher",
         "e": "maps by eager output_attentions, all layers", "trl": "TRL's RewardTrainer, no checkpointing"}
 
 
-def random_examples(count: int, lengths: list[int], vocabulary: tuple[int, int], room: int, seed: int):
-    """Examples of random tokens with (prompt, chosen, rejected) of these lengths, three words to four tokens; the
-    teacher reads as much of each part as its room allows. vocabulary: the student's size, the teacher's."""
-    rng, out, seg = np.random.default_rng(seed), [], np.repeat([0, 1, 2], lengths)
-    word = np.arange(len(seg)) * 3 // 4
+def speed_examples(args, encoder: Encoder, vocabulary: tuple[int, int]) -> list[Example]:
+    """--pairs of --data, every eighth of the length buckets of training: few, with the padding of many. Or
+    random tokens, (prompt, chosen, rejected) of --lengths, three words to four tokens, of which the teacher
+    reads what it has room for. vocabulary: sizes in student and teacher."""
+    if not args.lengths:
+        pairs = [p for some in read_files(args).values() for p in some][:8 * args.pairs]
+        examples = encoder(pairs, progress="encoding")
+        buckets = plan_epoch(np.array([len(e.ids) for e in examples]), args.batch_size, args.seed, 0)
+        buckets.sort(key=lambda index: len(examples[index[0]].ids))
+        return [examples[i] for index in buckets[len(buckets) // 2 % 8::8] for i in index][:args.pairs]
+    rng, out, seg = np.random.default_rng(args.seed), [], np.repeat([0, 1, 2], args.lengths)
+    word, n = np.arange(len(seg)) * 3 // 4, len(seg)
     word_seg = np.zeros(word[-1] + 1, dtype=int)
     word_seg[word] = seg
-    share = min(1.0, (room - 4) / len(seg))
-    heads = [np.flatnonzero(seg == s)[:int(share * n)] for s, n in enumerate(lengths)]
+    share = min(1.0, (encoder.teacher_length - 4) / n)
+    heads = [np.flatnonzero(seg == s)[:int(share * length)] for s, length in enumerate(args.lengths)]
     word_seg[np.setdiff1d(word, word[np.concatenate(heads)])] = -1
-    for _ in range(count):
+    for _ in range(args.pairs):
         runs = [(rng.integers(5, vocabulary[1], len(at)), word[at]) for at in heads]
-        out.append(Example(rng.integers(5, vocabulary[0], len(seg)), seg, word, word_seg, runs, None))
+        out.append(Example(rng.integers(5, vocabulary[0], n), seg, word, word_seg, runs, None))
     return out
 
 
-def training_step(arm: str, model: RewardModel, teacher: InteractionTeacher, examples: list[Example], cfg: Config,
-                  device) -> tuple[torch.Tensor, int, int]:
+def shrunk_student(name: str, hidden: int, layers: int):
+    """(a model of the class of another, at this size and with random weights; the other's tokenizer)."""
+    tokenizer, own = load_tokenizer(name), load(AutoConfig, name, num_labels=1)
+    choose_pad(tokenizer)
+    small = dict(hidden_size=hidden, num_hidden_layers=layers, intermediate_size=4 * hidden,
+                 num_attention_heads=4, num_key_value_heads=4, head_dim=None, layer_types=None,
+                 max_position_embeddings=2**15, pad_token_id=tokenizer.pad_token_id)
+    return AutoModelForSequenceClassification.from_config(type(own)(**{**own.to_dict(), **small})), tokenizer
+
+
+def training_step(arm: str, model: RewardModel, teacher: InteractionTeacher, examples: list[Example],
+                  cfg: Config, device) -> tuple[torch.Tensor, int, int]:
     """(loss of one arm, tokens computed, those that are not padding)."""
     stock, pad, B = model.stock, model.stock.config.get_text_config().pad_token_id, len(examples)
     if arm[0] in "ab":
@@ -1243,100 +1247,86 @@ def training_step(arm: str, model: RewardModel, teacher: InteractionTeacher, exa
             rewards.append(stock(**inputs, use_cache=False).logits[:, 0].float())
             slots += ids.size
         return bt_loss(*torch.cat(rewards).chunk(2)).mean(), slots, sum(map(len, rows))
-    batch, zeros = collate(examples, pad, device), np.zeros(B)
+    batch, swap = collate(examples, pad, device), np.zeros(B)
     if arm == "e":
-        other, W = collate_teacher(examples, zeros, teacher.tokenizer, device), batch["word_seg"].shape[1]
-        out = stock.base_model(batch["ids"], attention_mask=tree_mask(batch["seg"]), position_ids=batch["pos"],
-                               use_cache=False, output_attentions=True)
+        other = collate_teacher(examples, swap, teacher.tokenizer, device)
+        out = stock.base_model(batch["ids"], attention_mask=tree_mask(batch["seg"]), use_cache=False,
+                               position_ids=batch["pos"], output_attentions=True)
         h = out.last_hidden_state
         r = stock.score(h.gather(1, batch["last"][:, :, None].expand(-1, -1, h.shape[-1])))[..., 0].float()
         with torch.no_grad():
-            read = teacher.stock(other["ids"], attention_mask=other["mask"], output_attentions=True).attentions
-        S, T = (pool_words(maps[-1].float().mean(1, keepdim=True), b["word"], W)
-                for maps, b in ((out.attentions, batch), (read, other)))
+            read = teacher.stock(other["ids"], attention_mask=other["mask"], output_attentions=True)
+        S, T = (pool_words(seen.attentions[-1].float().mean(1, keepdim=True), b["word"],
+                           batch["word_seg"].shape[1]) for seen, b in ((out, batch), (read, other)))
         loss = bt_loss(r[:, 0], r[:, 1]) + alignment_loss(T, S, block_masks(batch["word_seg"], "causal")[0])
     elif arm == "tap":
         r = model(batch)
         loss = bt_loss(r[:, 0], r[:, 1]) + 0 * sum(m.sum() for m in model.maps)
     else:
         reader = teacher if arm == "d" else None
-        loss = distillation_losses(model, reader, examples, zeros, cfg, device, list(range(B)))["loss"]
+        loss = distillation_losses(model, reader, examples, swap, cfg, device, list(range(B)))["loss"]
     return loss.mean(), batch["ids"].numel(), sum(len(e.ids) for e in examples)
 
 
-def open_student(args):
-    """(stock model, tokenizer) to train; --shrink: its class at another size, random weights."""
-    name = args.models[0]
-    if not args.shrink:
-        return load_student(name, args.seed)
-    tokenizer, own, (hidden, layers) = load_tokenizer(name), load(AutoConfig, name, num_labels=1), args.shrink
-    choose_pad(tokenizer)
-    small = dict(hidden_size=hidden, num_hidden_layers=layers, intermediate_size=4 * hidden, num_attention_heads=4,
-                 num_key_value_heads=4, head_dim=None, max_position_embeddings=2**15, layer_types=None,
-                 pad_token_id=tokenizer.pad_token_id)
-    return AutoModelForSequenceClassification.from_config(type(own)(**{**own.to_dict(), **small})), tokenizer
-
-
-
 def time_arms(args) -> dict[str, dict]:
-    """Every arm, round after round: medians of pairs a second, ratios to the first arm of the same round, tokens,
-    peak memory in bytes."""
-    device, amp = set_up_device(args)
-    stock, tokenizer = open_student(args)
-    reader, reader_tokenizer, room = load_teacher(args.teacher, args.seed)
+    """Every arm, round after round: median pairs a second, ratios to the first arm in the same round, tokens
+    a pair, share of padding, peak memory in bytes."""
+    (device, amp), name, seed, k = set_up_device(args), args.models[0], args.seed, args.batch_size
+    stock, tokenizer = shrunk_student(name, *args.shrink) if args.shrink else load_student(name, seed)
+    reader, reader_tokenizer, room = load_teacher(args.teacher, seed)
     stock.to(device).train(), reader.to(device).eval().requires_grad_(False)
-    k, seed, cuda = args.batch_size, args.seed, device.type == "cuda"
-    if args.lengths:
-        vocabulary = (stock.config.vocab_size, len(reader_tokenizer))
-        examples = random_examples(args.pairs, args.lengths, vocabulary, room, seed)
-    else:
-        pairs = [p for some in read_files(args).values() for p in some][:8 * args.pairs]
-        encoder = Encoder(tokenizer, args.max_length or 1024, "truncate", reader_tokenizer, room)
-        examples = encoder(pairs, progress="encoding")
-        # every eighth of the length buckets of training: few pairs, with the padding and the lengths of many
-        buckets = plan_epoch(np.array([len(e.ids) for e in examples]), k, seed, 0)
-        buckets.sort(key=lambda index: len(examples[index[0]].ids))
-        examples = [examples[i] for index in buckets[len(buckets) // 2 % 8::8] for i in index][:args.pairs]
-    N, optimizer = len(examples), make_optimizer(stock, 0.0, 0.0)  # learning rate 0: the same weights throughout
+    encoder = Encoder(tokenizer, args.max_length or 1024, "truncate", reader_tokenizer, room)
+    examples = speed_examples(args, encoder, (stock.config.vocab_size, len(reader_tokenizer)))
+    N, depths = len(examples), [m.config.get_text_config().num_hidden_layers for m in (stock, reader)]
     random, bucketed = ([order[i:i + k] for i in range(0, N, k)]
                         for order in (np.random.default_rng(seed).permutation(N), np.arange(N)))
-    depths = [m.config.get_text_config().num_hidden_layers for m in (stock, reader)]
+    optimizer, sdpa = make_optimizer(stock, 0.0, 0.0), stock.config._attn_implementation  # rate 0: no change
     taken, tokens, peer = {arm: [] for arm in args.arms}, {arm: np.zeros(2) for arm in args.arms}, None
-    sdpa = stock.config._attn_implementation
+
+    def one_pass(arm: str, batches: list[np.ndarray]) -> float:
+        """Trains on the batches: seconds."""
+        last = [(depth - 1,) if arm in ("tap", "pool", "d") else () for depth in depths]
+        model = RewardModel(stock, "packed", last[0])
+        teacher = InteractionTeacher(reader, reader_tokenizer, last[1])
+        cfg = Config(align_target="teacher" if arm == "d" else "uniform")
+        cfg.align_max_tokens = args.align_max_tokens
+        started, tokens[arm] = time.perf_counter(), np.zeros(2)
+        for index in batches:
+            with amp():
+                loss, *counts = training_step(arm, model, teacher, [examples[i] for i in index], cfg, device)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            tokens[arm] += counts
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - started
+
     for round in bar(range(args.rounds + 1), "rounds"):
         for arm in args.arms:
             for m in (stock, reader):
                 m.set_attn_implementation("eager" if arm == "e" else sdpa)
-            last = [(depth - 1,) if arm in ("tap", "pool", "d") else () for depth in depths]
-            model, teacher = RewardModel(stock, "packed", last[0]), InteractionTeacher(reader, reader_tokenizer, last[1])
-            cfg = Config(align_target="teacher" if arm == "d" else "uniform", align_max_tokens=args.align_max_tokens)
             if arm == "trl":
-                peer = peer or trl_trainer(stock, tokenizer, [e.pair for e in examples], args, amp is not nullcontext)
-                taken[arm] += [peer()] * bool(round)
-                continue
-            started = time.perf_counter()
-            for index in (random if arm in ("a", "b") else bucketed)[:None if round else 1]:  # round 0 warms up
-                with amp():
-                    loss, *counts = training_step(arm, model, teacher, [examples[i] for i in index], cfg, device)
-                loss.backward()
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-                tokens[arm] += np.array(counts) * (round == 1)
-            if cuda:
-                torch.cuda.synchronize()
-            taken[arm] += [time.perf_counter() - started] * bool(round)
-    used = torch.cuda.max_memory_allocated() if cuda else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    out = {}
+                pairs = [e.pair for e in examples]
+                peer = peer or trl_trainer(stock, tokenizer, pairs, args, amp is not nullcontext)
+                seconds = peer()
+            else:
+                batches = random if arm in ("a", "b") else bucketed
+                seconds = one_pass(arm, batches if round else batches[:1])
+            taken[arm] += [seconds] if round else []  # round 0 warms up
+    out, peak = {}, 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated()
     for arm, seconds in taken.items():
         (slots, real), ratios = tokens[arm], np.divide(taken[args.arms[0]], seconds)
         out[arm] = {"pairs_per_s": N / float(np.median(seconds)), "ratio": float(np.median(ratios)),
-                    "ratios": ratios.tolist(), "tokens_per_pair": real / N, "padding": 1 - real / max(1, slots),
-                    "peak_bytes": used}
+                    "ratios": ratios.tolist(), "tokens_per_pair": real / N,
+                    "padding": 1 - real / max(1, slots), "peak_bytes": peak}
     return out
 
 
 def trl_trainer(stock, tokenizer, pairs: list[Pair], args, bf16: bool):
-    """A function that trains one epoch in TRL on the strings that are scored here; it returns its steps' seconds."""
+    """A function that trains an epoch in TRL on the strings that are scored here: seconds of its steps."""
     try:
         from datasets import Dataset
         from trl import RewardConfig, RewardTrainer
@@ -1358,18 +1348,18 @@ def trl_trainer(stock, tokenizer, pairs: list[Pair], args, bf16: bool):
 
     clock, text = Clock(), Formatter(tokenizer).text
     rows = [{"chosen": text(p.prompt, p.chosen), "rejected": text(p.prompt, p.rejected)} for p in pairs]
-    config = RewardConfig(output_dir=tempfile.mkdtemp(), per_device_train_batch_size=args.batch_size, bf16=bf16,
+    config = RewardConfig(output_dir=tempfile.mkdtemp(), per_device_train_batch_size=args.batch_size,
                           num_train_epochs=1, learning_rate=1e-12, max_length=args.max_length or 1024,
                           report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True,
-                          gradient_checkpointing=False, use_cpu=not torch.cuda.is_available())
+                          bf16=bf16, gradient_checkpointing=False, use_cpu=not torch.cuda.is_available())
     trainer = RewardTrainer(model=stock, args=config, processing_class=tokenizer, callbacks=[clock],
                             train_dataset=Dataset.from_list(rows))
     return epoch
 
 
-def own_process(args, arm: str, *flags) -> dict:
+def own_process(args, arm: str, *flags: str) -> dict:
     """One arm alone, a round, in a process of its own: what it really needs of memory. Raises UserError."""
-    command = [sys.executable, __file__, "speed", args.models[0], *map(str, flags), "--arms", arm, "--rounds", "1"]
+    command = [sys.executable, __file__, "speed", args.models[0], "--arms", arm, "--rounds=1", *flags]
     for k in ("teacher", "max_length", "dtype", "device", "seed", "pairs", "batch_size", "align_max_tokens"):
         command += ["--" + k.replace("_", "-"), str(getattr(args, k))]
     for k in ("data", "lengths", "shrink"):
@@ -1378,53 +1368,54 @@ def own_process(args, arm: str, *flags) -> dict:
         done = subprocess.run([*command, "--json", f"{folder}/out"], capture_output=True, text=True)
         if done.returncode:
             why = (done.stderr.strip() or "killed, probably for memory").splitlines()[-1]
-            raise UserError(f"arm {arm} {' '.join(map(str, flags))}: {why}")
+            raise UserError(f"arm {arm} {' '.join(flags)}: {why}")
         return json.loads(Path(f"{folder}/out").read_text())["arms"][arm]
 
 
 def speed(args) -> None:
-    """Training steps in several ways, interleaved in one process: pairs a second as ratios to the first of --arms.
+    """Training steps in several ways, interleaved in one process: pairs a second as ratios to the first of
+    --arms.
 
-    a, b, b': as most code does it; c: the packed tree mask; d: the whole method, teacher included; e: the naive
-    way to get attention maps. tap and pool are c with a part of d: their differences say what each part costs.
-    Data: --data, or random tokens (--lengths PROMPT CHOSEN REJECTED). --memory runs each arm again in a process of
-    its own, --grow N... runs it at each total length instead (half of it prompt). The arm trl is TRL's own
-    RewardTrainer, where TRL is installed (--peer trl adds it)."""
+    a, b, b': as most code does it; c: the packed tree mask; d: the whole method, teacher included; e: the
+    naive way to get attention maps. tap and pool are c with a part of d: their differences say what each part
+    costs. Data: --data, or random tokens (--lengths PROMPT CHOSEN REJECTED). --memory runs each arm again in
+    a process of its own, --grow N... runs it at each total length instead (half of it prompt). The arm trl is
+    TRL's own RewardTrainer, where TRL is installed (--peer trl adds it)."""
     if not args.teacher or not (args.data or args.lengths or args.grow):
         raise UserError("speed needs --teacher, and --data, --lengths or --grow")
     if args.peer and args.peer not in args.arms:
         args.arms.append(args.peer)
     if "trl" in args.arms and not args.data:
         raise UserError("the arm trl reads text: give --data")
-    if args.grow:
-        rows = {f"{arm} {n}": {"arm": arm, "tokens": n, **own_process(args, arm, "--lengths", n // 2, n // 4, n // 4)}
-                for n in bar(args.grow, "lengths") for arm in args.arms}
-    else:
-        rows = time_arms(args)
-        for arm in args.arms if args.memory else ():
-            rows[arm]["peak_bytes"] = own_process(args, arm)["peak_bytes"]
-    cells = []
+    rows, cells = {} if args.grow else time_arms(args), []
+    for n in bar(args.grow or [], "lengths"):
+        for arm in args.arms:
+            lengths = map(str, (n // 2, n // 4, n // 4))
+            rows[f"{arm} {n}"] = {"arm": arm, "tokens": n, **own_process(args, arm, "--lengths", *lengths)}
+    for arm in args.arms if args.memory and not args.grow else ():
+        rows[arm]["peak_bytes"] = own_process(args, arm)["peak_bytes"]
     for k, r in rows.items():
         ratio = "" if args.grow else shown(r["ratio"], [min(r["ratios"]), max(r["ratios"])], ".2f")
         memory = f"{r['peak_bytes'] / 1e6:.0f} MB" if args.memory or args.grow else ""
-        cells.append([f"{k}: {ARMS[k.split()[0]]}", f"{r['pairs_per_s']:.2f}", ratio, f"{r['tokens_per_pair']:.0f}",
-                      f"{100 * r['padding']:.0f} %", memory])
-    print_rows(["", "pairs/s", f"ratio to {args.arms[0]} [min, max]", "tokens a pair", "padding", "peak memory"], cells)
-    here = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
-    save_json(args, {"arms": rows, "device": torch.cuda.get_device_name() if torch.cuda.is_available() else here})
+        cells.append([f"{k}: {ARMS[k.split()[0]]}", f"{r['pairs_per_s']:.2f}", ratio,
+                      f"{r['tokens_per_pair']:.0f}", f"{100 * r['padding']:.0f} %", memory])
+    print_rows(["", "pairs/s", f"ratio to {args.arms[0]} [min, max]", "tokens a pair", "padding",
+                "peak memory"], cells)
+    device = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_name()
+    save_json(args, {"arms": rows, "device": device})
     if args.plot and args.grow:
         panels = []
         for label, value in (("seconds a pair", lambda r: 1 / r["pairs_per_s"]),
                              ("peak memory, MB", lambda r: r["peak_bytes"] / 1e6)):
-            curves = {}
-            for arm in args.arms:
-                some = [r for r in rows.values() if r["arm"] == arm]
-                curves[f"{arm}: {ARMS[arm]}"] = ([r["tokens"] for r in some], [value(r) for r in some], None)
-            panels.append((dict(xlabel="tokens a pair", ylabel=label, xscale="log", yscale="log"), curves))
-        draw(args.plot, panels)
+            curves = {f"{arm}: {ARMS[arm]}": (args.grow, [value(rows[f"{arm} {n}"]) for n in args.grow], None)
+                      for arm in args.arms}
+            panels.append(("", "tokens a pair", label, curves))
+        draw(args.plot, panels, xscale="log", yscale="log")
 
 
-# ------------------------------------------------------------------------------------------------ command line
+# ----------------------------------------------------------------------------------------------- command line
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """One sub-command a verb: flags of all verbs, of the two that read attention, of each verb alone."""
@@ -1440,39 +1431,42 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--limit", type=int, default=0, metavar="N",
         help="a random N pairs of each file, by --seed (default: 0 = all)")
     add("--batch-size", type=int, default=32, help="texts a batch, of about equal length (default: 32)")
-    add("--max-length", type=int, default=0, help="longest prompt + response in tokens; the oldest of the prompt "
-        "is cut, never a response (default: 0 = the model's positions)")
-    add("--dtype", default="auto", choices=["auto", "fp32", "bf16"], help="auto: bf16 autocast where the hardware "
-        "has it; bf16: the weights too, half the memory (default: auto); the head is always fp32")
+    add("--max-length", type=int, default=0, help="longest prompt + response in tokens; the oldest of the "
+        "prompt is cut, never a response (default: 0 = the model's positions)")
+    add("--dtype", default="auto", choices=["auto", "fp32", "bf16"], help="auto: bf16 autocast where the "
+        "hardware has it; bf16: the weights too, half the memory (default: auto); the head is always fp32")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
     add("--seed", type=int, default=0, help="seed of the bootstrap and of --limit (default: 0)")
     add = maps.add_argument
-    add("--teacher", metavar="DIR", help="interaction teacher to compare the simulated maps with (RUN/teacher)")
+    add("--teacher", metavar="DIR",
+        help="interaction teacher to compare the simulated maps with (RUN/teacher)")
     add("--layers", default="last",
         help="attention layers to average: last, all, or numbers as 0,-1 (default: last)")
     add("--rollout", action="store_true", help="attention rollout through all layers (arXiv 2005.00928)")
     verbs, adders = ap.add_subparsers(dest="verb", required=True), {}
     for run in (accuracy, attention, show, attack, bestofn, stability, speed):
         parents = [common, maps] if run in (attention, show) else [common]
-        verb = verbs.add_parser(run.__name__, parents=parents, help=run.__doc__.split("\n")[0],
-                                description=run.__doc__, formatter_class=ap.formatter_class)
+        first = " ".join(run.__doc__.split("\n\n")[0].split())  # its first paragraph
+        verb = verbs.add_parser(run.__name__, parents=parents, help=first, description=run.__doc__,
+                                formatter_class=ap.formatter_class)
         verb.set_defaults(run=run)
         adders[run] = verb.add_argument
     add = adders[accuracy]
     add("--dump", metavar="PAIRS.jsonl",
         help="one line a pair, with RewardBench's keys and the exact scored strings")
-    add("--strength", metavar="OUT.jsonl", help="write the pairs with the field strength: the mean margin of the "
-        "MODELs, for idistill.py --margin-field strength and others")
+    add("--strength", metavar="OUT.jsonl", help="write the pairs with the field strength: the mean margin of "
+        "the MODELs, for idistill.py --margin-field strength and others")
     add = adders[attention]
     add("--stages", type=int, default=10, help="stages, by token position (default: 10)")
-    add("--span", default="response", choices=["response", "all"], help="what is cut into stages: the response, or "
-        "prompt + response (default: response)")
-    add("--with-first", action="store_true", help="count the first token (attention sink, arXiv 2309.17453) into "
-        "the stages of --span all (default: apart)")
+    add("--span", default="response", choices=["response", "all"], help="what is cut into stages: the "
+        "response, or prompt + response (default: response)")
+    add("--with-first", action="store_true", help="count the first token (attention sink, arXiv 2309.17453) "
+        "into the stages of --span all (default: apart)")
     add("--delete", action="store_true", help="delete the masked tokens instead of hiding them in place")
     add = adders[show]
     add("--pair", default="0", help="id of the pair, or its number from 0 (default: 0)")
-    add("--html", metavar="OUT.html", help="a page that stands alone; click a word to see its row of the maps")
+    add("--html", metavar="OUT.html",
+        help="a page that stands alone; click a word to see its row of the maps")
     adders[attack]("--edits", metavar="FILE.json", help="further edits, as described above")
     add = adders[speed]
     add("--teacher", metavar="DIR", help="encoder that serves as the teacher")
@@ -1487,7 +1481,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="MODEL's class at this size, random weights")
     add("--align-max-tokens", type=int, default=0, help="as in idistill.py (default: 0)")
     add("--memory", action="store_true", help="peak memory of each arm, in its own process")
-    add("--grow", type=int, nargs="+", metavar="N", help="each arm at these total lengths, each in its own process")
+    add("--grow", type=int, nargs="+", metavar="N",
+        help="each arm at these total lengths, each in its own process")
     add("--peer", choices=["trl"], help="add TRL's own RewardTrainer (pip install trl)")
     args = ap.parse_args(argv)
     if not args.data and args.verb != "speed":
@@ -1509,10 +1504,8 @@ def main(argv: list[str] | None = None) -> None:
         check_outputs(args)
         for name in args.models if args.verb != "speed" else ():  # all of them, before any long work
             if check_model(name)[1] and args.verb in ("attack", "bestofn"):
-                raise UserError(f"{name}: is a teacher, which compares two responses; {args.verb} needs a reward for "
-                                "each alone")
-        if args.verb in ("attention", "show") and args.teacher:
-            check_model(args.teacher)
+                raise UserError(f"{name}: is a teacher, which compares two responses; {args.verb} needs a "
+                                "reward for each alone")
         args.run(args)
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
