@@ -1446,7 +1446,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     verbs, adders = ap.add_subparsers(dest="verb", required=True), {}
     for run in (accuracy, attention, show, attack, bestofn, stability, speed):
         parents = [common, maps] if run in (attention, show) else [common]
-        first = " ".join(run.__doc__.split("\n\n")[0].split())  # its first paragraph
+        first = " ".join(run.__doc__.split("\n\n")[0].split()).replace("%", "%%")  # the first paragraph
         verb = verbs.add_parser(run.__name__, parents=parents, help=first, description=run.__doc__,
                                 formatter_class=ap.formatter_class)
         verb.set_defaults(run=run)
@@ -1507,6 +1507,10 @@ def main(argv: list[str] | None = None) -> None:
                 raise UserError(f"{name}: is a teacher, which compares two responses; {args.verb} needs a "
                                 "reward for each alone")
         args.run(args)
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head` has seen enough; without a pipe the flush at exit is quiet too
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141) from None  # as a shell reports SIGPIPE
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         raise SystemExit(130) from None
