@@ -1446,8 +1446,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     verbs, adders = ap.add_subparsers(dest="verb", required=True), {}
     for run in (accuracy, attention, show, attack, bestofn, stability, speed):
         parents = [common, maps] if run in (attention, show) else [common]
-        first = " ".join(run.__doc__.split("\n\n")[0].split()).replace("%", "%%")  # the first paragraph
-        verb = verbs.add_parser(run.__name__, parents=parents, help=first, description=run.__doc__,
+        verb = verbs.add_parser(run.__name__, parents=parents, description=run.__doc__,
                                 formatter_class=ap.formatter_class)
         verb.set_defaults(run=run)
         adders[run] = verb.add_argument
