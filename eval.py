@@ -983,8 +983,7 @@ def attack(args) -> None:
             rows.append([label, "", "", percent(m.get("accuracy"))])
             if m["pairs"]:
                 rates, ends = ([e[v] for e in m["edits"].values()] for v in ("flip_rate", "flip_interval"))
-                rates = np.array([rate or np.nan for rate in rates], dtype=float)
-                points[name] = (x + 0.12 * k, 100 * rates, 100 * low_high(ends))
+                points[name] = (x + 0.12 * k, 100 * np.array(rates, dtype=float), 100 * low_high(ends))
         for edit in edits:
             rows.append([edit])
             for name, e in ((name, m["edits"][edit]) for name, m in models.items() if m["pairs"]):
