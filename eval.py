@@ -11,9 +11,9 @@
     stability  Do several runs agree? Spread, rank correlation, calibration of sigma(margin), drift
     speed      What does a training step cost? Ways to train as ratios of pairs a second, --memory
 
-Every verb but speed shows several models side by side. A model is scored as its stock class scores it: string
-of data_prep.Formatter, tokenised with add_special_tokens=False, read at the last token that is not pad. A
-RUN/teacher is scored too: its verdict, mean of both orders, as (verdict / 2, -verdict / 2).
+Every verb but speed shows several models side by side. A model is scored as its stock class scores it: the
+string of data_prep.Formatter, tokenised with add_special_tokens=False, read at the right-most token that is
+not pad. A RUN/teacher is scored too: its verdict, mean of both orders, as (verdict / 2, -verdict / 2).
 
 Letters: N pairs, k responses each; P prompts, N candidates each; K stages; B rows a batch, n tokens, W words.
 """
@@ -127,8 +127,8 @@ class Judge:
 
     @torch.no_grad()
     def end_attention(self, rows: list[list[int]], layers: str, rollout: bool, batch_size: int):
-        """What the scoring position attends to: (n,) a row, mean over heads and layers; rollout: through all
-        layers, half of each step on the residual stream (arXiv 2005.00928). Raises UserError."""
+        """What the scoring position attends to: (n,) for a row, mean over heads and layers; rollout: through
+        all layers, half of each step on the residual stream (arXiv 2005.00928). Raises UserError."""
         out, chosen = [np.zeros(0)] * len(rows), pick_layers(self, "all" if rollout else layers)
         before = self.model.config._attn_implementation
         tap = None if self.caps else AttentionTap(self.model, chosen)
@@ -140,7 +140,7 @@ class Judge:
             n = inputs["input_ids"].shape[1]
             causal = torch.ones(1, 1, n, n, dtype=torch.bool, device=self.device).tril()
             end = rolled = F.one_hot(at, n).float()[:, None]  # (B, 1, n)
-            mean = torch.zeros_like(end)
+            mean = 0
             for k in reversed(chosen):
                 if tap is None:
                     A = seen.attentions[k].float().mean(1)  # (B, n, n)
@@ -355,6 +355,7 @@ def shown(value: float | None, ends: list[float] | None = None, form: str = ".3f
 
 
 def percent(value: float | None, ends: list[float] | None = None, sign: str = "") -> str:
+    """A share and its interval in %: 51.2 [43.1, 59.8]."""
     return shown(value, ends, sign + ".1f", 100)
 
 
@@ -367,6 +368,7 @@ def print_rows(header: list[str], rows: list[list[str]]) -> None:
 
 
 def pyplot():
+    """matplotlib.pyplot, drawing to files alone. Raises UserError where it is not installed."""
     try:
         import matplotlib
     except ImportError:
@@ -410,6 +412,7 @@ def draw_bars(axes, at: np.ndarray, width: float, values, ends, scale: float = 1
 
 
 def save_plot(figure, path: str) -> None:
+    """Written aside, then renamed: never half a picture."""
     figure.savefig(path + ".tmp", format=Path(path).suffix[1:].lower(), dpi=150, bbox_inches="tight")
     os.replace(path + ".tmp", path)
 
@@ -904,6 +907,7 @@ EDITS = {
 
 
 def sentences(text: str) -> list[str]:
+    """Split after an end mark (the CJK ones need no space behind them) and at line breaks."""
     return [s for s in re.split(r"(?<=[.!?])\s+|(?<=[。！？])|\n+", text.strip()) if s.strip()]
 
 
@@ -1495,6 +1499,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Checks what can be checked at once, then runs the verb; exits with 2 and one line for a UserError."""
     args = parse_args(argv)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
