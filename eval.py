@@ -1203,23 +1203,20 @@ ARMS = {"a": "two passes, padded", "b": "one batch of both, random order (as TRL
 
 
 def speed_examples(args, encoder: Encoder, vocabulary: tuple[int, int]) -> list[Example]:
-    """--pairs of --data, every eighth of the length buckets of training: few, with the padding of many. Or
-    random tokens, (prompt, chosen, rejected) of --lengths, three words to four tokens, of which the teacher
-    reads what it has room for. vocabulary: sizes in student and teacher."""
+    """The first --pairs of --data; or random tokens, (prompt, chosen, rejected) of --lengths, each length drawn
+    from --spread around it, three words to four tokens, of which the teacher reads what it has room for.
+    vocabulary: sizes in student and teacher."""
     if not args.lengths:
-        pairs = [p for some in read_files(args).values() for p in some][:8 * args.pairs]
-        examples = encoder(pairs, progress="encoding")
-        buckets = plan_epoch(np.array([len(e.ids) for e in examples]), args.batch_size, args.seed, 0)
-        buckets.sort(key=lambda index: len(examples[index[0]].ids))
-        return [examples[i] for index in buckets[len(buckets) // 2 % 8::8] for i in index][:args.pairs]
-    rng, out, seg = np.random.default_rng(args.seed), [], np.repeat([0, 1, 2], args.lengths)
-    word, n = np.arange(len(seg)) * 3 // 4, len(seg)
-    word_seg = np.zeros(word[-1] + 1, dtype=int)
-    word_seg[word] = seg
-    share = min(1.0, (encoder.teacher_length - 4) / n)
-    heads = [np.flatnonzero(seg == s)[:int(share * length)] for s, length in enumerate(args.lengths)]
-    word_seg[np.setdiff1d(word, word[np.concatenate(heads)])] = -1
+        return encoder([p for some in read_files(args).values() for p in some][:args.pairs], progress="encoding")
+    rng, out, low, high = np.random.default_rng(args.seed), [], 1 - args.spread, 1 + args.spread
     for _ in range(args.pairs):
+        lengths = [max(1, round(n * rng.uniform(low, high))) for n in args.lengths]
+        n, seg = sum(lengths), np.repeat([0, 1, 2], lengths)
+        word, share = np.arange(n) * 3 // 4, min(1.0, (encoder.teacher_length - 4) / n)
+        word_seg = np.zeros(word[-1] + 1, dtype=int)
+        word_seg[word] = seg
+        heads = [np.flatnonzero(seg == s)[:int(share * length)] for s, length in enumerate(lengths)]
+        word_seg[np.setdiff1d(word, word[np.concatenate(heads)])] = -1
         runs = [(rng.integers(5, vocabulary[1], len(at)), word[at]) for at in heads]
         out.append(Example(rng.integers(5, vocabulary[0], n), seg, word, word_seg, runs, None))
     return out
@@ -1281,8 +1278,9 @@ def time_arms(args) -> dict[str, dict]:
     encoder = Encoder(tokenizer, args.max_length or 1024, "truncate", reader_tokenizer, room)
     examples = speed_examples(args, encoder, (stock.config.vocab_size, len(reader_tokenizer)))
     N, depths = len(examples), [m.config.get_text_config().num_hidden_layers for m in (stock, reader)]
-    random, bucketed = ([order[i:i + k] for i in range(0, N, k)]
-                        for order in (np.random.default_rng(seed).permutation(N), np.arange(N)))
+    order = np.random.default_rng(seed).permutation(N)
+    random = [order[i:i + k] for i in range(0, N, k)]
+    bucketed = plan_epoch(np.array([len(e.ids) for e in examples]), k, seed, 0)  # as in training
     optimizer, sdpa = make_optimizer(stock, 0.0, 0.0), stock.config._attn_implementation  # rate 0: no change
     taken, tokens, peer = {arm: [] for arm in args.arms}, {arm: np.zeros(2) for arm in args.arms}, None
 
@@ -1363,7 +1361,7 @@ def trl_trainer(stock, tokenizer, pairs: list[Pair], args, bf16: bool):
 def own_process(args, arm: str, *flags: str) -> dict:
     """One arm alone, a round, in a process of its own: what it really needs of memory. Raises UserError."""
     command = [sys.executable, __file__, "speed", args.models[0], "--arms", arm, "--rounds=1", *flags]
-    for k in ("teacher", "max_length", "dtype", "device", "seed", "pairs", "batch_size", "align_max_tokens"):
+    for k in ("teacher", "max_length", "dtype", "device", "seed", "pairs", "batch_size", "align_max_tokens", "spread"):
         command += ["--" + k.replace("_", "-"), str(getattr(args, k))]
     for k in ("data", "lengths", "shrink"):
         command += ["--" + k, *map(str, getattr(args, k))] if getattr(args, k) else []
@@ -1474,11 +1472,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--teacher", metavar="DIR", help="encoder that serves as the teacher")
     add("--arms", nargs="+", default=["b", "a", "b'", "c", "tap", "pool", "d", "e"], choices=list(ARMS),
         help="ways to train, ratios are to the first (default: b a b' c tap pool d e)")
-    add("--pairs", type=int, default=128,
-        help="pairs a round, whole length buckets of 8 times as many (default: 128)")
+    add("--pairs", type=int, default=128, help="pairs a round (default: 128)")
     add("--rounds", type=int, default=5, help="rounds, after one that warms up (default: 5)")
     add("--lengths", type=int, nargs=3, metavar="N",
         help="random tokens instead of --data: of prompt, chosen, rejected")
+    add("--spread", type=float, default=0.0, metavar="SHARE",
+        help="lengths vary by up to this share, uniformly (default: 0)")
     add("--shrink", type=int, nargs=2, metavar=("HIDDEN", "LAYERS"),
         help="MODEL's class at this size, random weights")
     add("--align-max-tokens", type=int, default=0, help="as in idistill.py (default: 0)")
@@ -1491,6 +1490,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         ap.error("--data is needed")
     if args.batch_size < 1 or args.max_length < 0 or args.limit < 0:
         ap.error("--batch-size must be at least 1, --max-length and --limit not negative")
+    if min(getattr(args, "pairs", 1), getattr(args, "rounds", 1)) < 1 or not 0 <= getattr(args, "spread", 0) < 1:
+        ap.error("--pairs and --rounds must be at least 1, --spread from 0 to under 1")
     if getattr(args, "stages", 2) < 2:
         ap.error("--stages must be at least 2")
     if len(set(args.models)) < len(args.models):

@@ -1954,7 +1954,7 @@ def test_every_arm_of_speed_computes_the_same_loss(zoo):
     cfg, zeros = Config(align_support="causal", lambda_inter=0), np.zeros(5)
     causal = distillation_losses(model, teacher, examples, zeros, cfg, "cpu", list(range(5)))
     naive = evaluation.training_step("e", eager, reader, examples, cfg, "cpu")[0]
-    assert naive.isfinite() and (naive - causal["bt"].mean()).abs() > 0.01
+    assert close(naive, causal["bt"].mean(), 1) and naive > causal["bt"].mean() + 1e-4
 
 
 def test_speed_as_a_user_runs_it(zoo, argv, tmp_path, capsys):

@@ -22,7 +22,7 @@ RUNS, SEEDS = ROOT / "runs" / "study", (0, 1, 2)
 STUDENT, TEACHER, RAW = "models/smollm2-135m-l6", "models/minilm-l6", "data/hh_helpful.train.jsonl.gz"
 HELD_OUT = {"data/hh_helpful.test.jsonl.gz": 600, "data/hh_harmless.test.jsonl.gz": 300, "data/rmb_helpful.test.jsonl.gz": 200,
             "data/llmbar_natural.jsonl.gz": 100, "data/mt_bench_llmbar_layout.jsonl.gz": 200}  # file -> random pairs of it
-LR = {"BT": "3e-4", "ID": "1e-4"}  # what `tune` chose by validation accuracy, for arms with --method bt and for the others
+LR = {"BT": "3e-4", "ID": "3e-4"}  # what `tune` chose by validation accuracy, for arms with --method bt and for the others
 TEACHER_FLAGS = ["--teacher-epochs", "2", "--teacher-lr", "1e-4"]
 COMMON = ["--data", "runs/study/hh.jsonl", "--val-data", "runs/study/hh.val.jsonl", "--max-length", "512", "--dtype", "fp32",
           "--eval-every", "50", "--model", STUDENT]
