@@ -760,10 +760,11 @@ def plot_attention(result: dict, path: str) -> None:
                           label=f"ranked {side} ({c['pairs']})")
             panel.axhline(1, color="black", linewidth=0.7)
             panel.set(title=short(name), xlabel="stage", ylabel="attention density (1 = even)", xticks=at[1:])
-            panel.legend(fontsize=7)
+            panel.set_ylim(0, 1.3 * panel.get_ylim()[1])  # room for the legend
+            panel.legend(fontsize=7, loc="upper center", ncols=2)
         curves.axhline(50, color="black", linewidth=0.7)
         curves.set(title=file, xlabel="share of the stages masked, %", ylabel="pair accuracy %, 95 % band")
-        curves.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.2))
+        curves.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.28))
     figure.tight_layout()
     save_plot(figure, path)
 
