@@ -755,17 +755,6 @@ def test_several_processes_are_one(zoo, argv, tmp_path):
             assert all(abs(one[k] - many[k]) < 1e-4 * max(1, abs(one[k])) for k in one if isinstance(one[k], float)), (one, many)
 
 
-def test_a_process_that_dies_or_refuses_ends_all(argv, tmp_path):
-    """No hang: the run ends at once, and says which process and why."""
-    code = ("import sys, os, idistill\nfrom data_prep import Run, RANK\nlog = Run.log\n"
-            "def die(run, **line):\n    os._exit(9) if RANK and line.get('step') == 2 else log(run, **line)\n"
-            "Run.log = die\nidistill.main(sys.argv[1:])")
-    done = torchrun(code, *argv(tmp_path / "run", method="bt", max_steps=50))
-    assert done.returncode and "process 0 of 2 cannot go on" in done.stderr and "local_rank: 1" in done.stderr
-    done = torchrun("import sys, idistill\nidistill.main(sys.argv[1:])", *argv(tmp_path / "other", lr=-1))
-    assert done.returncode and done.stderr.count("error: --lr") == 1
-
-
 def test_sampled_rows_are_rows_of_the_whole_map(zoo):
     """--align-max-tokens: the rows of the drawn words equal those of the whole word map, in student and teacher."""
     model, tokenizer, _ = student(zoo, layers=(1,))
@@ -2711,3 +2700,37 @@ def test_random_unicode_holds_every_invariant(rig, examples):
         check_pairs(*rig(kind, max_length, room), [data_prep.parse_pair(line) for line in lines])
 
     holds()
+
+
+@slow
+def test_a_pair_of_8k_tokens_is_one_step(zoo, monkeypatch):
+    """No map outside of the tapped layer, and with --align-max-tokens only some rows of it."""
+    model, _, _ = student(zoo, max_position_embeddings=8192, layers=(2,))
+    seen, whole = [], idistill.attention_map
+
+    def watched(query, key, scale, mask, rows=None, matched=False):
+        made = whole(query, key, scale, mask, rows, matched)
+        seen.append(tuple(made.shape))
+        return made
+
+    monkeypatch.setattr(idistill, "attention_map", watched)
+    seg = np.repeat([0, 1, 2], [4096, 2048, 2048])
+    ids, word = np.random.default_rng(0).integers(5, 400, 8192), np.arange(8192) // 2
+    example = data_prep.Example(ids, seg, word, seg[::2], [], make_pairs(1)[0])
+    cfg = Config(align_target="uniform", align_max_tokens=256)
+    terms = distillation_losses(model, None, [example], np.zeros(1), cfg, "cpu", [0])
+    terms["loss"].sum().backward()
+    assert seen == [(1, 1, 256, 8192)] and terms["loss"].isfinite().all() and float(terms["inter"].detach()) > 0
+    assert model.stock.model.layers[2].self_attn.q_proj.weight.grad.abs().max() > 0
+
+
+@slow
+def test_a_process_that_dies_or_refuses_ends_all(argv, tmp_path):
+    """No hang: the run ends at once, and says which process and why."""
+    code = ("import sys, os, idistill\nfrom data_prep import Run, RANK\nlog = Run.log\n"
+            "def die(run, **line):\n    os._exit(9) if RANK and line.get('step') == 2 else log(run, **line)\n"
+            "Run.log = die\nidistill.main(sys.argv[1:])")
+    done = torchrun(code, *argv(tmp_path / "run", method="bt", max_steps=50))
+    assert done.returncode and "process 0 of 2 cannot go on" in done.stderr and "local_rank: 1" in done.stderr
+    done = torchrun("import sys, idistill\nidistill.main(sys.argv[1:])", *argv(tmp_path / "other", lr=-1))
+    assert done.returncode and done.stderr.count("error: --lr") == 1
