@@ -6,6 +6,7 @@
     python results/study.py real       # the arms on real pairs, then their margins on every held-out file
     python results/study.py synthetic  # the readings of the paper on the generated language, five seeds
     python results/study.py figures    # every verb of eval.py on the demo's models and on those of seed 0: JSON and PNG files here
+    python results/study.py gradients  # norms of the gradients of the terms of the loss: real_gradients.json
     python results/study.py report     # results/study.json, and the tables in Markdown on the screen
 """
 import fcntl
@@ -183,6 +184,43 @@ def figures() -> None:
              "--data", *list(HELD_OUT)[:1], *of_real)
 
 
+def gradients() -> None:
+    """Norm of the gradient of each term of the loss, before and after training, on validation pairs: is the alignment
+    large enough beside BT, and do the two pull in the same direction?"""
+    import numpy as np
+    import torch
+    import transformers
+
+    from data_prep import Encoder, load_student, load_teacher, read_pairs
+    from idistill import Config, InteractionTeacher, RewardModel, distillation_losses
+    transformers.logging.set_verbosity_error()
+    out, cfg = {}, Config()
+    for when, name in (("before", STUDENT), ("after ID", f"{folder('ID', 0)}/student"), ("after BT", f"{folder('BT', 0)}/student")):
+        stock, tokenizer = load_student(str(ROOT / name) if not Path(name).is_absolute() else name, 0, 512)
+        reader, reader_tokenizer, room = load_teacher(f"{folder('ID', 0)}/teacher")
+        model = RewardModel(stock, "packed", (stock.config.num_hidden_layers - 1,))
+        teacher = InteractionTeacher(reader.eval().requires_grad_(False), reader_tokenizer, (reader.config.num_hidden_layers - 1,))
+        examples = Encoder(tokenizer, 512, "truncate", reader_tokenizer, room)(read_pairs([str(RUNS / "hh.val.jsonl")])[0][:64])
+        grads = {}
+        for term, weights in (("bt", (0, 0)), ("intra", (1, 0)), ("inter", (0, 1))):
+            cfg.lambda_intra, cfg.lambda_inter = weights
+            total = None
+            for start in range(0, 64, 16):
+                some = examples[start:start + 16]
+                losses = distillation_losses(model, teacher, some, np.zeros(len(some)), cfg, "cpu", list(range(len(some))))
+                loss = losses["bt"].mean() if term == "bt" else (losses["loss"] - losses["bt"]).mean()
+                model.zero_grad()
+                loss.backward()
+                flat = torch.cat([p.grad.flatten() if p.grad is not None else torch.zeros(p.numel()) for p in model.parameters()])
+                total = flat if total is None else total + flat
+            grads[term] = total / 4
+        cosine = torch.nn.functional.cosine_similarity
+        out[when] = {"norm": {k: float(g.norm()) for k, g in grads.items()},
+                     "cosine_to_bt": {k: float(cosine(grads["bt"], grads[k], 0)) for k in ("intra", "inter")}}
+        print(when, out[when], flush=True)
+    (ROOT / "results/real_gradients.json").write_text(json.dumps(out, indent=1))
+
+
 def flags_of(run: Path) -> dict:
     """Flags that are not the default, versions, validation accuracy, seconds, end of the loss curve."""
     from dataclasses import asdict
@@ -280,4 +318,4 @@ def report() -> None:
 
 if __name__ == "__main__":
     RUNS.mkdir(parents=True, exist_ok=True)
-    {f.__name__: f for f in (prepare, tune, real, synthetic, figures, report)}[sys.argv[1]](*sys.argv[2:])
+    {f.__name__: f for f in (prepare, tune, real, synthetic, figures, gradients, report)}[sys.argv[1]](*sys.argv[2:])
