@@ -26,20 +26,22 @@ HELD_OUT = {"data/hh_helpful.test.jsonl.gz": 600, "data/hh_harmless.test.jsonl.g
 LR = {"BT": "3e-4", "ID": "3e-4"}  # what `tune` chose by validation accuracy, for arms with --method bt and for the others
 TEACHER_FLAGS = ["--teacher-epochs", "2", "--teacher-lr", "1e-4"]
 COMMON = ["--data", "runs/study/hh.jsonl", "--val-data", "runs/study/hh.val.jsonl", "--max-length", "512", "--dtype", "fp32",
-          "--eval-every", "50", "--model", STUDENT]
+          "--eval-every", "77", "--model", STUDENT]
 BT, UNIFORM = ["--method", "bt"], ["--align-target", "uniform"]
 ARMS = {  # arm -> (flags, seeds); all but ID take the teacher that the ID run of the same seed has trained
     "ID": ([], SEEDS), "BT": (BT, SEEDS), "ID, uniform target": (UNIFORM, SEEDS),
-    "ID, intra only": (["--lambda-inter", "0"], (0,)), "ID, inter only": (["--lambda-intra", "0"], (0,)),
-    "ID, shuffled teacher": (["--align-target", "shuffled"], (0,)),
-    "ID, untrained teacher": (["--teacher", TEACHER, "--teacher-epochs", "0"], (0,)),
-    "score only": (["--lambda-score", "1", "--lambda-intra", "0", "--lambda-inter", "0"], (0,)),
-    "score + ID": (["--lambda-score", "1"], (0,)), "ID, causal support": (["--align-support", "causal"], (0,)),
-    "label smoothing": ([*BT, "--preference-loss", "smooth"], (0,)), "robust": ([*BT, "--preference-loss", "robust"], (0,)),
-    "adaptive margin": ([*BT, "--margin-field", "strength", "--data", "runs/study/hh.strength.jsonl"], (0,)),
-    **{f"{name}, {n} % noise": ([*flags, "--label-noise", f"0.{n}"], (0,)) for n in (20, 40) for name, flags in (
+    **{f"{name}, {n} % noise": ([*flags, "--label-noise", f"0.{n}"], (0,)) for n in (40, 20) for name, flags in (
         ("ID", ["--teacher", TEACHER, *TEACHER_FLAGS]), ("BT", BT),
-        ("label smoothing", [*BT, "--preference-loss", "smooth", "--flip-rate", f"0.{n}"]))}}
+        ("label smoothing", [*BT, "--preference-loss", "smooth", "--flip-rate", f"0.{n}"]))},
+    "adaptive margin": ([*BT, "--margin-field", "strength", "--data", "runs/study/hh.strength.jsonl"], (0,)),
+    "robust": ([*BT, "--preference-loss", "robust"], (0,)), "ID, causal support": (["--align-support", "causal"], (0,)),
+    "ID, untrained teacher": (["--teacher", TEACHER, "--teacher-epochs", "0"], (0,)),
+    "label smoothing": ([*BT, "--preference-loss", "smooth"], (0,)),
+    "ID, intra only": (["--lambda-inter", "0"], (0,)), "ID, inter only": (["--lambda-intra", "0"], (0,)),
+    "score + ID": (["--lambda-score", "1"], (0,)),
+    "score only": (["--lambda-score", "1", "--lambda-intra", "0", "--lambda-inter", "0"], (0,)),
+    "ID, shuffled teacher": (["--align-target", "shuffled"], (0,)),
+    "ID, heads matched": (["--align-heads", "matched"], (0,)), "ID, all layers": (["--align-layers", "all"], (0,))}
 TUNE = {**{f"BT lr {lr}": [*BT, "--lr", lr] for lr in ("3e-5", "1e-4", "3e-4")},
         **{f"teacher {e} x {lr}": ["--teacher", TEACHER, "--teacher-epochs", e, "--teacher-lr", lr, "--max-steps", "1"]
            for e, lr in (("1", "5e-5"), ("2", "1e-4"))},
