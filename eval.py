@@ -1316,15 +1316,21 @@ def time_arms(args) -> dict[str, dict]:
                 batches = random if arm in ("a", "b") else bucketed
                 seconds = one_pass(arm, batches if round else batches[:1])
             taken[arm] += [seconds] if round else []  # round 0 warms up
-    out, peak = {}, 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated()
+    out, peak = {}, torch.cuda.max_memory_allocated() if device.type == "cuda" else peak_memory()
     for arm, seconds in taken.items():
         (slots, real), ratios = tokens[arm], np.divide(taken[args.arms[0]], seconds)
         out[arm] = {"pairs_per_s": N / float(np.median(seconds)), "ratio": float(np.median(ratios)),
                     "ratios": ratios.tolist(), "tokens_per_pair": real / N,
                     "padding": 1 - real / max(1, slots), "peak_bytes": peak}
     return out
+
+
+def peak_memory() -> int:
+    """Most bytes this process held. On Linux ru_maxrss also counts what its parent held when it was started."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        return 1024 * int(status.read_text().split("VmHWM:")[1].split()[0])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def trl_trainer(stock, tokenizer, pairs: list[Pair], args, bf16: bool):
