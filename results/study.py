@@ -10,6 +10,7 @@
     python results/study.py report     # results/study.json, and the tables in Markdown on the screen
 """
 import fcntl
+import gzip
 import json
 import shutil
 import subprocess
@@ -176,14 +177,20 @@ def figures() -> None:
     verb("attack", "demo_attack", *two, "--data", f"{one}/data/cue-neutral.jsonl", "--edits", "results/demo_edits.json")
     verb("bestofn", "demo_bestofn", *two, f"{one}/uniform-target/student", "--data", f"{one}/data/candidates.jsonl")
     verb("stability", "demo_stability", *(f"{demo}/seed{s}/id/student" for s in range(5)), "--data", f"{one}/data/cue-neutral.jsonl")
-    real = [f"{folder(arm, 0).relative_to(ROOT)}/student" for arm in ("BT", "ID", "ID, uniform target")]
-    of_real = ["--max-length", 768, "--limit", 300, "--dtype", "fp32"]
-    verb("attention", "real_attention", *real[:2], "--teacher", "runs/study/ID-0/teacher", "--data", *list(HELD_OUT)[:1], *of_real)
-    verb("show", "real_show", *real[:2], "--teacher", "runs/study/ID-0/teacher", "--data", "data/llmbar_natural.jsonl.gz", "--pair", 3)
-    verb("attack", "real_attack", *real, "--data", *list(HELD_OUT)[:1], *of_real)
-    for arm in ("BT", "ID", "ID, uniform target"):
-        verb("stability", "real_stability_" + folder(arm).name, *(folder(arm, s).relative_to(ROOT) / "student" for s in SEEDS),
-             "--data", *list(HELD_OUT)[:1], *of_real)
+    real, teacher = [f"{folder(arm, 0).relative_to(ROOT)}/student" for arm in ("BT", "ID", "ID, uniform target")], "runs/study/ID-0/teacher"
+    few, (same_source, *_) = ["--max-length", 768, "--limit", 150, "--dtype", "fp32", "--batch-size", 16], HELD_OUT
+    verb("accuracy", "real_accuracy", *real, teacher, "--data", *HELD_OUT, *few)
+    verb("attention", "real_attention", *real[:2], "--teacher", teacher, "--data", same_source, *few)
+    verb("show", "real_show", *real[:2], "--teacher", teacher, "--data", "data/llmbar_natural.jsonl.gz", "--pair", 3)
+    verb("attack", "real_attack", *real, "--data", same_source, *few)
+    if not (RUNS / "rmb.three.jsonl").exists():  # RMB's best-of-n sets, one good and two bad answers of each
+        with gzip.open(ROOT / "data/layouts/rmb.bon_helpfulness_chat_casual.json.gz") as f:
+            sets = [{"prompt": [{k: turn[k] for k in ("role", "content")} for turn in s["conversation_input"]],
+                     "chosen": s["bon_best"]["answer"], "rejected": [r["answer"] for r in s["loser_list"][:2]]} for s in json.load(f)]
+        (RUNS / "rmb.three.jsonl").write_text("".join(json.dumps(s) + "\n" for s in sets))
+    verb("bestofn", "real_bestofn", *real, "--data", "runs/study/rmb.three.jsonl", *few)
+    for arm in ("BT", "ID"):
+        verb("stability", f"real_stability_{arm}", *(folder(arm, s).relative_to(ROOT) / "student" for s in SEEDS), "--data", same_source, *few)
 
 
 def gradients() -> None:
