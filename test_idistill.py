@@ -1985,6 +1985,7 @@ def child(argv: list[str], log: str, trap: str = "", call: int = 1, events: tupl
     sys.stdout = sys.stderr = open(log, "a", buffering=1)
     tqdm.set_lock(threading.RLock())  # its usual one outlives a killed process
     sys.argv, calls, left = ["idistill.py", *argv], 0, list(events)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background of a script ignores Ctrl-C
 
     def trapped(*args, **kwargs):
         nonlocal calls
