@@ -399,6 +399,10 @@ def draw(path: str, panels: list[tuple], ticks: list[str] | None = None, **setti
             axes.errorbar(x, y, ends, label=short(label), color=str(0.7 * k / max(1, len(series) - 1)),
                           linestyle=line, marker="osD^vx"[k % 6], markersize=4, capsize=2)
         axes.set(title=title, xlabel=xlabel, ylabel=ylabel, **settings)
+        if settings.get("xscale") == "log":
+            axes.set_xticks(x, map(str, x))
+            axes.set_xticks([], minor=True)
+            axes.yaxis.set_major_formatter("{x:g}")
         if ticks:
             axes.set_xticks(range(len(ticks)), ticks, rotation=35, ha="right")
         axes.legend(fontsize=7)
@@ -1416,7 +1420,7 @@ def speed(args) -> None:
     if args.plot and args.grow:
         panels = []
         for label, value in (("seconds a pair", lambda r: 1 / r["pairs_per_s"]),
-                             ("peak memory, MB", lambda r: r["peak_bytes"] / 1e6)):
+                             ("peak memory, GB", lambda r: r["peak_bytes"] / 1e9)):
             curves = {f"{arm}: {ARMS[arm]}": (args.grow, [value(rows[f"{arm} {n}"]) for n in args.grow], None)
                       for arm in args.arms}
             panels.append(("", "tokens a pair", label, curves))

@@ -3,7 +3,7 @@
 
     python results/study.py prepare    # splits, the cut student (data/ and models/ as in results/README.md)
     python results/study.py tune       # learning rate, lambda and teacher recipe, chosen on the validation split alone
-    python results/study.py real       # the arms on real pairs, then their margins on every held-out file
+    python results/study.py real       # the arms on real pairs (or: real BT "label smoothing"), their margins on held-out files
     python results/study.py synthetic  # the readings of the paper on the generated language, five seeds
     python results/study.py figures    # every verb of eval.py on the demo's models and on those of seed 0: JSON and PNG files here
     python results/study.py gradients  # norms of the gradients of the terms of the loss: real_gradients.json
@@ -65,17 +65,23 @@ def sh(*command) -> None:
     subprocess.run(list(map(str, command)), cwd=ROOT, check=True)
 
 
+def busy(out: Path) -> bool:
+    """Is a second process of the study at this run?"""
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / "lock", "a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return True
+    return False
+
+
 def train(out: Path, flags: list[str]) -> None:
-    """One run, resumed where it stopped, skipped where it is done; the checkpoints go when it is. A second process of
-    the study waits for a run that the first is at."""
+    """One run, resumed where it stopped, skipped where it is done; the checkpoints go when it is."""
     while not (out / "results.json").exists():
-        out.mkdir(parents=True, exist_ok=True)
-        with open(out / "lock", "a") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                time.sleep(10)
-                continue
+        if busy(out):
+            time.sleep(10)
+            continue
         resume = ["--resume"] if (out / "config.json").exists() else []
         sh(sys.executable, "idistill.py", *flags, "--output-dir", out.relative_to(ROOT), *resume)
     shutil.rmtree(out / "checkpoints", ignore_errors=True)
@@ -102,8 +108,8 @@ def tune() -> None:
         train(RUNS / "tune" / name.replace(" ", "-"), [*COMMON, *flags])
 
 
-def real(backwards: str = "") -> None:
-    """Every arm and seed; a second process may come from the other end (real backwards)."""
+def real(*arms: str) -> None:
+    """Every arm, or those named, with its seeds; a second process may run beside."""
     def one(arm: str, seed: int) -> None:
         flags, _ = ARMS[arm]
         lr, run = LR["BT" if "bt" in flags else "ID"], folder(arm, seed)
@@ -119,9 +125,14 @@ def real(backwards: str = "") -> None:
         train(run, [*COMMON, "--lr", lr, "--seed", str(seed), *teacher, *flags])
         score(run / "student")
 
-    todo = [(arm, seed) for arm, (_, seeds) in ARMS.items() for seed in seeds]
-    for arm, seed in reversed(todo) if backwards else todo:
-        one(arm, seed)
+    todo = [(arm, seed) for arm in arms or ARMS for seed in ARMS[arm][1]]
+    while todo:
+        arm, seed = todo.pop(0)
+        if not busy(folder(arm, seed)):
+            one(arm, seed)
+        elif todo:
+            todo.append((arm, seed))
+            time.sleep(5)
     for seed in SEEDS:
         score(folder("ID", seed) / "teacher")
 
