@@ -403,6 +403,8 @@ def draw(path: str, panels: list[tuple], ticks: list[str] | None = None, **setti
             axes.set_xticks(x, map(str, x))
             axes.set_xticks([], minor=True)
             axes.yaxis.set_major_formatter("{x:g}")
+            if np.divide(*axes.get_ylim()) > 1 / 30:
+                axes.yaxis.set_minor_formatter("{x:g}")
         if ticks:
             axes.set_xticks(range(len(ticks)), ticks, rotation=35, ha="right")
         axes.legend(fontsize=7)
