@@ -188,11 +188,11 @@ def figures() -> None:
     verb("attack", "demo_attack", *two, "--data", f"{one}/data/cue-neutral.jsonl", "--edits", "results/demo_edits.json")
     verb("bestofn", "demo_bestofn", *two, f"{one}/uniform-target/student", "--data", f"{one}/data/candidates.jsonl")
     verb("stability", "demo_stability", *(f"{demo}/seed{s}/id/student" for s in range(5)), "--data", f"{one}/data/cue-neutral.jsonl")
-    real, teacher = [f"{folder(arm, 0).relative_to(ROOT)}/student" for arm in ("BT", "ID", "ID, uniform target")], "runs/study/ID-0/teacher"
-    few, (same_source, *_) = ["--max-length", 768, "--limit", 150, "--dtype", "fp32", "--batch-size", 16], HELD_OUT
-    verb("accuracy", "real_accuracy", *real, teacher, "--data", *HELD_OUT, *few)
-    verb("attention", "real_attention", *real[:2], "--teacher", teacher, "--data", same_source, *few)
-    verb("show", "real_show", *real[:2], "--teacher", teacher, "--data", "data/llmbar_natural.jsonl.gz", "--pair", 3)
+    real, teacher = [f"{folder(arm, 0).relative_to(ROOT)}/student" for arm in ("BT", "ID")], "runs/study/ID-0/teacher"
+    few, (same_source, *_) = ["--max-length", 768, "--limit", 100, "--dtype", "fp32", "--batch-size", 16], HELD_OUT
+    verb("accuracy", "real_accuracy", *real, teacher, "--data", *list(HELD_OUT)[:3], *few)
+    verb("attention", "real_attention", *real, "--teacher", teacher, "--data", same_source, *few)
+    verb("show", "real_show", *real, "--teacher", teacher, "--data", "data/llmbar_natural.jsonl.gz", "--pair", 3)
     verb("attack", "real_attack", *real, "--data", same_source, *few)
     if not (RUNS / "rmb.three.jsonl").exists():  # RMB's best-of-n sets, one good and two bad answers of each
         with gzip.open(ROOT / "data/layouts/rmb.bon_helpfulness_chat_casual.json.gz") as f:
@@ -266,17 +266,22 @@ def report() -> None:
         files.update(evaluation.read_files(args))
     groups = {name: evaluation.prompt_groups(pairs) for name, pairs in files.items()}
 
+    calibrations = {}
+
     def right(run: str, model: str = "student") -> dict[str, np.ndarray] | None:
         path = RUNS / run / f"{model}.margins.json"
         read = json.loads(path.read_text()) if path.exists() else {}
         of = {name: np.array([np.nan if v is None else v for v in values]) for name, values in read.items()}
+        calibrations[run, model] = {name: {k: c for k, c in evaluation.calibration(v[~np.isnan(v)]).items() if k != "bins"}
+                                    for name, v in of.items()}
         return {name: np.where(np.isnan(v), np.nan, evaluation.outcomes(v)) for name, v in of.items()} or None
 
     done = {arm: {s: r for s in seeds if (r := right(folder(arm, s).name))} for arm, (_, seeds) in ARMS.items()}
     done["teacher"] = {s: r for s in SEEDS if (r := right(folder("ID", s).name, "teacher"))}
     study = {"tuning": {n: flags_of(RUNS / "tune" / n.replace(" ", "-")) for n in TUNE if (RUNS / "tune" / n.replace(" ", "-") / "results.json").exists()},
              "runs": {arm: {s: {**({} if arm == "teacher" else flags_of(folder(arm, s))), "sets": {
-                 name: {"pairs": int((~np.isnan(v)).sum()), "dropped": int(np.isnan(v).sum()), "accuracy": float(np.nanmean(v))}
+                 name: {"pairs": int((~np.isnan(v)).sum()), "dropped": int(np.isnan(v).sum()), "accuracy": float(np.nanmean(v)),
+                        **(calibrations[folder("ID", s).name, "teacher"] if arm == "teacher" else calibrations[folder(arm, s).name, "student"])[name]}
                  for name, v in r.items()}} for s, r in of.items()} for arm, of in done.items()}, "differences": {}}
 
     def mean(arm: str, name: str, seeds) -> np.ndarray:
@@ -308,6 +313,13 @@ def report() -> None:
     rows["longer response"] = [f"{100 * evaluation.outcomes(longer_margins(p)).mean():.1f}" for p in files.values()]
     print("\naccuracy %, mean ± standard error over seeds (number of seeds)")
     table(rows, [f"{name} ({len(p)})" for name, p in files.items()])
+    same, kinds, rows = next(iter(files)), ("nll", "brier", "ece", "temperature"), {}
+    for arm, runs in study["runs"].items():
+        if len(runs) > 1:
+            of_seeds = [[r["sets"][same][k] for r in runs.values()] for k in kinds]
+            rows[f"{arm} ({len(runs)})"] = [f"{np.mean(v):.3f} ± {np.std(v, ddof=1) / len(v) ** 0.5:.3f}" for v in of_seeds]
+    print(f"\ncalibration of sigma(margin) on {same}, mean ± standard error over seeds")
+    table(rows, list(kinds))
     pairs = [("ID", "BT"), ("ID", "ID, uniform target"), ("ID, uniform target", "BT"), ("ID", "teacher"),
              *((arm, other) for arm in ARMS if arm not in ("BT", "ID", "ID, uniform target") and "noise" not in arm for other in ("BT", "ID")),
              *((f"{a}, {n} % noise", f"{b}, {n} % noise") for n in (20, 40) for a, b in (("ID", "BT"), ("label smoothing", "BT")))]
