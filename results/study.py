@@ -42,7 +42,7 @@ ARMS = {  # arm -> (flags, seeds); all but ID take the teacher that the ID run o
     "score + ID": (["--lambda-score", "1"], (0,)),
     "score only": (["--lambda-score", "1", "--lambda-intra", "0", "--lambda-inter", "0"], (0,)),
     "ID, shuffled teacher": (["--align-target", "shuffled"], (0,)),
-    "ID, heads matched": (["--align-heads", "matched"], (0,)), "ID, all layers": (["--align-layers", "all"], (0,))}
+    "ID, lambda decay": (["--lambda-schedule", "decay"], (0,)), "ID, all layers": (["--align-layers", "all"], (0,))}
 TUNE = {**{f"BT lr {lr}": [*BT, "--lr", lr] for lr in ("3e-5", "1e-4", "3e-4")},
         **{f"teacher {e} x {lr}": ["--teacher", TEACHER, "--teacher-epochs", e, "--teacher-lr", lr, "--max-steps", "1"]
            for e, lr in (("1", "5e-5"), ("2", "1e-4"))},
