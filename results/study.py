@@ -24,6 +24,7 @@ RUNS, SEEDS = ROOT / "runs" / "study", (0, 1, 2)
 STUDENT, TEACHER, RAW = "models/smollm2-135m-l6", "models/minilm-l6", "data/hh_helpful.train.jsonl.gz"
 HELD_OUT = {"data/hh_helpful.test.jsonl.gz": 600, "data/hh_harmless.test.jsonl.gz": 300, "data/rmb_helpful.test.jsonl.gz": 200,
             "data/llmbar_natural.jsonl.gz": 100, "data/mt_bench_llmbar_layout.jsonl.gz": 200}  # file -> random pairs of it
+POOLED = "the last three together"  # helpfulness by other sources; computed after the rest had been looked at
 LR = {"BT": "3e-4", "ID": "3e-4"}  # what `tune` chose by validation accuracy, for arms with --method bt and for the others
 TEACHER_FLAGS = ["--teacher-epochs", "2", "--teacher-lr", "1e-4"]
 COMMON = ["--data", "runs/study/hh.jsonl", "--val-data", "runs/study/hh.val.jsonl", "--max-length", "512", "--dtype", "fp32",
@@ -284,18 +285,15 @@ def report() -> None:
                         **(calibrations[folder("ID", s).name, "teacher"] if arm == "teacher" else calibrations[folder(arm, s).name, "student"])[name]}
                  for name, v in r.items()}} for s, r in of.items()} for arm, of in done.items()}, "differences": {}}
 
-    def mean(arm: str, name: str, seeds) -> np.ndarray:
-        return np.mean([done[arm][s][name] for s in seeds], axis=0)
-
     def difference(arm: str, other: str) -> dict:
         """Paired by seed and by pair: mean, 95 % bootstrap interval over prompts, standard error over seeds."""
         seeds, out = sorted(done[arm].keys() & done[other].keys()), {}
-        for name in files if seeds else ():
-            gap = mean(arm, name, seeds) - mean(other, name, seeds)
-            both = ~np.isnan(gap)
-            by_seed = [float(np.nanmean(done[arm][s][name] - done[other][s][name])) for s in seeds]
+        for name, parts in {**{name: [name] for name in files}, POOLED: list(files)[2:]}.items() if seeds else ():
+            gaps = np.concatenate([[done[arm][s][part] - done[other][s][part] for s in seeds] for part in parts], axis=1)
+            gap, by_seed = gaps.mean(0), np.nanmean(gaps, axis=1)
+            both, prompt = ~np.isnan(gap), np.concatenate([groups[part] for part in parts])
             out[name] = {"seeds": len(seeds), "pairs": int(both.sum()), "mean": float(gap[both].mean()),
-                         "interval": evaluation.bootstrap(gap[both], groups[name][both], 0),
+                         "interval": evaluation.bootstrap(gap[both], prompt[both], 0), "by_seed": by_seed.tolist(),
                          "standard_error_over_seeds": float(np.std(by_seed, ddof=1) / len(seeds) ** 0.5) if len(seeds) > 1 else None}
         return out
 
@@ -330,7 +328,7 @@ def report() -> None:
             rows[f"{arm} − {other}"] = [evaluation.percent(d["mean"], d["interval"], "+") + (
                 f", s.e. {100 * d['standard_error_over_seeds']:.1f}" if d["standard_error_over_seeds"] is not None else "") for d in found.values()]
     print("\ndifferences in points [95 %, bootstrap over prompts], standard error over seeds where there are several")
-    table(rows, list(files))
+    table(rows, [*files, POOLED])
     columns = ("in-distribution", "cue-neutral", "cue-reversed")
     read = {}
     for name in READINGS:
