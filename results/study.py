@@ -267,23 +267,25 @@ def report() -> None:
         files.update(evaluation.read_files(args))
     groups = {name: evaluation.prompt_groups(pairs) for name, pairs in files.items()}
 
-    calibrations = {}
-
-    def right(run: str, model: str = "student") -> dict[str, np.ndarray] | None:
+    def margins(run: str, model: str) -> dict[str, np.ndarray]:
+        """{file: margins (N,), NaN where the pair was too long}; empty while the model is not scored."""
         path = RUNS / run / f"{model}.margins.json"
         read = json.loads(path.read_text()) if path.exists() else {}
-        of = {name: np.array([np.nan if v is None else v for v in values]) for name, values in read.items()}
-        calibrations[run, model] = {name: {k: c for k, c in evaluation.calibration(v[~np.isnan(v)]).items() if k != "bins"}
-                                    for name, v in of.items()}
-        return {name: np.where(np.isnan(v), np.nan, evaluation.outcomes(v)) for name, v in of.items()} or None
+        return {name: np.array([np.nan if v is None else v for v in values]) for name, values in read.items()}
 
-    done = {arm: {s: r for s in seeds if (r := right(folder(arm, s).name))} for arm, (_, seeds) in ARMS.items()}
-    done["teacher"] = {s: r for s in SEEDS if (r := right(folder("ID", s).name, "teacher"))}
-    study = {"tuning": {n: flags_of(RUNS / "tune" / n.replace(" ", "-")) for n in TUNE if (RUNS / "tune" / n.replace(" ", "-") / "results.json").exists()},
+    def measured(v: np.ndarray) -> dict:
+        real = v[~np.isnan(v)]
+        return {"pairs": len(real), "dropped": len(v) - len(real), "accuracy": float(evaluation.outcomes(real).mean()),
+                **{k: c for k, c in evaluation.calibration(real).items() if k != "bins"}}
+
+    scored = {arm: {s: m for s in seeds if (m := margins(folder(arm, s).name, "student"))} for arm, (_, seeds) in ARMS.items()}
+    scored["teacher"] = {s: m for s in SEEDS if (m := margins(folder("ID", s).name, "teacher"))}
+    done = {arm: {s: {name: np.where(np.isnan(v), np.nan, evaluation.outcomes(v)) for name, v in m.items()} for s, m in of.items()}
+            for arm, of in scored.items()}
+    tuned = {n: RUNS / "tune" / n.replace(" ", "-") for n in TUNE}
+    study = {"tuning": {n: flags_of(run) for n, run in tuned.items() if (run / "results.json").exists()},
              "runs": {arm: {s: {**({} if arm == "teacher" else flags_of(folder(arm, s))), "sets": {
-                 name: {"pairs": int((~np.isnan(v)).sum()), "dropped": int(np.isnan(v).sum()), "accuracy": float(np.nanmean(v)),
-                        **(calibrations[folder("ID", s).name, "teacher"] if arm == "teacher" else calibrations[folder(arm, s).name, "student"])[name]}
-                 for name, v in r.items()}} for s, r in of.items()} for arm, of in done.items()}, "differences": {}}
+                 name: measured(v) for name, v in m.items()}} for s, m in of.items()} for arm, of in scored.items()}, "differences": {}}
 
     def difference(arm: str, other: str) -> dict:
         """Paired by seed and by pair: mean, 95 % bootstrap interval over prompts, standard error over seeds."""
