@@ -1257,8 +1257,9 @@ def training_step(arm: str, model: RewardModel, teacher: InteractionTeacher, exa
     batch, swap = collate(examples, pad, device), np.zeros(B)
     if arm == "e":
         other = collate_teacher(examples, swap, teacher.tokenizer, device)
-        out = stock.base_model(batch["ids"], attention_mask=tree_mask(batch["seg"]), use_cache=False,
-                               position_ids=batch["pos"], output_attentions=True)
+        hidden_keys = ~tree_mask(batch["seg"])  # eager attention adds its mask: True would count as + 1
+        mask = torch.zeros_like(hidden_keys, dtype=torch.float32).masked_fill_(hidden_keys, torch.finfo(torch.float32).min)
+        out = stock.base_model(batch["ids"], attention_mask=mask, use_cache=False, position_ids=batch["pos"], output_attentions=True)
         h = out.last_hidden_state
         r = stock.score(h.gather(1, batch["last"][:, :, None].expand(-1, -1, h.shape[-1])))[..., 0].float()
         with torch.no_grad():

@@ -1940,10 +1940,14 @@ def test_every_arm_of_speed_computes_the_same_loss(zoo):
     eager.stock.load_state_dict(model.stock.state_dict(), strict=False)
     reader = InteractionTeacher(transformers.AutoModelForTokenClassification.from_pretrained(
         reader, num_labels=1, attn_implementation="eager"), teacher_tokenizer)
-    cfg, zeros = Config(align_support="causal", lambda_inter=0), np.zeros(5)
-    causal = distillation_losses(model, teacher, examples, zeros, cfg, "cpu", list(range(5)))
-    naive = evaluation.training_step("e", eager, reader, examples, cfg, "cpu")[0]
-    assert close(naive, causal["bt"].mean(), 1) and naive > causal["bt"].mean() + 1e-4
+    batch, other = collate(examples, 0), collate_teacher(examples, np.zeros(5), teacher_tokenizer)
+    with torch.no_grad(), model.tap:  # what e gets from eager attention: the student's own masked map, in causal blocks
+        model.stock.base_model(batch["ids"], attention_mask=tree_mask(batch["seg"]), position_ids=batch["pos"])
+    teacher(other, maps=True)
+    masked = attention_map(*model.tap.kept[2][:3], tree_mask(batch["seg"]))
+    T, S = (pool_words(m, b["word"], batch["word_seg"].shape[1]) for m, b in ((teacher.maps[0], other), (masked, batch)))
+    expected = loss["c"] + alignment_loss(T, S, block_masks(batch["word_seg"], "causal")[0]).mean()
+    assert close(evaluation.training_step("e", eager, reader, examples, Config(), "cpu")[0], expected) and expected > loss["c"] + 0.01
 
 
 def test_speed_as_a_user_runs_it(zoo, argv, tmp_path, capsys):
