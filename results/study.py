@@ -29,7 +29,14 @@ LR = {"BT": "3e-4", "ID": "3e-4"}  # what `tune` chose by validation accuracy, f
 TEACHER_FLAGS = ["--teacher-epochs", "2", "--teacher-lr", "1e-4"]
 COMMON = ["--data", "runs/study/hh.jsonl", "--val-data", "runs/study/hh.val.jsonl", "--max-length", "512", "--dtype", "fp32",
           "--eval-every", "77", "--model", STUDENT]
+MORE = "teacher of 6,800 pairs"  # every pair of RAW but those of the validation split
 BT, UNIFORM = ["--method", "bt"], ["--align-target", "uniform"]
+
+
+def folder(arm: str, seed: int | None = None) -> Path:
+    return RUNS / (arm.replace(",", "").replace(" %", "").replace(" ", "-") + ("" if seed is None else f"-{seed}"))
+
+
 ARMS = {  # arm -> (flags, seeds); all but ID take the teacher that the ID run of the same seed has trained
     "ID": ([], SEEDS), "BT": (BT, SEEDS), "ID, uniform target": (UNIFORM, SEEDS),
     **{f"{name}, {n} % noise": ([*flags, "--label-noise", f"0.{n}"], (0,)) for n in (40, 20) for name, flags in (
@@ -43,7 +50,9 @@ ARMS = {  # arm -> (flags, seeds); all but ID take the teacher that the ID run o
     "score + ID": (["--lambda-score", "1"], (0,)),
     "score only": (["--lambda-score", "1", "--lambda-intra", "0", "--lambda-inter", "0"], (0,)),
     "ID, shuffled teacher": (["--align-target", "shuffled"], (0,)),
-    "ID, lambda decay": (["--lambda-schedule", "decay"], (0,)), "ID, all layers": (["--align-layers", "all"], (0,))}
+    "ID, lambda decay": (["--lambda-schedule", "decay"], (0,)), "ID, all layers": (["--align-layers", "all"], (0,)),
+    **{f"{name}, {MORE}": (["--teacher", f"{folder(MORE)}/teacher", "--teacher-epochs", "0", *flags], (0,))
+       for name, flags in (("ID", []), ("score only", ["--lambda-score", "1", "--lambda-intra", "0", "--lambda-inter", "0"]))}}
 TUNE = {**{f"BT lr {lr}": [*BT, "--lr", lr] for lr in ("3e-5", "1e-4", "3e-4")},
         **{f"teacher {e} x {lr}": ["--teacher", TEACHER, "--teacher-epochs", e, "--teacher-lr", lr, "--max-steps", "1"]
            for e, lr in (("1", "5e-5"), ("2", "1e-4"))},
@@ -88,10 +97,6 @@ def train(out: Path, flags: list[str]) -> None:
     shutil.rmtree(out / "checkpoints", ignore_errors=True)
 
 
-def folder(arm: str, seed: int | None = None) -> Path:
-    return RUNS / (arm.replace(",", "").replace(" %", "").replace(" ", "-") + ("" if seed is None else f"-{seed}"))
-
-
 def prepare() -> None:
     if not (RUNS / "hh.jsonl").exists():
         sh(sys.executable, "data_prep.py", RAW, "--limit", 2900, "--val-fraction", 0.15, "--out", RUNS / "hh.jsonl")
@@ -119,6 +124,11 @@ def real(*arms: str) -> None:
                 one("BT", other)
             sh(sys.executable, "eval.py", "accuracy", *(folder("BT", s) / "student" for s in SEEDS), "--data", RUNS / "hh.jsonl",
                "--max-length", 512, "--strength", RUNS / "hh.strength.jsonl")
+        if MORE in arm:
+            if not (RUNS / "hh.all.jsonl").exists():  # its validation split, cut by the same hash of the prompt, holds that of hh.jsonl
+                sh(sys.executable, "data_prep.py", RAW, "--val-fraction", 0.15, "--out", RUNS / "hh.all.jsonl")
+            train(folder(MORE), [*COMMON, "--data", "runs/study/hh.all.jsonl", "--teacher", TEACHER, *TEACHER_FLAGS, "--max-steps", "1"])
+            score(folder(MORE) / "teacher")
         teacher = ["--teacher", TEACHER, *TEACHER_FLAGS]
         if arm != "ID" and "bt" not in flags and "--teacher" not in flags:
             one("ID", seed)
@@ -193,7 +203,7 @@ def figures() -> None:
     few, (same_source, *_) = ["--max-length", 768, "--limit", 100, "--dtype", "fp32", "--batch-size", 16], HELD_OUT
     verb("accuracy", "real_accuracy", *real, teacher, "--data", *list(HELD_OUT)[:3], *few)
     verb("attention", "real_attention", *real, "--teacher", teacher, "--data", same_source, *few)
-    verb("show", "real_show", *real, "--teacher", teacher, "--data", "data/llmbar_natural.jsonl.gz", "--pair", 3)
+    verb("show", "real_show", *real, "--teacher", teacher, "--data", "data/llmbar_natural.jsonl.gz", "--pair", 72)
     verb("attack", "real_attack", *real, "--data", same_source, *few)
     if not (RUNS / "rmb.three.jsonl").exists():  # RMB's best-of-n sets, one good and two bad answers of each
         with gzip.open(ROOT / "data/layouts/rmb.bon_helpfulness_chat_casual.json.gz") as f:
@@ -250,7 +260,8 @@ def flags_of(run: Path) -> dict:
     config, results = (json.loads((run / f"{n}.json").read_text()) for n in ("config", "results"))
     steps = [m for m in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if m["phase"] == "student" and "loss" in m]
     kept = ("bt", "preference", "intra", "inter", "score")
-    return {"flags": {k: v for k, v in config["flags"].items() if v != asdict(Config())[k] and "resume" != k},
+    flags = {k: v for k, v in config["flags"].items() if v != asdict(Config())[k] and "resume" != k}
+    return {"flags": json.loads(json.dumps(flags).replace(f"{ROOT}/", "")),
             "versions": config["versions"], "seconds": results["seconds"], "validation": results["sets"]["validation"]["student"],
             "teacher_validation": results["sets"]["validation"]["teacher"],
             "first_step": {k: steps[0][k] for k in kept if k in steps[0]}, "last_step": {k: steps[-1][k] for k in kept if k in steps[-1]}}
@@ -280,11 +291,12 @@ def report() -> None:
 
     scored = {arm: {s: m for s in seeds if (m := margins(folder(arm, s).name, "student"))} for arm, (_, seeds) in ARMS.items()}
     scored["teacher"] = {s: m for s in SEEDS if (m := margins(folder("ID", s).name, "teacher"))}
+    scored[MORE] = {0: m for m in [margins(folder(MORE).name, "teacher")] if m}
     done = {arm: {s: {name: np.where(np.isnan(v), np.nan, evaluation.outcomes(v)) for name, v in m.items()} for s, m in of.items()}
             for arm, of in scored.items()}
     tuned = {n: RUNS / "tune" / n.replace(" ", "-") for n in TUNE}
     study = {"tuning": {n: flags_of(run) for n, run in tuned.items() if (run / "results.json").exists()},
-             "runs": {arm: {s: {**({} if arm == "teacher" else flags_of(folder(arm, s))), "sets": {
+             "runs": {arm: {s: {**(flags_of(folder(arm, s)) if arm in ARMS else {}), "sets": {
                  name: measured(v) for name, v in m.items()}} for s, m in of.items()} for arm, of in scored.items()}, "differences": {}}
 
     def difference(arm: str, other: str) -> dict:
@@ -322,6 +334,7 @@ def report() -> None:
     table(rows, list(kinds))
     pairs = [("ID", "BT"), ("ID", "ID, uniform target"), ("ID, uniform target", "BT"), ("ID", "teacher"),
              *((arm, other) for arm in ARMS if arm not in ("BT", "ID", "ID, uniform target") and "noise" not in arm for other in ("BT", "ID")),
+             (f"ID, {MORE}", f"score only, {MORE}"), (f"ID, {MORE}", MORE),
              *((f"{a}, {n} % noise", f"{b}, {n} % noise") for n in (20, 40) for a, b in (("ID", "BT"), ("label smoothing", "BT")))]
     rows = {}
     for arm, other in pairs:
