@@ -67,7 +67,8 @@ READINGS = {  # on the generated language, against the demo's default: KL, last 
     "lambda warm-up": ["--lambda-schedule", "warmup"], "lambda decay": ["--lambda-schedule", "decay"],
     "lambda 0.3": ["--lambda-intra", "0.3", "--lambda-inter", "0.3"], "lambda 3": ["--lambda-intra", "3", "--lambda-inter", "3"],
     "co-trained teacher": ["--teacher", "RAW", "--teacher-co-train"], "untrained teacher": ["--teacher", "RAW"],
-    **{f"teacher of {e} passes": ["--teacher", "RAW", "--teacher-epochs", e] for e in ("1", "2", "4")}}
+    **{f"teacher of {e} passes": ["--teacher", "RAW", "--teacher-epochs", e] for e in ("1", "2", "4")},
+    "BT": BT, "BT of 10 passes": [*BT, "--epochs", "10"]}  # as many as teacher and student together
 
 
 def sh(*command) -> None:
