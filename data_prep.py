@@ -606,8 +606,10 @@ def check_config(cfg) -> bool:
         raise UserError("--batch-sum needs the whole batch at once: --grad-accum 1, one process")
     if cfg.teacher_co_train and WORLD > 1:
         raise UserError("--teacher-co-train runs in one process")
+    if cfg.method == "bt" and cfg.lambda_score:
+        raise UserError("--lambda-score needs --method id (the teacher's verdict alone: with --lambda-intra 0 --lambda-inter 0)")
     if cfg.method == "bt":
-        cfg.lambda_intra = cfg.lambda_inter = cfg.lambda_score = 0.0
+        cfg.lambda_intra = cfg.lambda_inter = 0.0
     maps = cfg.lambda_intra > 0 or cfg.lambda_inter > 0
     needed = bool(cfg.lambda_score > 0 or (maps and cfg.align_target != "uniform"))
     if needed and not cfg.teacher:

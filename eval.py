@@ -1398,6 +1398,8 @@ def speed(args) -> None:
     TRL's own RewardTrainer, where TRL is installed (--peer trl adds it)."""
     if not args.teacher or not (args.data or args.lengths or args.grow):
         raise UserError("speed needs --teacher, and --data, --lengths or --grow")
+    if args.plot and not args.grow:
+        raise UserError("speed draws what --grow measures: give --grow, or leave --plot out")
     if args.peer and args.peer not in args.arms:
         args.arms.append(args.peer)
     if "trl" in args.arms and not args.data:

@@ -4,16 +4,8 @@
     python results/memory.py [--tokens 2048] [--gpus 8]      # one pair a GPU, bf16 autocast, the table of the main README
 
 The forward pass of RewardModel with its tap runs on tensors without storage, and a hook adds up what autograd keeps for
-the backward pass. The rest is arithmetic on the number of weights P (of one layer: P_l; embeddings and head: P_e):
-
-    weights fp32           4 P        data_prep.load_student, dtype=torch.float32         / GPUs with --fsdp
-    gradients fp32         4 P        idistill.fit, backward()                            / GPUs with --fsdp
-    AdamW moments fp32     8 P        idistill.make_optimizer                             / GPUs with --fsdp
-    gathered layers bf16   4 P_l      idistill.distribute, MixedPrecisionPolicy: the one at work and the next, --fsdp only
-    gathered ends fp32     8 P_e      idistill.distribute, reshard_after_forward=False and its gradient, --fsdp only
-    kept for backward      measured   idistill.RewardModel.forward, without and with --gradient-checkpointing; the bf16
-                                      copies of the matrices that autocast (data_prep.set_up_device) makes are in it
-    of that, the tap       measured   idistill.attention_map: (H, m, n) of one pair at a time, and the mean map
+the backward pass. The rest is arithmetic on the number of weights P (of one layer: P_l; embeddings and head: P_e).
+Below the table: each term and the line of code that it comes from. Not in it: the teacher, word pooling, losses.
 """
 import argparse
 import sys
@@ -31,6 +23,15 @@ from idistill import RewardModel
 SIZES = {  # as published: layers, hidden, feed-forward, heads, key/value heads, vocabulary
     "0.1B (SmolLM2-135M)": (30, 576, 1536, 9, 3, 49152), "1B (Llama 3.2 1B)": (16, 2048, 8192, 32, 8, 128256),
     "8B (Llama 3.1 8B)": (32, 4096, 14336, 32, 8, 128256), "70B (Llama 3.1 70B)": (80, 8192, 28672, 64, 8, 128256)}
+
+TERMS = {  # term -> where it comes from: file, text of the line
+    "weights fp32, 4 P, / GPUs with --fsdp": ("data_prep.py", "AutoModelForSequenceClassification, name, config=config, dtype=torch.float32"),
+    "gradients fp32, 4 P, / GPUs with --fsdp": ("idistill.py", ".backward()"),
+    "AdamW moments fp32, 8 P, / GPUs with --fsdp": ("idistill.py", "return torch.optim.AdamW("),
+    "with --fsdp, gathered layers bf16, 4 P_l: the one at work and the next": ("idistill.py", "MixedPrecisionPolicy(param"),
+    "with --fsdp, gathered embeddings and head fp32 and their gradient, 8 P_e": ("idistill.py", "fully_shard(model, mesh"),
+    "kept for backward, measured; bf16 copies of the matrices, made by autocast, are in it": ("idistill.py", "self.stock.base_model("),
+    "of that, the tap, measured: (H, m, n) of one pair at a time, and the mean map": ("idistill.py", "k.float().transpose(-1, -2)")}
 
 
 def kept(model: RewardModel, n: int) -> int:
@@ -75,6 +76,10 @@ def main() -> None:
         cells = [fixed, plain + tap, checkpointed, tap, fixed + plain + tap, fixed + checkpointed,
                  fixed / args.gpus + 4 * P_l + 8 * P_e + checkpointed]
         print(f"| {name} | " + " | ".join(f"{c / 2**30:.1f} GiB" for c in cells) + " |")
+    print("\nP weights, P_l of one layer, P_e of embeddings and head")
+    for term, (file, text) in TERMS.items():
+        lines = (Path(__file__).resolve().parent.parent / file).read_text().splitlines()
+        print(f"{term}: {file}:{next(k for k, line in enumerate(lines, 1) if text in line)}")
 
 
 if __name__ == "__main__":

@@ -112,7 +112,7 @@ def prepare() -> None:
 
 def tune() -> None:
     for name, flags in TUNE.items():
-        train(RUNS / "tune" / name.replace(" ", "-"), [*COMMON, *flags])
+        train(RUNS / "tune" / name.replace(" ", "-"), [*COMMON, "--eval-every", "50", *flags])
 
 
 def real(*arms: str) -> None:
@@ -196,7 +196,7 @@ def figures() -> None:
         sh(sys.executable, "data_prep.py", "synthetic", "--pairs", 500, "--responses", 16, "--agreement", 0.1, "--seed", 77, "--out",
            f"{one}/data/candidates.jsonl")
     verb("attention", "demo_attention", *two, "--teacher", f"{one}/id/teacher", "--data", f"{one}/data/cue-neutral.jsonl")
-    verb("show", "demo_show", *two, "--teacher", f"{one}/id/teacher", "--data", f"{one}/data/cue-reversed.jsonl", "--pair", 3)
+    verb("show", "demo_show", *two, "--teacher", f"{one}/id/teacher", "--data", f"{one}/data/cue-reversed.jsonl", "--pair", 0)
     verb("attack", "demo_attack", *two, "--data", f"{one}/data/cue-neutral.jsonl", "--edits", "results/demo_edits.json")
     verb("bestofn", "demo_bestofn", *two, f"{one}/uniform-target/student", "--data", f"{one}/data/candidates.jsonl")
     verb("stability", "demo_stability", *(f"{demo}/seed{s}/id/student" for s in range(5)), "--data", f"{one}/data/cue-neutral.jsonl")
@@ -278,12 +278,13 @@ def report() -> None:
         args = evaluation.parse_args(["accuracy", "none", "--data", str(ROOT / path), "--limit", str(limit)])
         files.update(evaluation.read_files(args))
     groups = {name: evaluation.prompt_groups(pairs) for name, pairs in files.items()}
+    long = {name: [v is None for v in values] for name, values in json.loads((folder("BT", 0) / "student.margins.json").read_text()).items()}
 
     def margins(run: str, model: str) -> dict[str, np.ndarray]:
-        """{file: margins (N,), NaN where the pair was too long}; empty while the model is not scored."""
+        """{file: margins (N,), NaN where the pair was too long for the reward models}; empty while not scored."""
         path = RUNS / run / f"{model}.margins.json"
         read = json.loads(path.read_text()) if path.exists() else {}
-        return {name: np.array([np.nan if v is None else v for v in values]) for name, values in read.items()}
+        return {name: np.where(long[name], np.nan, np.array(values, dtype=float)) for name, values in read.items()}
 
     def measured(v: np.ndarray) -> dict:
         real = v[~np.isnan(v)]
@@ -323,9 +324,9 @@ def report() -> None:
             of_seeds = {name: [100 * float(np.nanmean(r[name])) for r in of.values()] for name in files}
             rows[f"{arm} ({len(of)})"] = [f"{np.mean(v):.1f}" + (f" ± {np.std(v, ddof=1) / len(v) ** 0.5:.1f}" if len(v) > 1 else "")
                                           for v in of_seeds.values()]
-    rows["longer response"] = [f"{100 * evaluation.outcomes(longer_margins(p)).mean():.1f}" for p in files.values()]
-    print("\naccuracy %, mean ± standard error over seeds (number of seeds)")
-    table(rows, [f"{name} ({len(p)})" for name, p in files.items()])
+    rows["longer response"] = [f"{100 * evaluation.outcomes(longer_margins(p)[~np.array(long[name])]).mean():.1f}" for name, p in files.items()]
+    print("\naccuracy %, mean ± standard error over seeds (number of seeds), on the pairs that fit into every model")
+    table(rows, [f"{name} ({len(p) - sum(long[name])})" for name, p in files.items()])
     same, kinds, rows = next(iter(files)), ("nll", "brier", "ece", "temperature"), {}
     for arm, runs in study["runs"].items():
         if len(runs) > 1:
