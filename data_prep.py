@@ -163,8 +163,7 @@ def parse_pair(obj: dict) -> Pair:
         for conv, name in zip(convs, ("chosen", "rejected")):
             if not conv or conv[-1]["role"] != "assistant":
                 raise UnusablePair(f"{name} does not end with the assistant")
-        lead = [] if prompt is None else prompt  # TRL: prompt and conversations may both be given, apart or whole
-        heads = [c[:-1] if c[:len(lead)] == lead else lead + c[:-1] for c in convs]
+        heads = [c[:-1] if prompt is None else whole_prompt(prompt, c[:-1]) for c in convs]
         if heads[0] != heads[1]:
             raise UnusablePair("the two prompts differ")
         prompt, sides = heads[0], [c[-1]["content"] for c in convs]
@@ -179,6 +178,17 @@ def parse_pair(obj: dict) -> Pair:
     extra = {k: str(obj[k]) for k in ("source", "subset", "id") if obj.get(k) is not None}
     check_characters([m["content"] for m in prompt] + sides + list(extra.values()))
     return Pair(prompt, sides[0], sides[1], **extra, **numbers)
+
+
+def whole_prompt(prompt: list[dict], turns: list[dict]) -> list[dict]:
+    """Where prompt and conversations are both given (TRL): the turns before the answer hold the prompt, or follow it.
+    Raises UnusablePair where they do neither."""
+    wanted, seen = ([(m["role"], m["content"].strip()) for m in some] for some in (prompt, turns))
+    if any(seen[k:k + len(wanted)] == wanted for k in range(len(seen) + 1)):
+        return turns
+    if turns and turns[0]["role"] != "assistant" and prompt[-1]["role"] == "user":
+        raise UnusablePair("the conversations do not hold the prompt")
+    return prompt + turns
 
 
 def parse_number(value, name: str) -> float:
@@ -731,11 +741,12 @@ def load(auto, name: str, **kwargs):
         raise UserError(f"{name}: cannot be loaded{hint}: {first_line(why)}") from None
 
 
-def positions_of(config, name: str = "", max_length: int = 0) -> int:
+def positions_of(model, name: str = "", max_length: int = 0) -> int:
     """The longest input of a model, in tokens (10**9: no limit). Raises UserError where max_length is over it."""
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None) or 10**9
-    if config.model_type in ("roberta", "xlm-roberta", "camembert"):  # they number positions from pad + 1
-        positions -= (config.pad_token_id or 0) + 1
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 10**9
+    for part, table in model.named_modules():
+        if part.endswith("position_embeddings") and getattr(table, "padding_idx", None) is not None:
+            positions = min(positions, table.num_embeddings - table.padding_idx - 1)  # RoBERTa's kin count from pad + 1
     if max_length > positions:
         raise UserError(f"{name}: --max-length {max_length} is over the model's {positions} positions; use --max-length {positions}")
     return positions
@@ -753,6 +764,9 @@ def refuse_small_vocabulary(name: str, model, tokens: int) -> None:
         raise UserError(f"{name}: the tokenizer has {tokens} tokens, the model only {rows} embeddings")
 
 
+FIXED_DATE = "{%- macro strftime_now(form) -%}26 July 2024{%- endmacro -%}"  # or rewards would change from day to day
+
+
 def load_tokenizer(name: str):
     """A tokenizer, checked to be one that can serve here."""
     files = [p.name for p in Path(name).iterdir()] if Path(name).is_dir() else ["tokenizer of the hub"]
@@ -761,6 +775,9 @@ def load_tokenizer(name: str):
     tokenizer = load(AutoTokenizer, name)
     if not tokenizer.is_fast:
         raise UserError(f"{name}: no fast tokenizer, and only those tell which characters a token covers")
+    template = tokenizer.chat_template
+    if isinstance(template, str) and "strftime_now" in template and FIXED_DATE not in template:
+        tokenizer.chat_template = FIXED_DATE + template
     return tokenizer
 
 
@@ -795,7 +812,7 @@ def load_student(name: str, seed: int = 0, max_length: int = 0, tied: bool = Fal
     model, info = load(AutoModelForSequenceClassification, name, config=config, dtype=torch.float32, output_loading_info=True)
     if not hasattr(model, "score"):
         raise UserError(f"{name}: {type(model).__name__} is no decoder reward model (an encoder serves as --teacher)")
-    positions_of(config, name, max_length)
+    positions_of(model, name, max_length)
     refuse_missing(name, model, [k for k in info["missing_keys"] if not k.startswith("score")])
     if info["missing_keys"]:
         torch.nn.init.normal_(model.score.weight, std=1 / math.sqrt(model.score.in_features + 1))  # arXiv 2009.01325
@@ -896,7 +913,7 @@ def load_teacher(name: str, seed: int = 0):
     if torch.equal(*first):
         raise UserError(f"{name}: {type(model).__name__} is causal: its early tokens never see late ones; a teacher "
                         "is a bidirectional encoder (BERT, RoBERTa, ModernBERT, DeBERTa ...)")
-    return model, tokenizer, positions_of(config)
+    return model, tokenizer, positions_of(model)
 
 
 def add_lora(stock, rank: int):
@@ -917,8 +934,9 @@ def add_lora(stock, rank: int):
 
 def merge_lora(name: str, rank: int, weights: dict):
     """(stock model, its weights) with the adapters of `weights` merged into the model `name`."""
-    stock, _ = load_student(name)
-    adapted = add_lora(stock, rank)
+    with torch.random.fork_rng():  # a save must not turn the random numbers of training back
+        stock, _ = load_student(name)
+        adapted = add_lora(stock, rank)
     stock.load_state_dict(weights)
     merged = adapted.merge_and_unload()
     return merged, merged.state_dict()

@@ -199,7 +199,7 @@ def open_judge(name: str, args, decoder: bool = False) -> Judge:
         tokenizer, dtype = load_tokenizer(name), torch.bfloat16 if args.dtype == "bf16" else torch.float32
         model, info = load(AutoModelForSequenceClassification, name, output_loading_info=True, dtype=dtype)
         refuse_missing(name, model, info["missing_keys"])
-        positions, tokenizer.padding_side = positions_of(config, name, args.max_length), "right"
+        positions, tokenizer.padding_side = positions_of(model, name, args.max_length), "right"
         encoder = Encoder(tokenizer, args.max_length or positions, "truncate")
     if decoder and not hasattr(model, "score"):
         raise UserError(f"{name}: {args.verb} reads decoder reward models (a teacher is given as --teacher)")
@@ -651,13 +651,14 @@ def with_teacher(encoder: Encoder, teacher: Judge | None) -> Encoder:
 def teacher_agreement(judge: Judge, teacher: Judge, pairs: list[Pair], args) -> dict[str, np.ndarray]:
     """KL(T_i || S_i) of the words of both responses, mean by stage: {"intra", "inter": (N, K)}."""
     examples, K = with_teacher(judge.encoder, teacher)(pairs), args.stages
+    whole = judge.encoder(pairs)  # the stages are cut over all words, those that the teacher does not see too
     out = {name: np.full((len(examples), K), np.nan) for name in ("intra", "inter")}
     few = max(1, args.batch_size // 4)  # maps need memory
     for start in bar(range(0, len(examples), few), "teacher agreement"):
         S, T, word_seg = word_maps(judge, teacher, examples[start:start + few], args.layers)
         stage = np.full(word_seg.shape, -1)
-        for b, segments in enumerate(word_seg.cpu().numpy()):
-            for words in (np.flatnonzero(segments == s) for s in (1, 2)):
+        for b, e in enumerate(whole[start:start + few]):
+            for words in (np.flatnonzero(e.word_seg == s) for s in (1, 2)):
                 stage[b, words] = np.arange(len(words)) * K // max(1, len(words))
         for name, block in zip(out, (block[:, 0] for block in block_masks(word_seg))):
             kl = torch.where(block.any(-1), row_divergence(T, S, block), torch.nan).cpu().numpy()  # (B, W)

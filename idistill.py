@@ -359,11 +359,13 @@ class RewardModel(nn.Module):
             hidden = hidden.flatten(0, 1)[where]
         self.hidden, self.maps = hidden, []
         for layer in self.layers if tapped else ():
-            query, key, scale, _ = self.tap.kept.pop(layer)
+            query, key, scale, _ = self.tap.kept[layer]
             if self.encoding == "siamese":
                 query, key = (t.transpose(1, 2).flatten(0, 1)[where].transpose(1, 2) for t in (query, key))
             visible = (seg != 3)[:, None, None, :]
             self.maps.append(attention_map(query, key, scale, visible, batch.get("rows"), self.matched))
+        if tapped:
+            self.tap.kept = {}
         ends = hidden.gather(1, last[:, :, None].expand(-1, -1, hidden.shape[-1]))  # (B, 2, hidden)
         with torch.autocast(ends.device.type, enabled=False):  # bf16 logits tie often: the head stays in fp32
             head = self.stock.score
@@ -397,10 +399,27 @@ class InteractionTeacher(nn.Module):
         self.stock, self.tokenizer, self.layers, self.matched = stock, tokenizer, layers, matched
         self.tap, self.maps = None, []
         if layers:
-            try:
-                self.tap = AttentionTap(stock, list(layers))
-            except UserError:
-                stock.set_attn_implementation("eager")
+            self.choose_tap()
+
+    @torch.no_grad()
+    def choose_tap(self) -> None:
+        """The tap, if it shows on four tokens what eager attention shows: a position bias (T5) or a sink is not in Q, K."""
+        stock, seen, was = self.stock, [], self.stock.training
+        try:
+            taps = [None, AttentionTap(stock, list(self.layers))]
+        except UserError:
+            taps = [None]
+        ids = torch.tensor([[5, 6, 7, 8]], device=stock.device)
+        stock.eval()
+        for self.tap in taps:
+            stock.set_attn_implementation(TAP if self.tap else "eager")
+            verdict = self(dict(ids=ids, mask=torch.ones_like(ids), seg=ids - 5), maps=True)
+            seen.append(torch.cat([verdict, *(m.flatten() for m in self.maps)]))
+        if not torch.allclose(seen[0], seen[-1], atol=1e-4):
+            self.tap = None
+            stock.set_attn_implementation("eager")
+        self.maps = []
+        stock.train(was)
 
     def forward(self, batch: dict[str, Tensor], maps: bool = False) -> Tensor:
         inputs, seg = dict(input_ids=batch["ids"], attention_mask=batch["mask"]), batch["seg"]
@@ -410,6 +429,8 @@ class InteractionTeacher(nn.Module):
         with torch.no_grad():
             for layer in self.layers if maps else ():
                 self.maps.append(self.token_map(layer, out, batch))
+        if self.tap is not None:
+            self.tap.kept = {}
         scalars = out.logits[..., 0].float()
         means = [(scalars * (seg == k)).sum(1) / (seg == k).sum(1).clamp_min(1) for k in (1, 2)]
         return means[0] - means[1]
@@ -420,10 +441,12 @@ class InteractionTeacher(nn.Module):
             if not out.attentions:
                 raise UserError(f"{type(self.stock).__name__} gives no attention maps; take another teacher")
             A = out.attentions[layer].float()
+            if A.shape[-1] != batch["ids"].shape[1]:
+                raise UserError(f"{type(self.stock).__name__} gives banded attention maps; take another teacher")
             A = A if self.matched else A.mean(1, keepdim=True)
             at = None if rows is None else rows.clamp_min(0)[:, None, :, None].expand(-1, A.shape[1], -1, A.shape[3])
             return A if at is None else A.gather(2, at)
-        query, key, scale, mask = self.tap.kept.pop(layer)
+        query, key, scale, mask = self.tap.kept[layer]
         visible = batch["mask"].bool()[:, None, None, :]
         seen = visible if mask is None else visible & (mask if mask.dtype == torch.bool else mask == 0)
         # ModernBERT's local layers leave padding rows without a key: let them see all, or they turn into NaN
@@ -437,14 +460,14 @@ def bt_loss(r_c: Tensor, r_r: Tensor) -> Tensor:
     return -F.logsigmoid(r_c - r_r)
 
 
-def preference_loss(r_c: Tensor, r_r: Tensor, kind: str, flip_rate=0.0, margin=0.0, strength=None) -> Tensor:
+def preference_loss(r_c: Tensor, r_r: Tensor, kind: str, flip_rate=0.0, margin=0.0, strength=None, turns=False) -> Tensor:
     """BT and its variants against wrong labels, per pair: r_c, r_r, margin, strength (B,) -> (B,).
 
-    margin: Llama 2 (arXiv 2307.09288); margin = strength: arXiv 2401.06080, Eq. 6 (printed there outside of
-    log sigmoid, without gradient). smooth: cDPO (Mitchell, "A note on DPO with noisy preferences", Eq. 3) =
+    margin: Llama 2 (arXiv 2307.09288), the same for the flipped label; margin = strength: arXiv 2401.06080, Eq. 6 (printed
+    there outside of log sigmoid, without gradient), which turns with the label. smooth: cDPO (Mitchell, "A note on DPO with noisy preferences", Eq. 3) =
     2401.06080, Eq. 5. soft: the same where the ensemble doubts the label (2401.06080, 2.5). robust: arXiv
     2403.00409; its mean over random flips is the clean loss, so one pair's can be negative, without bound."""
-    as_labelled, flipped = bt_loss(r_c - margin, r_r), bt_loss(r_r, r_c - margin)
+    as_labelled, flipped = bt_loss(r_c - margin, r_r), bt_loss(r_r - (-margin if turns else margin), r_c)
     if kind == "robust":
         return ((1 - flip_rate) * as_labelled - flip_rate * flipped) / (1 - 2 * flip_rate)
     if kind in ("smooth", "soft"):
@@ -498,7 +521,8 @@ def row_divergence(T: Tensor, S: Tensor, block: Tensor, kind: str = "kl", eps: f
     KL(T_i || S_i), or mse, the squared distance (VIRT, arXiv 2112.04195); 0 for rows without block."""
     T, S = (P.float() * block for P in (T, S))
     T, S = (P / P.sum(-1, keepdim=True).clamp_min(eps) for P in (T, S))
-    return (T * ((T + eps).log() - (S + eps).log())).sum(-1) if kind == "kl" else (T - S).square().sum(-1)
+    rows = (T * ((T + eps).log() - (S + eps).log())).sum(-1) if kind == "kl" else (T - S).square().sum(-1)
+    return rows * (T.sum(-1) > 0)  # a row that the teacher leaves empty (local layers) says nothing
 
 
 def alignment_loss(T: Tensor, S: Tensor, block: Tensor, kind: str = "kl") -> Tensor:
@@ -534,7 +558,7 @@ def distillation_losses(model: RewardModel, teacher: InteractionTeacher | None, 
         given = {k: torch.tensor([getattr(e.pair, k) or 0.0 for e in examples], device=device)
                  for k in ("margin", "strength")}
         out["preference"] = preference_loss(rewards[:, 0], rewards[:, 1], cfg.preference_loss, cfg.flip_rate,
-                                            given.get(cfg.margin_field, 0.0), given["strength"])
+                                            given.get(cfg.margin_field, 0.0), given["strength"], cfg.margin_field == "strength")
         out["loss"] = out["preference"]
     teacher_maps = [None] * len(model.layers)
     if teacher is not None:
@@ -847,9 +871,9 @@ def train_in(run: Run, cfg: Config, needs_teacher: bool, device, amp) -> dict:
     model = RewardModel(stock.to(home), cfg.encoding, layers[0], matched)
     teacher = open_teacher(teacher_stock) if needs_teacher else None
     probe_student(model, cfg.model, cfg.max_length)
-    if needs_teacher:  # what cannot give maps raises now, not after the fine-tuning
-        probe = torch.tensor([[5, 6, 7, 8]], device=home)
-        teacher(dict(ids=probe, mask=torch.ones_like(probe), seg=probe - 5), maps=True)
+    if needs_teacher:
+        if cfg.teacher_co_train and teacher.layers and teacher.tap is None:
+            raise UserError(f"--teacher-co-train: {cfg.teacher} shows its attention after dropout; take another teacher")
         heads = [m.config.get_text_config().num_attention_heads for m in (stock, teacher_stock)]
         if matched and layers[0] and heads[0] != heads[1]:
             raise UserError(f"--align-heads matched: the student has {heads[0]} heads, the teacher {heads[1]}; use mean")

@@ -108,6 +108,8 @@ SIZES = {  # family -> (config class, its sizes)
     "distilbert": ("DistilBertConfig", dict(
         dim=32, n_layers=3, n_heads=4, hidden_dim=64, max_position_embeddings=128)),
     "modernbert": ("ModernBertConfig", dict(BASE, local_attention=8, global_attn_every_n_layers=2)),
+    "mpnet": ("MPNetConfig", BASE), "longformer": ("LongformerConfig", dict(BASE, attention_window=[16] * 3)),
+    "t5": ("T5Config", dict(d_model=32, d_kv=8, d_ff=64, num_layers=3, num_heads=4, is_encoder_decoder=False)),
     "mamba": ("MambaConfig", dict(hidden_size=32, num_hidden_layers=2)),
     "qwen3_next": ("Qwen3NextConfig", dict(
         GROUPED, head_dim=8, num_experts=2, num_experts_per_tok=1, moe_intermediate_size=16,
@@ -115,7 +117,7 @@ SIZES = {  # family -> (config class, its sizes)
         linear_key_head_dim=8, linear_value_head_dim=8)),
 }
 STUDENTS = "llama qwen2 qwen3 mistral gpt2 gpt_neox opt phi3 gemma gemma2 gemma3".split()
-TEACHERS = ["bert", "roberta", "distilbert", "modernbert", "deberta"]
+TEACHERS = ["bert", "roberta", "distilbert", "modernbert", "deberta", "mpnet"]
 
 
 @pytest.fixture(scope="session")
@@ -302,6 +304,7 @@ def teacher_of(zoo, family, layers=()):
 def test_teacher_maps_are_those_of_eager_attention(zoo, family):
     """Also padded, and in the local layers of ModernBERT: padding must not reach the words as NaN."""
     teacher, tokenizer, room = teacher_of(zoo, family, (1, 0, 2))
+    assert (teacher.tap is None) == (family in ("deberta", "mpnet"))
     pairs = make_pairs(3) + [Pair(user("short"), "good " * 25, "sorry")]
     examples = Encoder(load_student(zoo("llama"))[1], 128, "truncate", tokenizer, room)(pairs)
     batch = collate_teacher(examples, np.array([True, False, True, False]), tokenizer)
@@ -337,6 +340,29 @@ def test_verdict_is_for_chosen_in_both_orders(zoo):
     for batch, order in ((straight, (0, 1, 2)), (swapped, (0, 2, 1))):
         expected = [cls] + [i for k in order for i in (*examples[0].runs[k][0], sep)]
         assert batch["ids"][0][batch["mask"][0] == 1].tolist() == expected
+
+
+def test_positions_are_those_that_the_model_can_number(zoo):
+    """MPNet and RoBERTa count positions from pad + 1: an input as long as the room works, and is the longest."""
+    for family in ("mpnet", "roberta", "bert"):
+        stock, _, room = load_teacher(zoo(family, "bert"))
+        assert stock(torch.full((1, room), 7)).logits.isfinite().all()
+        with pytest.raises((IndexError, RuntimeError)):
+            stock(torch.full((1, room + 1), 7))
+
+
+def test_a_map_that_the_tap_cannot_give_comes_from_eager_attention(zoo):
+    """T5 adds a position bias, which is in neither Q nor K; Longformer's maps are bands, and are refused before any training."""
+    model = transformers.T5ForTokenClassification(transformers.T5Config(**SIZES["t5"][1], vocab_size=100, num_labels=1)).eval()
+    torch.nn.init.normal_(model.transformer.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight)
+    teacher = InteractionTeacher(model, None, (2,))
+    ids = torch.randint(5, 90, (2, 9))
+    teacher(dict(ids=ids, mask=torch.ones_like(ids), seg=torch.ones_like(ids)), maps=True)
+    model.set_attn_implementation("eager")
+    assert teacher.tap is None and close(teacher.maps[0][:, 0], model(ids, output_attentions=True).attentions[2].mean(1))
+    stock, tokenizer, _ = load_teacher(zoo("longformer", "bert"))
+    with pytest.raises(UserError, match="banded"):
+        InteractionTeacher(stock, tokenizer, (2,))
 
 
 @pytest.mark.parametrize("family", ["bert", "modernbert"])
@@ -447,6 +473,13 @@ def test_alignment_loss_of_nothing_is_zero_with_finite_gradient(kind):
     assert close(loss[:2], np.zeros(2), 1e-6) and loss.isfinite().all() and S.grad.isfinite().all()
 
 
+def test_a_row_that_the_teacher_leaves_empty_pulls_nothing():
+    S, T = torch.rand(1, 1, 4, 4).requires_grad_(), torch.rand(1, 1, 4, 4)
+    T[0, 0, 1] = 0
+    alignment_loss(T, S, torch.ones(1, 1, 4, 4, dtype=torch.bool), "mse").sum().backward()
+    assert S.grad[0, 0, 1].abs().max() == 0 and S.grad[0, 0, 2].abs().max() > 0
+
+
 @pytest.mark.parametrize("term", ["intra", "inter"])
 def test_alignment_gradient_reaches_queries_and_keys_of_the_tapped_layer(zoo, term):
     model, tokenizer, _ = student(zoo, layers=(1,))
@@ -464,6 +497,18 @@ def test_alignment_gradient_reaches_queries_and_keys_of_the_tapped_layer(zoo, te
     assert first.self_attn.v_proj.weight.grad.abs().max() > 1e-6
     for later in (tapped.self_attn.v_proj.weight, last.mlp.up_proj.weight):  # bt - bt leaves rounding
         assert later.grad is None or later.grad.abs().max() < 1e-6
+
+
+def test_a_layer_may_be_aligned_twice(zoo):
+    """As `all` does where the teacher has more layers: the loss is the mean over the pairs of layers."""
+    pairs, losses = make_pairs(4), {}
+    for layers, other in (((1, 1), (0, 2)), ((1,), (0,)), ((1,), (2,)), ((0, 2), (1, 1)), ((0,), (1,)), ((2,), (1,))):
+        model, tokenizer, _ = student(zoo, layers=layers)
+        teacher, teacher_tokenizer, room = teacher_of(zoo, "bert", other)
+        examples = Encoder(tokenizer, 128, "truncate", teacher_tokenizer, room)(pairs)
+        losses[layers, other] = distillation_losses(model, teacher, examples, np.zeros(4), Config(), "cpu", list(range(4)))["inter"]
+    assert close(losses[(1, 1), (0, 2)], (losses[(1,), (0,)] + losses[(1,), (2,)]) / 2)
+    assert close(losses[(0, 2), (1, 1)], (losses[(0,), (1,)] + losses[(2,), (1,)]) / 2)
 
 
 @pytest.mark.parametrize("encoding", ["packed", "siamese"])
@@ -814,6 +859,8 @@ def test_matched_heads_schedules_and_a_teacher_that_learns(zoo, argv, tmp_path, 
     after = learnt["bert.encoder.layer.0.attention.self.query.weight"]
     assert not torch.equal(before, after)
     refused(capsys, argv(tmp_path / "other", method="bt", teacher_co_train=True), "--teacher-co-train")
+    refused(capsys, argv(tmp_path / "other", method="bt", lambda_score=1), "--lambda-score needs --method id")
+    refused(capsys, argv(tmp_path / "other", teacher=zoo("deberta"), teacher_co_train=True), "after dropout")
     refused(capsys, argv(tmp_path / "other", align_heads="matched", model=zoo("gpt2", n_head=2)), "2 heads, the teacher 4")
 
 
@@ -1043,6 +1090,36 @@ def test_forms_of_a_pair_agree():
              {"chosen": [*user("q"), say("a")], "rejected": [*user("q"), say("b")]},
              {"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b"}]
     assert all(data_prep.parse_pair(form) == Pair(user("q"), "a", "b") for form in forms)
+
+
+@pytest.mark.parametrize("prompt, before", [
+    ("q", [{"role": "system", "content": "S"}, *user("q")]), ("q ", user(" q")), (user("q"), [*user("p"), {"role": "assistant", "content": "x"}, *user("q")])])
+def test_a_prompt_that_the_conversations_hold_is_not_said_twice(prompt, before):
+    ends = [{"role": "assistant", "content": text} for text in "ab"]
+    both = {"prompt": prompt, "chosen": [*before, ends[0]], "rejected": [*before, ends[1]]}
+    assert data_prep.parse_pair(both) == Pair(before, "a", "b")
+    with pytest.raises(data_prep.UnusablePair, match="do not hold the prompt"):
+        data_prep.parse_pair({**both, "prompt": "another"})
+
+
+def test_a_prompt_ahead_of_several_turns_is_put_before_them():
+    say = lambda text: {"role": "assistant", "content": text}  # noqa: E731
+    own = [say("x"), *user("q2")]
+    assert data_prep.parse_pair({"prompt": "q1", "chosen": [*own, say("a")], "rejected": [*own, say("b")]}) == Pair(
+        [*user("q1"), *own], "a", "b")
+
+
+def test_a_template_that_prints_the_date_gets_a_fixed_one(zoo, tmp_path):
+    """The scored string is a function of the pair alone, also after the student has been saved."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(zoo("llama"))
+    tokenizer.chat_template = "Today {{ strftime_now('%d %B %Y') }}" + tokenizer.chat_template
+    tokenizer.save_pretrained(tmp_path / "1")
+    for k in (1, 2):
+        mine = data_prep.load_tokenizer(str(tmp_path / str(k)))
+        assert Formatter(mine).text("hi", "ho").startswith("Today 26 July 2024") and mine.chat_template.count("endmacro") == 1
+        mine.save_pretrained(tmp_path / str(k + 1))
+    stock = transformers.AutoTokenizer.from_pretrained(tmp_path / "3").apply_chat_template(user("hi"), tokenize=False)
+    assert stock.startswith("Today 26 July 2024")
 
 
 def test_splits_share_no_prompt(tmp_path, capsys):
@@ -1684,6 +1761,9 @@ def test_word_maps_are_those_of_training(judges, whole_run):
     one = [evaluation.row_divergence(T, S, block_masks(word_seg)[0][:, 0])[0][word_seg[0] == s] for s in (1, 2)]
     assert got["intra"].shape == (5, 10) and (intra > 0).all()
     assert np.nanmin(got["intra"][0]) >= min(v.min() for v in one) - 1e-5 and np.nanmax(got["intra"][0]) <= max(v.max() for v in one) + 1e-5
+    teacher.encoder.teacher_length = 20  # its stages are those of the whole response, of which it sees the first part
+    some = evaluation.teacher_agreement(judge, teacher, [Pair(user("hi"), "good " * 20, "sorry " * 20)], args)
+    assert np.isfinite(some["intra"][0, 0]) and np.isnan(some["intra"][0, 5:]).all()
 
 
 def test_attention_and_show_as_a_user_runs_them(judges, whole_run, tmp_path, capsys):
@@ -1727,23 +1807,23 @@ REWARDS = [(0.3, -0.4), (-1.5, 2.0), (0.0, 0.0), (4.0, 3.5)]
 STRENGTH = [1.2, -0.7, 0.0, -2.5]
 
 
-@pytest.mark.parametrize("margin", [(0.0,) * 4, (0.0, 1.5, 0.25, 3.0)])
+@pytest.mark.parametrize("margin, turns", [((0.0,) * 4, False), ((0.0, 1.5, 0.25, 3.0), False), ((0.0, 1.5, -0.25, 3.0), True)])
 @pytest.mark.parametrize("kind", ["bt", "smooth", "soft", "robust"])
-def test_preference_losses_by_hand(kind, margin):
-    """One pair at a time, from p = sigmoid(r_c - r_r - m); values and gradients."""
+def test_preference_losses_by_hand(kind, margin, turns):
+    """One pair at a time: r_c - r_r exceeds m; with the label flipped r_r - r_c exceeds m, or -m where the margin turns."""
     e, expected = 0.2, []
     for (c, r), m, s in zip(REWARDS, margin, STRENGTH):
-        right, wrong = -log_sigmoid(c - r - m), -log_sigmoid(-(c - r - m))
+        right, wrong = -log_sigmoid(c - r - m), -log_sigmoid(r - c + (m if turns else -m))
         expected.append({"bt": right, "smooth": 0.8 * right + 0.2 * wrong, "robust": (0.8 * right - 0.2 * wrong) / 0.6,
                          "soft": 0.8 * right + 0.2 * wrong if s < 0 else right}[kind])
     r = torch.tensor(REWARDS, dtype=torch.float64, requires_grad=True)
-    loss = preference_loss(r[:, 0], r[:, 1], kind, e, torch.tensor(margin), torch.tensor(STRENGTH))
+    loss = preference_loss(r[:, 0], r[:, 1], kind, e, torch.tensor(margin), torch.tensor(STRENGTH), turns)
     assert loss.shape == (4,) and close(loss, np.array(expected), 1e-7)
     loss.sum().backward()
     for k, ((c, r_r), m, s) in enumerate(zip(REWARDS, margin, STRENGTH)):
-        p = 1 / (1 + math.exp(-(c - r_r - m)))  # every loss is a weighted sum of -log p and -log (1 - p)
-        rate = e if kind == "smooth" or (kind == "soft" and s < 0) else 0
-        slope = (1 - rate) * (p - 1) + rate * p if kind != "robust" else (0.8 * (p - 1) - 0.2 * p) / 0.6
+        p, q = (1 / (1 + math.exp(-d)) for d in (c - r_r - m, r_r - c + (m if turns else -m)))
+        rate = e if kind == "smooth" or (kind == "soft" and s < 0) else 0  # every loss weighs -log p and -log q
+        slope = (1 - rate) * (p - 1) + rate * (1 - q) if kind != "robust" else (0.8 * (p - 1) - 0.2 * (1 - q)) / 0.6
         assert r.grad[k, 0].item() == pytest.approx(slope) and r.grad[k, 1].item() == pytest.approx(-slope)
 
 
@@ -1758,10 +1838,12 @@ def test_robust_loss_is_unbiased(e):
     """Expectation over a label flipped with probability e = the clean BT loss; that of smooth is not."""
     a, b = torch.randn(2, 20, dtype=torch.float64)
 
-    def mean(kind):
-        return (1 - e) * preference_loss(a, b, kind, e) + e * preference_loss(b, a, kind, e)
+    def mean(kind, m=0.0, turns=False):  # as flip_labels: a margin stays, a strength turns
+        other = preference_loss(b, a, kind, e, -m if turns else m, turns=turns)
+        return (1 - e) * preference_loss(a, b, kind, e, m, turns=turns) + e * other
 
     assert close(mean("robust"), bt_loss(a, b), 1e-12)
+    assert all(close(mean("robust", 1.3, turns), bt_loss(a - 1.3, b), 1e-12) for turns in (False, True))
     assert e == 0 or not close(mean("smooth"), bt_loss(a, b), 1e-3)
 
 
@@ -1790,8 +1872,9 @@ def test_pair_fields_reach_the_loss(zoo):
     for field in ("margin", "strength"):
         got = term(model, examples, margin_field=field, preference_loss="soft", flip_rate=0.3)
         for k, (c, r) in enumerate(got["rewards"].tolist()):
-            d, rate = c - r - getattr(examples[k].pair, field), 0.3 * (examples[k].pair.strength < 0)
-            assert got["loss"][k].item() == pytest.approx(-(1 - rate) * log_sigmoid(d) - rate * log_sigmoid(-d), abs=1e-5)
+            m, rate = getattr(examples[k].pair, field), 0.3 * (examples[k].pair.strength < 0)
+            flipped = log_sigmoid(r - c + (m if field == "strength" else -m))
+            assert got["loss"][k].item() == pytest.approx(-(1 - rate) * log_sigmoid(c - r - m) - rate * flipped, abs=1e-5)
     plain = term(model, examples)
     assert "preference" not in plain and torch.equal(plain["loss"], bt_loss(*plain["rewards"].T))
 
@@ -1959,7 +2042,8 @@ def test_speed_as_a_user_runs_it(zoo, argv, tmp_path, capsys):
     assert 0 <= arms["c"]["padding"] < 1 and arms["c"]["tokens_per_pair"] < arms["b"]["tokens_per_pair"]
     assert evaluate(zoo("llama"), *common, "--pairs", 2, "--shrink", 32, 2, "--grow", 64, "--arms", "c", "--plot", tmp_path / "g.png",
                     verb="speed") == 0 and (tmp_path / "g.png").stat().st_size > 5_000
-    for flags, mention in (((), "--data, --lengths or --grow"), (("--lengths", 4, 4, 4, "--arms", "trl"), "give --data")):
+    for flags, mention in (((), "--data, --lengths or --grow"), (("--lengths", 4, 4, 4, "--arms", "trl"), "give --data"),
+                           (("--lengths", 4, 4, 4, "--plot", tmp_path / "x.png"), "give --grow")):
         assert evaluate(zoo("llama"), *common, *flags, verb="speed") == 2 and mention in capsys.readouterr().err
 
 
@@ -2287,7 +2371,7 @@ DROPPED = {  # name -> (the file, the reason that is counted)
     "ends with the user": (with_field(chosen=TALK, rejected=[*TALK, turn()]),
                            "rejected does not end with the assistant"),
     "empty conversations": (with_field(chosen=[], rejected=[]), "chosen does not end with the assistant"),
-    "two prompts": (with_field(chosen=[turn(), TALK[1]], rejected=[turn(content="b"), TALK[1]]),
+    "two prompts": (with_field(prompt=None, chosen=[turn(), TALK[1]], rejected=[turn(content="b"), TALK[1]]),
                     "the two prompts differ")}
 FILES = {  # name -> a file that holds GOOD twice
     "CRLF": second(json.dumps(GOOD).encode()).replace(b"\n", b"\r\n\r\n"),
