@@ -15,7 +15,7 @@ import json
 import shutil
 import subprocess
 import sys
-import time
+from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -76,23 +76,20 @@ def sh(*command) -> None:
     subprocess.run(list(map(str, command)), cwd=ROOT, check=True)
 
 
-def busy(out: Path) -> bool:
-    """Is a second process of the study at this run?"""
-    out.mkdir(parents=True, exist_ok=True)
-    with open(out / "lock", "a") as lock:
+@contextmanager
+def claim(name: str, wait: bool = True):
+    """True inside while no other process of the study is at it; without wait False where one is."""
+    with open(RUNS / f"{name}.lock", "w") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            return True
-    return False
+            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            yield True
+        except BlockingIOError:
+            yield False
 
 
 def train(out: Path, flags: list[str]) -> None:
     """One run, resumed where it stopped, skipped where it is done; the checkpoints go when it is."""
-    while not (out / "results.json").exists():
-        if busy(out):
-            time.sleep(10)
-            continue
+    if not (out / "results.json").exists():
         resume = ["--resume"] if (out / "config.json").exists() else []
         sh(sys.executable, "idistill.py", *flags, "--output-dir", out.relative_to(ROOT), *resume)
     shutil.rmtree(out / "checkpoints", ignore_errors=True)
@@ -117,36 +114,40 @@ def tune() -> None:
 
 def real(*arms: str) -> None:
     """Every arm, or those named, with its seeds; a second process may run beside."""
-    def one(arm: str, seed: int) -> None:
-        flags, _ = ARMS[arm]
-        lr, run = LR["BT" if "bt" in flags else "ID"], folder(arm, seed)
+    def one(arm: str, seed: int, wait: bool = True) -> bool:
+        with claim(folder(arm, seed).name, wait) as mine:
+            if mine:
+                run(arm, seed)
+            return mine
+
+    def run(arm: str, seed: int) -> None:
+        (flags, _), to = ARMS[arm], folder(arm, seed)
+        lr, teacher = LR["BT" if "bt" in flags else "ID"], ["--teacher", TEACHER, *TEACHER_FLAGS]
         if arm == "adaptive margin" and not (RUNS / "hh.strength.jsonl").exists():
             for other in SEEDS:
                 one("BT", other)
             sh(sys.executable, "eval.py", "accuracy", *(folder("BT", s) / "student" for s in SEEDS), "--data", RUNS / "hh.jsonl",
                "--max-length", 512, "--strength", RUNS / "hh.strength.jsonl")
         if MORE in arm:
-            if not (RUNS / "hh.all.jsonl").exists():  # its validation split, cut by the same hash of the prompt, holds that of hh.jsonl
-                sh(sys.executable, "data_prep.py", RAW, "--val-fraction", 0.15, "--out", RUNS / "hh.all.jsonl")
-            train(folder(MORE), [*COMMON, "--data", "runs/study/hh.all.jsonl", "--teacher", TEACHER, *TEACHER_FLAGS, "--max-steps", "1"])
-            score(folder(MORE) / "teacher")
-        teacher = ["--teacher", TEACHER, *TEACHER_FLAGS]
+            with claim(folder(MORE).name):
+                if not (RUNS / "hh.all.jsonl").exists():  # its validation split, cut by the same hash of the prompt, holds that of hh.jsonl
+                    sh(sys.executable, "data_prep.py", RAW, "--val-fraction", 0.15, "--out", RUNS / "hh.all.jsonl")
+                train(folder(MORE), [*COMMON, "--data", "runs/study/hh.all.jsonl", *teacher, "--max-steps", "1"])
+                score(folder(MORE) / "teacher")
         if arm != "ID" and "bt" not in flags and "--teacher" not in flags:
             one("ID", seed)
             teacher = ["--teacher", f"{folder('ID', seed)}/teacher", "--teacher-epochs", "0"]
-        train(run, [*COMMON, "--lr", lr, "--seed", str(seed), *teacher, *flags])
-        score(run / "student")
+        train(to, [*COMMON, "--lr", lr, "--seed", str(seed), *teacher, *flags])
+        score(to / "student")
 
     todo = [(arm, seed) for arm in arms or ARMS for seed in ARMS[arm][1]]
     while todo:
         arm, seed = todo.pop(0)
-        if not busy(folder(arm, seed)):
-            one(arm, seed)
-        elif todo:
+        if not one(arm, seed, wait=not todo):
             todo.append((arm, seed))
-            time.sleep(5)
     for seed in SEEDS:
-        score(folder("ID", seed) / "teacher")
+        with claim(folder("ID", seed).name):
+            score(folder("ID", seed) / "teacher")
 
 
 def score(model: Path) -> None:
