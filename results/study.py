@@ -15,6 +15,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -145,6 +146,7 @@ def real(*arms: str) -> None:
         arm, seed = todo.pop(0)
         if not one(arm, seed, wait=not todo):
             todo.append((arm, seed))
+            time.sleep(5)
     for seed in SEEDS:
         with claim(folder("ID", seed).name):
             score(folder("ID", seed) / "teacher")
