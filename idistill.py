@@ -391,8 +391,8 @@ class InteractionTeacher(nn.Module):
     """A stock bidirectional encoder for token classification with one label, over both responses at once (E4).
 
     forward(batch of collate_teacher) -> verdict (B,), positive when it prefers chosen. With maps=True self.maps then
-    lists the token maps (B, G, m, n) of `layers`, by the tap, or by output_attentions where the model lacks the
-    interface (DeBERTa)."""
+    lists the token maps (B, G, m, n) of `layers`, by the tap, or by output_attentions where the tap cannot show them
+    (DeBERTa). Raises UserError where neither can."""
 
     def __init__(self, stock, tokenizer, layers: tuple[int, ...] = (), matched: bool = False):
         super().__init__()
