@@ -215,8 +215,8 @@ def figures() -> None:
                      "chosen": s["bon_best"]["answer"], "rejected": [r["answer"] for r in s["loser_list"][:2]]} for s in json.load(f)]
         (RUNS / "rmb.three.jsonl").write_text("".join(json.dumps(s) + "\n" for s in sets))
     verb("bestofn", "real_bestofn", *real, "--data", "runs/study/rmb.three.jsonl", *few)
-    for arm in ("BT", "ID"):
-        verb("stability", f"real_stability_{arm}", *(folder(arm, s).relative_to(ROOT) / "student" for s in SEEDS), "--data", same_source, *few)
+    for arm, name in (("BT", "BT"), ("ID", "ID"), ("ID, uniform target", "uniform")):
+        verb("stability", f"real_stability_{name}", *(folder(arm, s).relative_to(ROOT) / "student" for s in SEEDS), "--data", same_source, *few)
 
 
 def gradients() -> None:
