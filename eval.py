@@ -188,7 +188,7 @@ def check_model(name: str):
 
 def open_judge(name: str, args, decoder: bool = False) -> Judge:
     """A reward model or interaction teacher (decoder: a decoder alone), ready to score. Raises UserError."""
-    (config, teaches), (device, amp) = check_model(name), set_up_device(args)
+    (_, teaches), (device, amp) = check_model(name), set_up_device(args)
     if teaches:
         stock, tokenizer, room = load_teacher(name)
         view = load_tokenizer(name)  # its own tokens serve where the student's words are asked for

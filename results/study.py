@@ -337,6 +337,23 @@ def report() -> None:
             rows[f"{arm} ({len(runs)})"] = [f"{np.mean(v):.3f} ± {np.std(v, ddof=1) / len(v) ** 0.5:.3f}" for v in of_seeds]
     print(f"\ncalibration of sigma(margin) on {same}, mean ± standard error over seeds")
     table(rows, list(kinds))
+    def agreement(file: str) -> dict[str, np.ndarray]:
+        """Mean rank correlation of the margins of two seeds, over the three pairs of seeds: its value, then bootstrap samples over prompts."""
+        rng, fits, inverse = np.random.default_rng(0), ~np.array(long[file]), np.unique(groups[file], return_inverse=True)[1]
+        of_prompt = [np.flatnonzero((inverse == g) & fits) for g in range(inverse.max() + 1)]
+        samples = [np.concatenate([of_prompt[g] for g in rng.integers(len(of_prompt), size=len(of_prompt))]) for _ in range(1000)]
+        two = {arm: [(of[a][file], of[b][file]) for a, b in ((0, 1), (0, 2), (1, 2))] for arm, of in scored.items() if len(of) == 3}
+        return {arm: np.array([np.mean([evaluation.spearman(a[k], b[k]) for a, b in some]) for k in [np.flatnonzero(fits), *samples]])
+                for arm, some in two.items()}
+
+    rows, agree = {}, {file: agreement(file) for file in files}
+    for arm, *others in (("ID",), ("BT",), ("ID, uniform target",), ("ID", "BT"), ("ID", "ID, uniform target"), ("ID, uniform target", "BT")):
+        name = " − ".join([arm, *others])
+        values = {file: of[arm] - (of[others[0]] if others else 0) for file, of in agree.items()}
+        study.setdefault("agreement", {})[name] = {f: {"mean": float(v[0]), "interval": evaluation.interval(v[1:])} for f, v in values.items()}
+        rows[name] = [evaluation.shown(v[0], evaluation.interval(v[1:]), "+.3f" if others else ".3f") for v in values.values()]
+    print("\nrank correlation of the margins of two seeds, mean of three pairs of seeds [95 %, bootstrap over prompts]")
+    table(rows, list(files))
     pairs = [("ID", "BT"), ("ID", "ID, uniform target"), ("ID, uniform target", "BT"), ("ID", "teacher"),
              *((arm, other) for arm in ARMS if arm not in ("BT", "ID", "ID, uniform target") and "noise" not in arm for other in ("BT", "ID")),
              (f"ID, {MORE}", f"score only, {MORE}"), (f"ID, {MORE}", MORE),
