@@ -1236,7 +1236,7 @@ def shrunk_student(name: str, hidden: int, layers: int):
     choose_pad(tokenizer)
     small = dict(hidden_size=hidden, num_hidden_layers=layers, intermediate_size=4 * hidden,
                  num_attention_heads=4, num_key_value_heads=4, head_dim=None, layer_types=None,
-                 max_position_embeddings=2**15, pad_token_id=tokenizer.pad_token_id)
+                 max_position_embeddings=2**15, pad_token_id=tokenizer.pad_token_id, dtype=torch.float32)
     return AutoModelForSequenceClassification.from_config(type(own)(**{**own.to_dict(), **small})), tokenizer
 
 
@@ -1279,7 +1279,8 @@ def training_step(arm: str, model: RewardModel, teacher: InteractionTeacher, exa
 
 def time_arms(args) -> dict[str, dict]:
     """Every arm, round after round: median pairs a second, ratios to the first arm in the same round, tokens
-    a pair, share of padding, peak memory in bytes."""
+    a pair, share of padding, peak memory in bytes. With --steps a round takes as many of an arm's steps, spread
+    evenly from the shortest to the longest, and the next round others."""
     (device, amp), name, seed, k = set_up_device(args), args.models[0], args.seed, args.batch_size
     stock, tokenizer = shrunk_student(name, *args.shrink) if args.shrink else load_student(name, seed)
     reader, reader_tokenizer, room = load_teacher(args.teacher, seed)
@@ -1288,47 +1289,51 @@ def time_arms(args) -> dict[str, dict]:
     examples = speed_examples(args, encoder, (stock.config.vocab_size, len(reader_tokenizer)))
     N, depths = len(examples), [m.config.get_text_config().num_hidden_layers for m in (stock, reader)]
     order = np.random.default_rng(seed).permutation(N)
-    random = [order[i:i + k] for i in range(0, N, k)]
-    bucketed = plan_epoch(np.array([len(e.ids) for e in examples]), k, seed, 0)  # as in training
+    lengths = np.array([len(e.ids) for e in examples])
+    plans = {"random": [order[i:i + k] for i in range(0, N, k)], "bucketed": plan_epoch(lengths, k, seed, 0)}  # as in training
+    plans = {name: sorted(plan, key=lambda index: lengths[index].max()) for name, plan in plans.items()}
     optimizer, sdpa = make_optimizer(stock, 0.0, 0.0), stock.config._attn_implementation  # rate 0: no change
-    taken, tokens, peer = {arm: [] for arm in args.arms}, {arm: np.zeros(2) for arm in args.arms}, None
+    rates, tokens, peer = {arm: [] for arm in args.arms}, {arm: [] for arm in args.arms}, None
 
     def one_pass(arm: str, batches: list[np.ndarray]) -> float:
-        """Trains on the batches: seconds."""
+        """Trains on the batches: pairs a second."""
         last = [(depth - 1,) if arm in ("tap", "pool", "d") else () for depth in depths]
         model = RewardModel(stock, "packed", last[0])
         teacher = InteractionTeacher(reader, reader_tokenizer, last[1])
         cfg = Config(align_target="teacher" if arm == "d" else "uniform")
         cfg.align_max_tokens = args.align_max_tokens
-        started, tokens[arm] = time.perf_counter(), np.zeros(2)
+        started, done = time.perf_counter(), np.zeros(3)
         for index in batches:
             with amp():
                 loss, *counts = training_step(arm, model, teacher, [examples[i] for i in index], cfg, device)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            tokens[arm] += counts
+            done += [*counts, len(index)]
         if device.type == "cuda":
             torch.cuda.synchronize()
-        return time.perf_counter() - started
+        tokens[arm].append(done)
+        return done[2] / (time.perf_counter() - started)
 
     for round in bar(range(args.rounds + 1), "rounds"):
         for arm in args.arms:
             for m in (stock, reader):
                 m.set_attn_implementation("eager" if arm == "e" else sdpa)
             if arm == "trl":
-                pairs = [e.pair for e in examples]
-                peer = peer or trl_trainer(stock, tokenizer, pairs, args, amp is not nullcontext)
-                seconds = peer()
+                peer = peer or trl_trainer(stock, tokenizer, [e.pair for e in examples], args, amp is not nullcontext)
+                rate = N / peer()
             else:
-                batches = random if arm in ("a", "b") else bucketed
-                seconds = one_pass(arm, batches if round else batches[:1])
-            taken[arm] += [seconds] if round else []  # round 0 warms up
+                plan = plans["random" if arm in ("a", "b") else "bucketed"]
+                steps = min(args.steps or len(plan), len(plan))
+                at = (np.arange(steps) + (round - 0.5) / args.rounds) * len(plan) / steps
+                rate = one_pass(arm, [plan[int(i)] for i in at] if round else plan[-1:])
+            rates[arm].append(rate)
     out, peak = {}, torch.cuda.max_memory_allocated() if device.type == "cuda" else peak_memory()
-    for arm, seconds in taken.items():
-        (slots, real), ratios = tokens[arm], np.divide(taken[args.arms[0]], seconds)
-        out[arm] = {"pairs_per_s": N / float(np.median(seconds)), "ratio": float(np.median(ratios)),
-                    "ratios": ratios.tolist(), "tokens_per_pair": real / N,
+    for arm in args.arms:  # round 0 warmed up
+        rate, (slots, real, pairs) = rates[arm][1:], np.sum([[0, 0, 0], *tokens[arm][1:]], axis=0)
+        ratios = np.divide(rate, rates[args.arms[0]][1:])
+        out[arm] = {"pairs_per_s": float(np.median(rate)), "ratio": float(np.median(ratios)),
+                    "ratios": ratios.tolist(), "tokens_per_pair": real / max(1, pairs),
                     "padding": 1 - real / max(1, slots), "peak_bytes": peak}
     return out
 
@@ -1491,6 +1496,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="ways to train, ratios are to the first (default: b a b' c tap pool d e)")
     add("--pairs", type=int, default=128, help="pairs a round (default: 128)")
     add("--rounds", type=int, default=5, help="rounds, after one that warms up (default: 5)")
+    add("--steps", type=int, default=0, help="steps of each arm a round, of every size, others in each round: as "
+        "padded as among all --pairs, in less time (default: 0 = all)")
     add("--lengths", type=int, nargs=3, metavar="N",
         help="random tokens instead of --data: of prompt, chosen, rejected")
     add("--spread", type=float, default=0.0, metavar="SHARE",
@@ -1507,6 +1514,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         ap.error("--data is needed")
     if args.batch_size < 1 or args.max_length < 0 or args.limit < 0:
         ap.error("--batch-size must be at least 1, --max-length and --limit not negative")
+    if getattr(args, "steps", 0) < 0:
+        ap.error("--steps must not be negative")
     if min(getattr(args, "pairs", 1), getattr(args, "rounds", 1)) < 1 or not 0 <= getattr(args, "spread", 0) < 1:
         ap.error("--pairs and --rounds must be at least 1, --spread from 0 to under 1")
     if getattr(args, "stages", 2) < 2:

@@ -2033,6 +2033,39 @@ def test_every_arm_of_speed_computes_the_same_loss(zoo):
     assert close(evaluation.training_step("e", eager, reader, examples, Config(), "cpu")[0], expected) and expected > loss["c"] + 0.01
 
 
+@pytest.mark.parametrize("machine, units, bf16", [("x86_64", (), False), ("x86_64", ("avx512_bf16",), True), ("x86_64", ("amx_tile",), True),
+                                                  ("aarch64", (), True)])
+def test_auto_is_bf16_where_the_processor_computes_in_it(machine, units, bf16, monkeypatch):
+    monkeypatch.setattr(data_prep.platform, "machine", lambda: machine)
+    for unit in ("amx_tile", "avx512_bf16"):
+        monkeypatch.setattr(torch.cpu, f"_is_{unit}_supported", lambda unit=unit: unit in units, raising=False)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True, raising=False)
+    for dtype, expected in (("auto", bf16), ("fp32", False), ("bf16", True)):
+        amp = data_prep.set_up_device(Config(dtype=dtype, device="cpu"))[1]
+        with amp():
+            assert torch.is_autocast_enabled("cpu") == expected
+
+
+def test_speed_takes_steps_of_every_size(zoo, monkeypatch):
+    seen = []
+    monkeypatch.setattr(evaluation, "training_step", lambda arm, model, teacher, examples, *_: (
+        seen.append(max(len(e.ids) for e in examples)), sum(p.sum() for p in model.parameters()), 2, 1)[1:])
+    args = evaluation.parse_args(["speed", zoo("llama"), "--teacher", zoo("bert"), "--lengths", "20", "10", "10", "--spread", "0.9", "--rounds",
+                                  "3", "--steps", "2", "--pairs", "18", "--batch-size", "3", "--arms", "c", "--dtype", "fp32", "--device", "cpu"])
+    out = evaluation.time_arms(args)["c"]
+    rounds = np.array(seen[1:]).reshape(3, 2)  # the first warms up; 6 batches, 2 of other sizes in each round
+    assert sorted(seen[1:]) == [*rounds[:, 0], *rounds[:, 1]] and len(set(seen[1:])) == 6
+    assert out["tokens_per_pair"] == pytest.approx(6 / 18) and out["padding"] == 0.5
+
+
+def test_a_shrunk_student_computes_in_fp32_whatever_its_checkpoint_holds(zoo, tmp_path):
+    shutil.copytree(zoo("llama"), tmp_path / "half")
+    config = json.loads((tmp_path / "half/config.json").read_text())
+    (tmp_path / "half/config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))
+    assert {p.dtype for p in evaluation.shrunk_student(str(tmp_path / "half"), 32, 2)[0].parameters()} == {torch.float32}
+
+
 def test_speed_as_a_user_runs_it(zoo, argv, tmp_path, capsys):
     data = write_pairs(tmp_path / "d.jsonl", make_pairs(6))
     common = ("--teacher", zoo("bert"), "--rounds", 2, "--batch-size", 3, "--dtype", "fp32", "--device", "cpu")
@@ -2040,6 +2073,10 @@ def test_speed_as_a_user_runs_it(zoo, argv, tmp_path, capsys):
     arms = json.loads((tmp_path / "s").read_text())["arms"]
     assert list(arms) == ["b", "c", "d"] and len(arms["d"]["ratios"]) == 2 and set(arms["b"]["ratios"]) == {1.0}
     assert 0 <= arms["c"]["padding"] < 1 and arms["c"]["tokens_per_pair"] < arms["b"]["tokens_per_pair"]
+    assert evaluate(zoo("llama"), *common, "--data", data, "--steps", 1, "--json", tmp_path / "s", "--arms", "b", "c", verb="speed") == 0
+    assert len(json.loads((tmp_path / "s").read_text())["arms"]["c"]["ratios"]) == 2
+    assert evaluate(zoo("llama"), *common, "--data", data, "--steps", -1, verb="speed") == 2
+    capsys.readouterr()
     assert evaluate(zoo("llama"), *common, "--pairs", 2, "--shrink", 32, 2, "--grow", 64, "--arms", "c", "--plot", tmp_path / "g.png",
                     verb="speed") == 0 and (tmp_path / "g.png").stat().st_size > 5_000
     for flags, mention in (((), "--data, --lengths or --grow"), (("--lengths", 4, 4, 4, "--arms", "trl"), "give --data"),

@@ -281,22 +281,28 @@ def report() -> None:
         args = evaluation.parse_args(["accuracy", "none", "--data", str(ROOT / path), "--limit", str(limit)])
         files.update(evaluation.read_files(args))
     groups = {name: evaluation.prompt_groups(pairs) for name, pairs in files.items()}
-    long = {name: [v is None for v in values] for name, values in json.loads((folder("BT", 0) / "student.margins.json").read_text()).items()}
 
-    def margins(run: str, model: str) -> dict[str, np.ndarray]:
-        """{file: margins (N,), NaN where the pair was too long for the reward models}; empty while not scored."""
-        path = RUNS / run / f"{model}.margins.json"
-        read = json.loads(path.read_text()) if path.exists() else {}
-        return {name: np.where(long[name], np.nan, np.array(values, dtype=float)) for name, values in read.items()}
+    def read(run: Path, model: str) -> dict[str, np.ndarray]:
+        """{file: margins (N,), NaN where the pair was too long}; empty while the model is not scored."""
+        path = run / f"{model}.margins.json"
+        values = json.loads(path.read_text()) if path.exists() else {}
+        return {name: np.array(v, dtype=float) for name, v in values.items()}
+
+    fits = {name: np.ones(len(pairs), bool) for name, pairs in files.items()}
+    fits |= {name: ~np.isnan(v) for name, v in read(folder("BT", 0), "student").items()}
+
+    def margins(run: Path, model: str) -> dict[str, np.ndarray]:
+        """The same, on the pairs that fit into the reward models: they drop alike, a teacher reads more."""
+        return {name: np.where(fits[name], v, np.nan) for name, v in read(run, model).items()}
 
     def measured(v: np.ndarray) -> dict:
         real = v[~np.isnan(v)]
         return {"pairs": len(real), "dropped": len(v) - len(real), "accuracy": float(evaluation.outcomes(real).mean()),
                 **{k: c for k, c in evaluation.calibration(real).items() if k != "bins"}}
 
-    scored = {arm: {s: m for s in seeds if (m := margins(folder(arm, s).name, "student"))} for arm, (_, seeds) in ARMS.items()}
-    scored["teacher"] = {s: m for s in SEEDS if (m := margins(folder("ID", s).name, "teacher"))}
-    scored[MORE] = {0: m for m in [margins(folder(MORE).name, "teacher")] if m}
+    scored = {arm: {s: m for s in seeds if (m := margins(folder(arm, s), "student"))} for arm, (_, seeds) in ARMS.items()}
+    scored["teacher"] = {s: m for s in SEEDS if (m := margins(folder("ID", s), "teacher"))}
+    scored[MORE] = {0: m for m in [margins(folder(MORE), "teacher")] if m}
     done = {arm: {s: {name: np.where(np.isnan(v), np.nan, evaluation.outcomes(v)) for name, v in m.items()} for s, m in of.items()}
             for arm, of in scored.items()}
     tuned = {n: RUNS / "tune" / n.replace(" ", "-") for n in TUNE}
@@ -327,9 +333,9 @@ def report() -> None:
             of_seeds = {name: [100 * float(np.nanmean(r[name])) for r in of.values()] for name in files}
             rows[f"{arm} ({len(of)})"] = [f"{np.mean(v):.1f}" + (f" ± {np.std(v, ddof=1) / len(v) ** 0.5:.1f}" if len(v) > 1 else "")
                                           for v in of_seeds.values()]
-    rows["longer response"] = [f"{100 * evaluation.outcomes(longer_margins(p)[~np.array(long[name])]).mean():.1f}" for name, p in files.items()]
+    rows["longer response"] = [f"{100 * evaluation.outcomes(longer_margins(p)[fits[name]]).mean():.1f}" for name, p in files.items()]
     print("\naccuracy %, mean ± standard error over seeds (number of seeds), on the pairs that fit into every model")
-    table(rows, [f"{name} ({len(p) - sum(long[name])})" for name, p in files.items()])
+    table(rows, [f"{name} ({fits[name].sum()})" for name in files])
     same, kinds, rows = next(iter(files)), ("nll", "brier", "ece", "temperature"), {}
     for arm, runs in study["runs"].items():
         if len(runs) > 1:
@@ -337,17 +343,20 @@ def report() -> None:
             rows[f"{arm} ({len(runs)})"] = [f"{np.mean(v):.3f} ± {np.std(v, ddof=1) / len(v) ** 0.5:.3f}" for v in of_seeds]
     print(f"\ncalibration of sigma(margin) on {same}, mean ± standard error over seeds")
     table(rows, list(kinds))
+
     def agreement(file: str) -> dict[str, np.ndarray]:
         """Mean rank correlation of the margins of two seeds, over the three pairs of seeds: its value, then bootstrap samples over prompts."""
-        rng, fits, inverse = np.random.default_rng(0), ~np.array(long[file]), np.unique(groups[file], return_inverse=True)[1]
-        of_prompt = [np.flatnonzero((inverse == g) & fits) for g in range(inverse.max() + 1)]
+        rng, inverse = np.random.default_rng(0), np.unique(groups[file], return_inverse=True)[1]
+        of_prompt = [np.flatnonzero((inverse == g) & fits[file]) for g in range(inverse.max() + 1)]
         samples = [np.concatenate([of_prompt[g] for g in rng.integers(len(of_prompt), size=len(of_prompt))]) for _ in range(1000)]
         two = {arm: [(of[a][file], of[b][file]) for a, b in ((0, 1), (0, 2), (1, 2))] for arm, of in scored.items() if len(of) == 3}
-        return {arm: np.array([np.mean([evaluation.spearman(a[k], b[k]) for a, b in some]) for k in [np.flatnonzero(fits), *samples]])
+        return {arm: np.array([np.mean([evaluation.spearman(a[k], b[k]) for a, b in some]) for k in [np.flatnonzero(fits[file]), *samples]])
                 for arm, some in two.items()}
 
     rows, agree = {}, {file: agreement(file) for file in files}
     for arm, *others in (("ID",), ("BT",), ("ID, uniform target",), ("ID", "BT"), ("ID", "ID, uniform target"), ("ID, uniform target", "BT")):
+        if not all({arm, *others} <= of.keys() for of in agree.values()):
+            continue  # not all seeds have run
         name = " − ".join([arm, *others])
         values = {file: of[arm] - (of[others[0]] if others else 0) for file, of in agree.items()}
         study.setdefault("agreement", {})[name] = {f: {"mean": float(v[0]), "interval": evaluation.interval(v[1:])} for f, v in values.items()}
