@@ -1590,7 +1590,8 @@ def convert(args: argparse.Namespace) -> None:
     for name in ("val_fraction", "test_fraction", "agreement"):
         if not 0 <= getattr(args, name) <= 1 or args.val_fraction + args.test_fraction >= 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: shares lie in 0 to 1, and some must be left to train on")
-    if args.seed < 0 or args.limit < 0 or args.pairs < 1 or args.topics < 2 or args.items < 1 or args.fillers < 1 or not 0 <= args.shortest <= args.longest:
+    least = {"seed": 0, "limit": 0, "pairs": 1, "topics": 2, "items": 1, "fillers": 1, "shortest": 0}
+    if any(getattr(args, name) < n for name, n in least.items()) or args.shortest > args.longest:
         raise UserError("sizes must be positive, --seed not negative, --topics at least 2, and --shortest not over --longest")
     if args.responses and (args.responses < 2 or args.source != ["synthetic"]):
         raise UserError(f"--responses {args.responses}: the source synthetic takes it, and at least 2")

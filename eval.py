@@ -1380,13 +1380,13 @@ def trl_trainer(stock, tokenizer, pairs: list[Pair], args, bf16: bool):
 
 def own_process(args, arm: str, *flags: str) -> dict:
     """One arm alone, a round, in a process of its own: what it really needs of memory. Raises UserError."""
-    command = [sys.executable, __file__, "speed", args.models[0], "--arms", arm, "--rounds=1", *flags]
+    command = [sys.executable, __file__, "speed", args.models[0], "--arms", arm, "--rounds=1"]
     for k in ("teacher", "max_length", "dtype", "device", "seed", "pairs", "batch_size", "align_max_tokens", "spread"):
         command += ["--" + k.replace("_", "-"), str(getattr(args, k))]
     for k in ("data", "lengths", "shrink"):
         command += ["--" + k, *map(str, getattr(args, k))] if getattr(args, k) else []
     with tempfile.TemporaryDirectory() as folder:
-        done = subprocess.run([*command, "--json", f"{folder}/out"], capture_output=True, text=True)
+        done = subprocess.run([*command, *flags, "--json", f"{folder}/out"], capture_output=True, text=True)
         if done.returncode:
             why = (done.stderr.strip() or "killed, probably for memory").splitlines()[-1]
             raise UserError(f"arm {arm} {' '.join(flags)}: {why}")
@@ -1400,8 +1400,8 @@ def speed(args) -> None:
     a, b, b': as most code does it; c: the packed tree mask; d: the whole method, teacher included; e: the
     naive way to get attention maps. tap and pool are c with a part of d: their differences say what each part
     costs. Data: --data, or random tokens (--lengths PROMPT CHOSEN REJECTED). --memory runs each arm again in
-    a process of its own, --grow N... runs it at each total length instead (half of it prompt). The arm trl is
-    TRL's own RewardTrainer, where TRL is installed (--peer trl adds it)."""
+    a process of its own, --grow N... runs it at each total length instead (half of it prompt), or, where --lengths
+    are given, at each batch size. The arm trl is TRL's own RewardTrainer, where TRL is installed (--peer trl adds it)."""
     if not args.teacher or not (args.data or args.lengths or args.grow):
         raise UserError("speed needs --teacher, and --data, --lengths or --grow")
     if args.plot and not args.grow:
@@ -1410,11 +1410,11 @@ def speed(args) -> None:
         args.arms.append(args.peer)
     if "trl" in args.arms and not args.data:
         raise UserError("the arm trl reads text: give --data")
-    rows, cells = {} if args.grow else time_arms(args), []
-    for n in bar(args.grow or [], "lengths"):
+    rows, cells, grown = {} if args.grow else time_arms(args), [], "pairs a batch" if args.lengths else "tokens a pair"
+    for n in bar(args.grow or [], "sizes"):
+        flags = ("--batch-size", n, "--pairs", 2 * n) if args.lengths else ("--lengths", n // 2, n // 4, n // 4)
         for arm in args.arms:
-            lengths = map(str, (n // 2, n // 4, n // 4))
-            rows[f"{arm} {n}"] = {"arm": arm, "tokens": n, **own_process(args, arm, "--lengths", *lengths)}
+            rows[f"{arm} {n}"] = {"arm": arm, grown.split()[0]: n, **own_process(args, arm, *map(str, flags))}
     for arm in args.arms if args.memory and not args.grow else ():
         rows[arm]["peak_bytes"] = own_process(args, arm)["peak_bytes"]
     for k, r in rows.items():
@@ -1434,7 +1434,7 @@ def speed(args) -> None:
                              ("peak memory, GB", lambda r: r["peak_bytes"] / 1e9)):
             curves = {f"{arm}: {ARMS[arm]}": (args.grow, [value(rows[f"{arm} {n}"]) for n in args.grow], None)
                       for arm in args.arms}
-            panels.append(("", "tokens a pair", label, curves))
+            panels.append(("", grown, label, curves))
         draw(args.plot, panels, xscale="log", yscale="log")
 
 
@@ -1507,7 +1507,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--align-max-tokens", type=int, default=0, help="as in idistill.py (default: 0)")
     add("--memory", action="store_true", help="peak memory of each arm, in its own process")
     add("--grow", type=int, nargs="+", metavar="N",
-        help="each arm at these total lengths, each in its own process")
+        help="each arm at these total lengths (with --lengths: batch sizes), each in its own process")
     add("--peer", choices=["trl"], help="add TRL's own RewardTrainer (pip install trl)")
     args = ap.parse_args(argv)
     if not args.data and args.verb != "speed":

@@ -463,10 +463,11 @@ def bt_loss(r_c: Tensor, r_r: Tensor) -> Tensor:
 def preference_loss(r_c: Tensor, r_r: Tensor, kind: str, flip_rate=0.0, margin=0.0, strength=None, turns=False) -> Tensor:
     """BT and its variants against wrong labels, per pair: r_c, r_r, margin, strength (B,) -> (B,).
 
-    margin: Llama 2 (arXiv 2307.09288), the same for the flipped label; margin = strength: arXiv 2401.06080, Eq. 6 (printed
-    there outside of log sigmoid, without gradient), which turns with the label. smooth: cDPO (Mitchell, "A note on DPO with noisy preferences", Eq. 3) =
-    2401.06080, Eq. 5. soft: the same where the ensemble doubts the label (2401.06080, 2.5). robust: arXiv
-    2403.00409; its mean over random flips is the clean loss, so one pair's can be negative, without bound."""
+    margin: Llama 2 (arXiv 2307.09288), the same for the flipped label; margin = strength: arXiv 2401.06080, Eq. 6
+    (printed there outside of log sigmoid, without gradient), which turns with the label. smooth: cDPO (Mitchell, "A
+    note on DPO with noisy preferences", Eq. 3) = 2401.06080, Eq. 5. soft: the same where the ensemble doubts the label
+    (2401.06080, 2.5). robust: arXiv 2403.00409; its mean over random flips is the clean loss, so one pair's can be
+    negative, without bound."""
     as_labelled, flipped = bt_loss(r_c - margin, r_r), bt_loss(r_r - (-margin if turns else margin), r_c)
     if kind == "robust":
         return ((1 - flip_rate) * as_labelled - flip_rate * flipped) / (1 - 2 * flip_rate)
@@ -913,7 +914,8 @@ def train_in(run: Run, cfg: Config, needs_teacher: bool, device, amp) -> dict:
         for name, part in held.items():
             v = teacher_verdicts(teacher, part, scored_at_once(cfg), device, amp, f"teacher: {name}")
             teacher_accuracy[name] = accuracy(v)
-        n, got, now = len(held["validation"]), teacher_accuracy["validation"], "goes on learning" if cfg.teacher_co_train else "frozen"
+        n, got = len(held["validation"]), teacher_accuracy["validation"]
+        now = "goes on learning" if cfg.teacher_co_train else "frozen"
         print(f"teacher: validation accuracy {got:.4f} on {n} pairs, {now}")
         if got < 0.5 + 1.64 * math.sqrt(0.25 / n):  # one-sided 95 %
             print(f"warning: the teacher is at chance ({got:.3f} on {n} pairs); its attention has little to teach. "

@@ -2079,6 +2079,8 @@ def test_speed_as_a_user_runs_it(zoo, argv, tmp_path, capsys):
     capsys.readouterr()
     assert evaluate(zoo("llama"), *common, "--pairs", 2, "--shrink", 32, 2, "--grow", 64, "--arms", "c", "--plot", tmp_path / "g.png",
                     verb="speed") == 0 and (tmp_path / "g.png").stat().st_size > 5_000
+    assert evaluate(zoo("llama"), *common, "--lengths", 8, 4, 4, "--grow", 1, 4, "--arms", "c", "--json", tmp_path / "g", verb="speed") == 0
+    assert [r["pairs"] for r in json.loads((tmp_path / "g").read_text())["arms"].values()] == [1, 4]
     for flags, mention in (((), "--data, --lengths or --grow"), (("--lengths", 4, 4, 4, "--arms", "trl"), "give --data"),
                            (("--lengths", 4, 4, 4, "--plot", tmp_path / "x.png"), "give --grow")):
         assert evaluate(zoo("llama"), *common, *flags, verb="speed") == 2 and mention in capsys.readouterr().err

@@ -71,7 +71,7 @@ def main() -> None:
     examples = evaluation.speed_examples(args, encoder, (stock.config.vocab_size, len(reader_tokenizer)))
     lengths, pad, cfg = np.array([len(e.ids) for e in examples]), stock.config.pad_token_id, Config()
     last = stock.config.num_hidden_layers - 1, reader.config.num_hidden_layers - 1
-    plain, tapped = RewardModel(stock), RewardModel(stock, "packed", last[:1])
+    tapped = RewardModel(stock, "packed", last[:1])
     teacher = InteractionTeacher(reader, reader_tokenizer, last[1:])
     base, optimizer = stock.base_model, make_optimizer(stock, 0.0, 0.0)
     compiled = torch.compile(base, dynamic=True)
