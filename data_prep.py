@@ -211,15 +211,16 @@ def parse_candidates(obj: dict) -> Candidates:
         gold = [1.0] + [0.0] * (len(responses) - 1)
     if not isinstance(responses, list) or len(responses) < 2 or not all(isinstance(y, str) for y in responses):
         raise ValueError('there are no two texts in "responses", nor in "chosen" (a text) and "rejected" (a list of texts)')
-    if not isinstance(gold, list) or not all(isinstance(g, (int, float)) and math.isfinite(g) for g in gold):
+    if not isinstance(gold, list):
         raise ValueError('"gold" is not a list of finite numbers')
+    gold = [parse_number(g, "gold") for g in gold]
     if len(gold) != len(responses):
         raise ValueError(f"{len(responses)} responses have {len(gold)} gold scores")
     if not all(y.strip() for y in responses):
         raise UnusablePair("a response is empty")
     prompt, extra = check_messages(obj["prompt"], "prompt"), {k: str(obj[k]) for k in ("subset", "id") if obj.get(k) is not None}
     check_characters([m["content"] for m in prompt] + responses + list(extra.values()))
-    return Candidates(prompt, responses, [float(g) for g in gold], **extra)
+    return Candidates(prompt, responses, gold, **extra)
 
 
 def read_candidates(paths: list[str]) -> tuple[list[Candidates], Counter]:
@@ -362,35 +363,39 @@ class Formatter:
     """The one place that builds the string that is scored, for training, evaluation and users.
 
     Chat template where the tokenizer has one, else "User: ...\\n\\nAssistant: ..."; always ends in the end token
-    (a missing one flips rewards: MOSS-RLHF #21); starts with BOS where the tokenizer would add it. The string is
+    (a missing one flips rewards: MOSS-RLHF #21); BOS is the template's affair, without one the tokenizer's. The string is
     tokenised with add_special_tokens=False, so there is never a second BOS. What would end a turn or start
     another is defused inside the contents by a space after its first character ("< |im_end|>").
 
     Raises UserError for a tokenizer without end token, or a template that loses messages."""
 
     def __init__(self, tokenizer, counts: Counter | None = None):
-        if tokenizer.eos_token is None:
+        bos, self.eos = tokenizer.bos_token or tokenizer.cls_token, tokenizer.eos_token or tokenizer.sep_token  # [CLS], [SEP]: BERT's
+        if self.eos is None:
             raise UserError(f"{tokenizer.name_or_path}: the tokenizer has no end token (eos_token); set one in its "
                             "tokenizer_config.json")
-        self.tokenizer, self.eos, self.cache = tokenizer, tokenizer.eos_token, {}
-        bos = tokenizer.bos_token
-        self.bos = bos if bos and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id] else ""
+        self.tokenizer, self.cache = tokenizer, {}
+        self.bos = bos if bos and tokenizer("a")["input_ids"][:1] == tokenizer.convert_tokens_to_ids([bos]) else ""
         self.counts = Counter() if counts is None else counts
         control = self.control_strings()
         self.control = re.compile("|".join(map(re.escape, sorted(control, key=len, reverse=True))) or r"(?!)")
 
     def control_strings(self) -> set[str]:
         """Special tokens, other added tokens that the template writes, and the text it puts between turns."""
-        pieces, between = [], set()
+        pieces, between, special = [], set(), set(self.tokenizer.all_special_tokens)
         for roles in (("user", "assistant", "user", "assistant"), ("user", "system", "assistant")):
             try:
                 pieces += self.markup(roles)
-                between |= {p.strip(" ") for p in self.markup(roles)[1:-1] if re.search(r"\w", p)}
+                marks = self.markup(roles)[1:-1]
+                between |= {p for p in marks if re.search(r"\w", p)}
+                # "</s><s>[INST]": a text could hold [INST] alone ("assistant" alone is only a word)
+                between |= {m for p in marks for m in re.split("|".join(map(re.escape, special)) or r"(?!)", p)
+                            if re.fullmatch(r"\s*[\[<{|].*\w.*[\]>}|]\s*", m)}
             except UserError:  # a template may refuse some roles; it is asked again for those of the data
                 pass
         added = {t.content for t in self.tokenizer.added_tokens_decoder.values()
-                 if t.special or any(t.content in p for p in pieces)} | set(self.tokenizer.all_special_tokens)
-        return {t for t in added | between if len(t) > 1}
+                 if t.special or any(t.content in p for p in pieces)} | special
+        return {t for t in added | {b.strip(" ") for b in between} if len(t) > 1}
 
     def clean(self, text: str) -> str:
         """Stripped, and with control strings defused (counted)."""
@@ -469,6 +474,9 @@ class Example:
     pair: Pair            # as read
 
 
+REFUSED = "with roles that the chat template refuses"
+
+
 class Encoder:
     """Pairs -> Examples, with the counts of what was cut, dropped or defused."""
 
@@ -480,6 +488,8 @@ class Encoder:
 
     def tokenise(self, tokenizer, texts: list[str]) -> list[tuple[np.ndarray, np.ndarray]]:
         """(ids (n,), offsets (n, 2)) of each text, all in one parallel call."""
+        if not texts:
+            return []
         enc = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False,
                         return_token_type_ids=False, verbose=False)
         return [(np.array(i, dtype=np.int64), np.array(o, dtype=np.int64).reshape(-1, 2))
@@ -511,21 +521,28 @@ class Encoder:
             prompt[target]["content"] = prompt[target]["content"][max(cut, 1):].lstrip()
 
     def __call__(self, pairs: list[Pair], chunk: int = 1024, progress: str = "") -> list[Example]:
-        """Encodes in chunks of pairs; overlong pairs are cut, dropped or raise UserError, as asked; all counted."""
-        examples = []
+        """Encodes in chunks of pairs; overlong pairs are cut, dropped or raise UserError, as asked; pairs whose roles the
+        chat template refuses are dropped, and raise it where none is left; all counted."""
+        examples, refused = [], None
         for start in bar(range(0, len(pairs), chunk), progress):
             part = pairs[start:start + chunk]
             clean = self.formatter.clean
-            todo = [([{**m, "content": clean(m["content"])} for m in p.prompt], [clean(p.chosen), clean(p.rejected)])
-                    for p in part]
-            built = [self.formatter(prompt, y) for prompt, sides in todo for y in sides]
+            todo, built = [], []
+            for number, p in enumerate(part, start + 1):
+                prompt, sides = [{**m, "content": clean(m["content"])} for m in p.prompt], [clean(p.chosen), clean(p.rejected)]
+                try:
+                    built += [self.formatter(prompt, y) for y in sides]
+                    todo.append((number, p, prompt, sides))
+                except UserError as why:
+                    refused = why
+                    self.counts[REFUSED] += 1
             tokens = self.tokenise(self.tokenizer, [text for text, _ in built])
             kept = []
-            for k, (pair, (prompt, sides)) in enumerate(zip(part, todo)):
+            for k, (number, pair, prompt, sides) in enumerate(todo):
                 two, starts = tokens[2 * k:2 * k + 2], [built[2 * k][1], built[2 * k + 1][1]]
                 if max(len(t[0]) for t in two) > self.max_length:
                     if self.overlong == "error":
-                        raise UserError(f"pair {pair.id or start + k + 1} has {max(len(t[0]) for t in two)} tokens, over "
+                        raise UserError(f"pair {pair.id or number} has {max(len(t[0]) for t in two)} tokens, over "
                                         f"--max-length {self.max_length}; raise it, or use --overlong truncate or drop")
                     cut = self.shorten(prompt, sides) if self.overlong == "truncate" else None
                     self.counts["truncated" if cut else "dropped"] += 1
@@ -534,6 +551,8 @@ class Encoder:
                     prompt, two, starts = cut
                 kept.append((pair, prompt, sides, two, starts))
             examples += self.pack(kept)
+        if refused and not examples:
+            raise refused
         return examples
 
     def pack(self, kept: list) -> list[Example]:
@@ -676,9 +695,9 @@ def labelled(counts: Counter, name: str) -> dict[str, int]:
 
 
 def unused_name(path: str, taken) -> str:
-    """What a data file is called in tables: its name without ending, the whole path where that is taken."""
-    name = Path(path).name.split(".jsonl")[0]
-    return name if name not in taken else str(path)
+    """What a data file is called in tables: its name without ending, where that is taken the whole path, then numbered."""
+    names = (Path(path).name.split(".jsonl")[0], str(path), *(f"{path} ({k})" for k in range(2, 2 + len(taken))))
+    return next(name for name in names if name not in taken)
 
 
 def read_all(cfg) -> tuple[list[Pair], dict[str, list[Pair]], Counter]:
@@ -1079,7 +1098,8 @@ class Run:
 
     def compare_flags(self, before: dict) -> None:
         """--resume with other flags: refused, but for those that change no step."""
-        free = {"resume", "overwrite", "output_dir", "eval_data", "log_every", "device", "save_every", "fsdp", "skip_nonfinite"}
+        free = {"resume", "overwrite", "output_dir", "eval_data", "log_every", "device", "save_every", "fsdp", "skip_nonfinite",
+                "grad_accum", "gradient_checkpointing"}
         now = json.loads(json.dumps(asdict(self.cfg)))
         changed = [f"--{k.replace('_', '-')} was {before.get(k)!r}, is {now[k]!r}" for k in now
                    if k not in free and before.get(k) != now[k]]
@@ -1137,16 +1157,25 @@ class Run:
         self.stop = number
         signal.signal(number, signal.SIG_DFL)  # a second one ends at once
         if self.rest and WORLD == 1:  # several processes leave together, after a step
-            self.leave(self.rest)
-        print("\nstopping after this step; once more ends at once", file=sys.stderr)
+            self.leave(self.rest, number)
+        if RANK == 0:
+            print("\nstopping after this step; once more ends at once", file=sys.stderr)
 
-    def leave(self, where: str) -> None:
+    def agreed_stop(self, device) -> int:
+        """The signal that any process has had, the same answer in all of them; 0 = none."""
+        if WORLD == 1:
+            return self.stop
+        stop = torch.tensor(float(self.stop), device=device)
+        dist.all_reduce(stop, dist.ReduceOp.MAX)
+        return int(stop)
+
+    def leave(self, where: str, stop: int) -> None:
         """Ends the process after a saved step: 130 after Ctrl-C, 0 after SIGTERM."""
         start = ["torchrun", "--nproc-per-node", str(WORLD)] if WORLD > 1 else ["python"]
         argv = [*start, *(a for a in sys.argv if a not in ("--overwrite", "--resume")), "--resume"]
         print(f"stopped and saved after {where}. Go on with:\n  {shlex.join(argv)}"
               if any(a.startswith("--model") for a in sys.argv) else "the demo is stopped; it starts anew each time")
-        raise SystemExit(130 if self.stop == signal.SIGINT else 0)
+        raise SystemExit(130 if stop == signal.SIGINT else 0)
 
     def checkpoints(self) -> list[tuple[int, int, Path]]:
         """(phase 0 = teacher / 1 = student, step, path), newest first."""
@@ -1161,7 +1190,7 @@ class Run:
                 with zipfile.ZipFile(path) as parts:  # torch.save writes checksums, torch.load ignores them
                     if broken := parts.testzip():
                         raise ValueError(f"{broken} is damaged")
-                return phase, step, torch.load(path, map_location="cpu", weights_only=True)
+                return phase, step, torch.load(path, map_location="cpu", weights_only=True, mmap=WORLD > 1)
             except Exception as why:  # zip, pickle and tensor errors alike mean: not whole
                 left = k + 1 < len(found)
                 then = "using the one before" if left else "none is left, starting at the beginning"
@@ -1558,7 +1587,7 @@ def demo(cfg, train) -> None:
 # ------------------------------------------------------------------------------------------------------ command line
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     ap.add_argument("source", nargs="+", metavar="SOURCE", help="hh-rlhf, synthetic, JSONL files, plain or "
                     f".gz, or a benchmark: {', '.join(BENCHMARKS)}")
     ap.add_argument("--out", required=True, help="file to write; gzipped where it ends in .gz")
@@ -1604,9 +1633,14 @@ def convert(args: argparse.Namespace) -> None:
         pairs, counts = read_benchmark(args.source[0], args.input, args.skip_bad)
     else:
         hh = args.source == ["hh-rlhf"]
-        pairs, counts = read_pairs((args.input or download_hh(args.subsets, args.hub_split)) if hh else args.source, args.skip_bad)
-        for p in pairs:
-            p.source = p.source or ("hh-rlhf" if hh else "")
+        pairs, counts = [], Counter()
+        for paths in [[f] for f in args.input or download_hh(args.subsets, args.hub_split)] if hh else [args.source]:
+            some, more = read_pairs(paths, args.skip_bad)
+            folder = Path(paths[0]).parent.name  # HH-RLHF keeps its subsets in folders
+            for p in some if hh else ():
+                p.source = p.source or "hh-rlhf"
+                p.subset = p.subset or (folder if folder.startswith(("helpful-", "harmless-", "red-team")) else "")
+            pairs, counts = pairs + some, counts + more
     seen, unique = set(), []
     for p in pairs:
         key = json.dumps([p.prompt, answers(p)])

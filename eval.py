@@ -31,6 +31,7 @@ import tempfile
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import comb
 from pathlib import Path
 
@@ -40,12 +41,12 @@ import torch.nn.functional as F
 import transformers
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from data_prep import (BENCHMARKS, DOMAINS, LLMBAR, SECTIONS, Encoder, Example, Formatter, Pair, UserError,
-                       bar, choose_pad, load, load_student, load_teacher, load_tokenizer, longer_margins,
+from data_prep import (BENCHMARKS, DOMAINS, LLMBAR, REFUSED, SECTIONS, Encoder, Example, Formatter, Pair, UserError,
+                       bar, check_characters, choose_pad, load, load_student, load_teacher, load_tokenizer, longer_margins,
                        positions_of, prompt_key, read_candidates, read_pairs, refuse_missing, set_up_device,
                        unused_name, write_json, write_pairs, written)
-from idistill import (AttentionTap, Config, InteractionTeacher, RewardModel, alignment_loss, attention_map,
-                      block_masks, bt_loss, collate, collate_teacher, distillation_losses, make_optimizer,
+from idistill import (AttentionTap, Config, InteractionTeacher, RewardModel, alignment_loss,
+                      attention_layers, attention_map, block_masks, bt_loss, collate, collate_teacher, distillation_losses, make_optimizer,
                       outcomes, plan_epoch, pool_words, row_divergence, teacher_verdicts, to_device,
                       tree_mask)
 
@@ -53,31 +54,74 @@ from idistill import (AttentionTap, Config, InteractionTeacher, RewardModel, ali
 
 @dataclass
 class Judge:
-    """A loaded model that scores pairs: a reward model, or an interaction teacher (encoder is set for it)."""
+    """A loaded model that scores pairs: a reward model, or an interaction teacher; encoder fits it."""
     name: str
     model: torch.nn.Module
     encoder: Encoder
     device: torch.device
     amp: object  # amp() is a context: bf16 autocast, or nothing
 
-    @property
-    def caps(self) -> bool:
-        """Gemma 2 caps its attention logits: queries and keys alone do not give its maps."""
-        return bool(getattr(self.model.config.get_text_config(), "attn_logit_softcapping", None))
+    @cached_property
+    def attends(self) -> tuple[int, bool]:
+        """(layers that attend, whether queries and keys alone give their maps: not where logits are capped, biased or
+        share their mass with a sink; eager attention shows those). Raises UserError where neither shows the maps."""
+        inputs = dict(input_ids=torch.tensor([[5, 6, 7, 8]], device=self.device))
+        with torch.no_grad():
+            plain = self.model.base_model(**inputs, use_cache=False).last_hidden_state
+            eager, hidden = self.layer_maps(inputs, None)
+            if not eager:  # some hybrids show none
+                return attention_layers(self.model), True
+            if not (hidden - plain).abs().max() <= 0.05 * plain.abs().max():
+                raise UserError(f"{self.name}: {type(self.model).__name__} does not show its attention")
+            try:
+                taps = self.layer_maps(inputs, list(range(len(eager))))[0]
+            except (UserError, ValueError):  # it takes no custom attention
+                return len(eager), False
+        loose = 0.05 if plain.dtype == torch.bfloat16 else 1e-3
+        return len(eager), all((a - b).abs().max() <= loose for a, b in zip(eager, taps))
+
+    def layer_maps(self, inputs: dict[str, torch.Tensor], layers: list[int] | None) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """Maps (B, n, n) of some layers by the tap, or (None) of all by eager attention, mean over heads; the last
+        hidden state."""
+        n, before = inputs["input_ids"].shape[1], self.model.config._attn_implementation
+        tap = AttentionTap(self.model, layers) if layers is not None else nullcontext()
+        if layers is None:
+            self.model.set_attn_implementation("eager")
+        try:
+            with tap:
+                seen = self.model.base_model(**inputs, use_cache=False, output_attentions=layers is None)
+        finally:
+            self.model.set_attn_implementation(before)
+        if layers is None:
+            return [A.float().mean(1) for A in seen.attentions or () if A is not None], seen.last_hidden_state
+        maps, causal = [], torch.ones(1, 1, n, n, dtype=torch.bool, device=self.device).tril()
+        for query, key, scale, mask in (tap.kept[k] for k in layers):
+            visible = causal if mask is None else mask if mask.dtype == torch.bool else mask == 0
+            maps.append(attention_map(query, key, scale, visible)[:, 0])
+        return maps, seen.last_hidden_state
 
     def score(self, items: list, batch_size: int, responses=lambda pair: [pair.chosen, pair.rejected]):
         """Of the k responses of each item: (rewards (N, k) in fp32, the k scored strings). An overlong prompt
         loses its oldest part, the same for all; where one does not fit, all are NaN and the strings None."""
         if isinstance(self.model, InteractionTeacher):  # always of pairs
             examples = self.encoder(items, progress="encoding")
+            if len(examples) < len(items):
+                raise UserError(f"{self.name}: its chat template refuses the roles of {len(items) - len(examples)} pairs")
             verdict = teacher_verdicts(self.model, examples, batch_size, self.device, self.amp, self.name)
+            self.check(verdict)
             return np.stack([verdict / 2, -verdict / 2], 1), [responses(p) for p in items]
         encoder, text_of, clean = self.encoder, self.encoder.formatter, self.encoder.formatter.clean
-        texts, rows = [], {}  # rows: equal strings are scored once, RM-Bench has each three times
+        refused, texts, rows = None, [], {}  # rows: equal strings are scored once, RM-Bench has each three times
         for item in items:
             prompt = [{**m, "content": clean(m["content"])} for m in item.prompt]
             sides = [clean(y) for y in responses(item)]
-            some = [text_of(prompt, y)[0] for y in sides]
+            try:
+                some = [text_of(prompt, y)[0] for y in sides]
+            except UserError as why:
+                refused = why
+                encoder.counts[REFUSED] += 1
+                texts.append(None)
+                continue
             tokens = encoder.tokenizer(some, add_special_tokens=False, verbose=False)["input_ids"]
             if max(map(len, tokens)) > encoder.max_length:
                 cut = encoder.shorten(prompt, sides)
@@ -86,6 +130,8 @@ class Judge:
                 tokens = [ids.tolist() for ids, _ in cut[1]] if cut else []
             rows |= zip(some or [], tokens)
             texts.append(some)
+        if refused and not rows:
+            raise refused
         reward = dict(zip(rows, self.score_rows(list(rows.values()), batch_size)))
         rewards = [[reward[t] for t in some] if some else [np.nan] * len(sides) for some in texts]
         return np.array(rewards, dtype=np.float32), texts
@@ -123,47 +169,34 @@ class Judge:
             if head is not None:  # bf16 logits tie often: the head in fp32
                 out = F.linear(out[torch.arange(len(index)), at].float(), head.weight.float(), head.bias)
             rewards[index] = out[:, 0].float().cpu().numpy()
+        self.check(rewards)
         return rewards
+
+    def check(self, rewards: np.ndarray) -> None:
+        if not np.isfinite(rewards).all():
+            raise UserError(f"{self.name}: {(~np.isfinite(rewards)).sum()} of {rewards.size} rewards are no numbers; its "
+                            "weights are damaged, or need --dtype fp32")
 
     @torch.no_grad()
     def end_attention(self, rows: list[list[int]], layers: str, rollout: bool, batch_size: int):
         """What the scoring position attends to: (n,) for a row, mean over heads and layers; rollout: through
         all layers, half of each step on the residual stream (arXiv 2005.00928). Raises UserError."""
         out, chosen = [np.zeros(0)] * len(rows), pick_layers(self, "all" if rollout else layers)
-        before = self.model.config._attn_implementation
-        tap = None if self.caps else AttentionTap(self.model, chosen)
-        if tap is None:
-            self.model.set_attn_implementation("eager")
         for index, inputs, at in self.batches(rows, batch_size):
-            with self.amp(), tap or nullcontext():
-                seen = self.model.base_model(**inputs, use_cache=False, output_attentions=tap is None)
-            n = inputs["input_ids"].shape[1]
-            causal = torch.ones(1, 1, n, n, dtype=torch.bool, device=self.device).tril()
-            end = rolled = F.one_hot(at, n).float()[:, None]  # (B, 1, n)
+            with self.amp():
+                maps = self.layer_maps(inputs, chosen if self.attends[1] else None)[0]
+            end = rolled = F.one_hot(at, inputs["input_ids"].shape[1]).float()[:, None]  # (B, 1, n)
             mean = 0
-            for k in reversed(chosen):
-                if tap is None:
-                    A = seen.attentions[k].float().mean(1)  # (B, n, n)
-                else:
-                    query, key, scale, mask = tap.kept[k]
-                    visible = causal if mask is None else mask if mask.dtype == torch.bool else mask == 0
-                    A = attention_map(query, key, scale, visible)[:, 0]
+            for A in reversed(maps if self.attends[1] else [maps[k] for k in chosen]):
                 rolled, mean = rolled / 2 + rolled @ A / 2, mean + end @ A / len(chosen)
             for i, values in zip(index, (rolled if rollout else mean)[:, 0].cpu().numpy()):
                 out[i] = values[:len(rows[i])]
-        self.model.set_attn_implementation(before)
         return out
 
 
 def pick_layers(judge: Judge, spec: str) -> list[int]:
-    """last, all, or numbers as 0,3,-1 -> attention layers from 0; a run on three tokens counts them."""
-    count = judge.model.config.get_text_config().num_hidden_layers
-    if not judge.caps:  # hybrids have fewer attention layers than layers
-        tap = AttentionTap(judge.model, [])
-        with torch.no_grad(), judge.amp(), tap:
-            judge.model.base_model(torch.tensor([[5, 6, 7]], device=judge.device), use_cache=False)
-        tap.remove()
-        count = tap.calls
+    """last, all, or numbers as 0,3,-1 -> attention layers from 0."""
+    count = judge.attends[0]
     try:
         layers = {"last": [-1], "all": list(range(count))}.get(spec) or [int(k) for k in spec.split(",")]
         return [range(count)[k] for k in layers]
@@ -192,7 +225,6 @@ def open_judge(name: str, args, decoder: bool = False) -> Judge:
     if teaches:
         stock, tokenizer, room = load_teacher(name)
         view = load_tokenizer(name)  # its own tokens serve where the student's words are asked for
-        view.eos_token = view.eos_token or view.sep_token
         room, model = min(room, 2 * args.max_length or room), InteractionTeacher(stock, tokenizer)
         encoder = Encoder(view, 10**9, "truncate", tokenizer, room)
     else:
@@ -245,12 +277,18 @@ def scored(args, files: dict[str, list], result: dict, *responses):
         for file, items in files.items():
             judge.encoder.counts.clear()
             rewards, texts = judge.score(items, args.batch_size, *responses)
-            counts = {k: v for k, v in judge.encoder.counts.items() if v}
-            if counts:
-                print(f"{name} on {file}: " + ", ".join(f"{v} {k}" for k, v in counts.items()))
+            counts = print_counts(judge, file)
             yield name, file, items, rewards, texts, counts
             save_json(args, result)
         del judge
+
+
+def print_counts(judge: Judge, file: str) -> dict[str, int]:
+    """What was cut, dropped or defused; also returned."""
+    counts = {k: v for k, v in judge.encoder.counts.items() if v}
+    if counts:
+        print(f"{judge.name} on {file}: " + ", ".join(f"{v} {k}" for k, v in counts.items()))
+    return counts
 
 
 # ------------------------------------------------------------------------------------------------- statistics
@@ -319,8 +357,11 @@ WRITTEN = ("json", "plot", "dump", "html", "strength")  # flags that name a file
 
 def check_outputs(args) -> None:
     """Before the long work: what is to be written can be, and is no input; --plot has its matplotlib."""
-    inputs = [("data", f) for f in args.data] + [("edits", getattr(args, "edits", None) or "")]
+    inputs, taken = [("data", f) for f in args.data] + [("edits", getattr(args, "edits", None) or "")], {}
     for flag, path in ((flag, getattr(args, flag)) for flag in WRITTEN if getattr(args, flag, None)):
+        if other := taken.get(Path(path).resolve()):
+            raise UserError(f"--{flag} {path}: is written by --{other} too; choose another file")
+        taken[Path(path).resolve()] = flag
         for name, file in inputs:
             if os.path.exists(path) and os.path.exists(file) and os.path.samefile(path, file):
                 raise UserError(f"--{flag} {path}: is read as --{name}; choose another file")
@@ -418,9 +459,9 @@ def draw_bars(axes, at: np.ndarray, width: float, values, ends, scale: float = 1
 
 
 def save_plot(figure, path: str) -> None:
-    """Written aside, then renamed: never half a picture."""
-    figure.savefig(path + ".tmp", format=Path(path).suffix[1:].lower(), dpi=150, bbox_inches="tight")
-    os.replace(path + ".tmp", path)
+    """Written aside, then renamed: never half a picture. Raises UserError."""
+    with written(path, "wb") as f:
+        figure.savefig(f, format=Path(path).suffix[1:].lower(), dpi=150, bbox_inches="tight")
 
 
 # --------------------------------------------------------------------------------------------- verb: accuracy
@@ -623,9 +664,9 @@ def stage_density(attention: np.ndarray, edges: np.ndarray) -> np.ndarray:
 def word_maps(judge: Judge, teacher: Judge | None, examples: list[Example], layers: str):
     """The simulated word map S (E3, E5), the teacher's T (mean of both orders, None without a teacher), the
     segments: (B, W, W), (B, W, W), (B, W). Raises UserError where queries and keys do not give the map."""
-    if judge.caps:
-        raise UserError(f"{judge.name}: caps its attention logits, so queries and keys do not give a "
-                        "simulated map")
+    if not judge.attends[1]:
+        raise UserError(f"{judge.name}: queries and keys alone do not give its attention (capped logits, a sink or a "
+                        "position bias), so there is no simulated map")
     model = RewardModel(judge.model.requires_grad_(False), "siamese", tuple(pick_layers(judge, layers)))
     batch = collate(examples, judge.model.config.get_text_config().pad_token_id or 0, judge.device)
     W, T = batch["word_seg"].shape[1], None
@@ -650,7 +691,9 @@ def with_teacher(encoder: Encoder, teacher: Judge | None) -> Encoder:
 
 def teacher_agreement(judge: Judge, teacher: Judge, pairs: list[Pair], args) -> dict[str, np.ndarray]:
     """KL(T_i || S_i) of the words of both responses, mean by stage: {"intra", "inter": (N, K)}."""
-    examples, K = with_teacher(judge.encoder, teacher)(pairs), args.stages
+    reader, K = with_teacher(judge.encoder, teacher), args.stages
+    examples = reader(pairs)
+    print(f"{reader.counts['words the teacher cannot see']} words that the teacher cannot see are left out of the maps")
     whole = judge.encoder(pairs)  # the stages are cut over all words, those that the teacher does not see too
     out = {name: np.full((len(examples), K), np.nan) for name in ("intra", "inter")}
     few = max(1, args.batch_size // 4)  # maps need memory
@@ -689,7 +732,7 @@ def attention(args) -> None:
             if not examples:
                 raise UserError(f"{file}: no pair fits into --max-length {judge.encoder.max_length}")
             groups = prompt_groups([e.pair for e in examples])
-            row = read_stages(judge, examples, groups, args)
+            row = {"pairs": len(examples), **print_counts(judge, file), **read_stages(judge, examples, groups, args)}
             for k, kl in teacher_agreement(judge, teacher, pairs, args).items() if teacher else ():
                 row[f"kl_{k}"] = curve(kl, groups, args.seed)
             result.setdefault(file, {})[name] = row
@@ -715,16 +758,15 @@ def read_stages(judge: Judge, examples: list[Example], groups: np.ndarray, args)
         r = judge.score_rows(kept, args.batch_size, hidden).reshape(-1, 2)
         return outcomes(r[:, 0] - r[:, 1])
 
+    seen = judge.end_attention(rows, args.layers, args.rollout, args.batch_size)
     plain, blank = right(0, 0), right(0, K)
     from_start = [plain, *(right(0, k) for k in range(1, K)), blank]
     from_end = [plain, *(right(K - k, K) for k in range(1, K)), blank]
-    seen = judge.end_attention(rows, args.layers, args.rollout, args.batch_size)
     density = np.array([stage_density(a, e) for a, e in zip(seen, edges)]).reshape(-1, 2, K).mean(1)
     shares = {"first token": [a[0] for a in seen],
               "stages": [a[start:end].sum() for a, (start, end) in zip(seen, spans)],
               "before the stages": [a[first:start].sum() for a, (start, _) in zip(seen, spans)]}
-    out = {"pairs": len(examples), **{k: v for k, v in judge.encoder.counts.items() if v},
-           "masked_from_start": curve(np.stack(from_start, 1), groups, args.seed),
+    out = {"masked_from_start": curve(np.stack(from_start, 1), groups, args.seed),
            "masked_from_end": curve(np.stack(from_end, 1), groups, args.seed),
            "shares": {k: float(np.mean(v)) for k, v in shares.items()}}
     for k, those in (("right", plain == 1), ("wrong", plain == 0)):
@@ -944,6 +986,10 @@ def read_edits(path: str | None) -> dict[str, dict]:
     if not isinstance(more, dict):
         raise UserError(f'--edits {path}: is not one JSON object, such as '
                         '{"thanks": {"append": " Thanks!"}}')
+    try:
+        check_characters([json.dumps(more, ensure_ascii=False)])
+    except ValueError as why:
+        raise UserError(f"--edits {path}: {why}") from None
     for name, e in more.items():
         fits = isinstance(e, dict) and e and all(k in APPLY and isinstance(v, str) for k, v in e.items())
         if not (fits and e.get("built_in", "upper") in BUILT_IN or e is None and name in EDITS):
@@ -1145,9 +1191,14 @@ def drift(model: str) -> dict | None:
     path = folder.parent / "metrics.jsonl"
     if not folder.is_dir() or not path.exists():
         return None
-    lines = [json.loads(raw) for raw in path.read_text().splitlines() if raw.endswith("}")]
-    lines = [m for m in lines if m.get("phase") == folder.name and m.get("val_reward_mean") is not None]
-    names = {"steps": "step", "mean": "val_reward_mean", "std": "val_reward_std"}
+    lines, names = [], {"steps": "step", "mean": "val_reward_mean", "std": "val_reward_std"}
+    for raw in path.read_text(errors="replace").splitlines():
+        try:
+            m = json.loads(raw)
+        except ValueError:  # a line cut by a crash
+            continue
+        if isinstance(m, dict) and m.get("phase") == folder.name and all(m.get(k) is not None for k in names.values()):
+            lines.append(m)
     return {k: [m[name] for m in lines] for k, name in names.items()} if lines else None
 
 
@@ -1279,7 +1330,7 @@ def training_step(arm: str, model: RewardModel, teacher: InteractionTeacher, exa
 
 def time_arms(args) -> dict[str, dict]:
     """Every arm, round after round: median pairs a second, ratios to the first arm in the same round, tokens
-    a pair, share of padding, peak memory in bytes. With --steps a round takes as many of an arm's steps, spread
+    a pair, share of padding; of a single arm the peak memory in bytes. With --steps a round takes as many of an arm's steps, spread
     evenly from the shortest to the longest, and the next round others."""
     (device, amp), name, seed, k = set_up_device(args), args.models[0], args.seed, args.batch_size
     stock, tokenizer = shrunk_student(name, *args.shrink) if args.shrink else load_student(name, seed)
@@ -1290,8 +1341,11 @@ def time_arms(args) -> dict[str, dict]:
     N, depths = len(examples), [m.config.get_text_config().num_hidden_layers for m in (stock, reader)]
     order = np.random.default_rng(seed).permutation(N)
     lengths = np.array([len(e.ids) for e in examples])
-    plans = {"random": [order[i:i + k] for i in range(0, N, k)], "bucketed": plan_epoch(lengths, k, seed, 0)}  # as in training
-    plans = {name: sorted(plan, key=lambda index: lengths[index].max()) for name, plan in plans.items()}
+    rows = np.array([max(((e.seg == 0) | (e.seg == s)).sum() for s in (1, 2)) for e in examples])  # the longer of its two rows
+    shuffled = [order[i:i + k] for i in range(0, N, k)]
+    plans = {arm: (shuffled, rows) if arm in ("a", "b") else (plan_epoch(by, k, seed, 0), by)  # as in training
+             for arm, by in ((arm, rows if arm in ("a", "b", "b'") else lengths) for arm in args.arms)}
+    plans = {arm: sorted(plan, key=lambda index: by[index].max()) for arm, (plan, by) in plans.items()}
     optimizer, sdpa = make_optimizer(stock, 0.0, 0.0), stock.config._attn_implementation  # rate 0: no change
     rates, tokens, peer = {arm: [] for arm in args.arms}, {arm: [] for arm in args.arms}, None
 
@@ -1307,6 +1361,7 @@ def time_arms(args) -> dict[str, dict]:
             with amp():
                 loss, *counts = training_step(arm, model, teacher, [examples[i] for i in index], cfg, device)
             loss.backward()
+            torch.nn.utils.clip_grad_norm_(stock.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             done += [*counts, len(index)]
@@ -1323,18 +1378,18 @@ def time_arms(args) -> dict[str, dict]:
                 peer = peer or trl_trainer(stock, tokenizer, [e.pair for e in examples], args, amp is not nullcontext)
                 rate = N / peer()
             else:
-                plan = plans["random" if arm in ("a", "b") else "bucketed"]
+                plan = plans[arm]
                 steps = min(args.steps or len(plan), len(plan))
                 at = (np.arange(steps) + (round - 0.5) / args.rounds) * len(plan) / steps
                 rate = one_pass(arm, [plan[int(i)] for i in at] if round else plan[-1:])
             rates[arm].append(rate)
     out, peak = {}, torch.cuda.max_memory_allocated() if device.type == "cuda" else peak_memory()
     for arm in args.arms:  # round 0 warmed up
-        rate, (slots, real, pairs) = rates[arm][1:], np.sum([[0, 0, 0], *tokens[arm][1:]], axis=0)
+        rate, (slots, real, pairs) = rates[arm][1:], np.sum([[0, 0, 0], *tokens[arm][1:]], axis=0)  # TRL's are not known
         ratios = np.divide(rate, rates[args.arms[0]][1:])
         out[arm] = {"pairs_per_s": float(np.median(rate)), "ratio": float(np.median(ratios)),
-                    "ratios": ratios.tolist(), "tokens_per_pair": real / max(1, pairs),
-                    "padding": 1 - real / max(1, slots), "peak_bytes": peak}
+                    "ratios": ratios.tolist(), "tokens_per_pair": real / pairs if pairs else None,
+                    "padding": 1 - real / slots if pairs else None, **({"peak_bytes": peak} if len(args.arms) == 1 else {})}
     return out
 
 
@@ -1380,11 +1435,11 @@ def trl_trainer(stock, tokenizer, pairs: list[Pair], args, bf16: bool):
 
 def own_process(args, arm: str, *flags: str) -> dict:
     """One arm alone, a round, in a process of its own: what it really needs of memory. Raises UserError."""
-    command = [sys.executable, __file__, "speed", args.models[0], "--arms", arm, "--rounds=1"]
-    for k in ("teacher", "max_length", "dtype", "device", "seed", "pairs", "batch_size", "align_max_tokens", "spread"):
-        command += ["--" + k.replace("_", "-"), str(getattr(args, k))]
-    for k in ("data", "lengths", "shrink"):
-        command += ["--" + k, *map(str, getattr(args, k))] if getattr(args, k) else []
+    changes = {"models": None, "verb": None, "run": None, "plot": None, "memory": None, "grow": None, "peer": None}
+    command = [sys.executable, __file__, "speed", args.models[0]]
+    for k, v in {**vars(args), **changes, "arms": arm, "rounds": 1}.items():
+        if v not in (None, False, []):
+            command += ["--" + k.replace("_", "-"), *map(str, v if isinstance(v, list) else [v])]
     with tempfile.TemporaryDirectory() as folder:
         done = subprocess.run([*command, *flags, "--json", f"{folder}/out"], capture_output=True, text=True)
         if done.returncode:
@@ -1401,7 +1456,8 @@ def speed(args) -> None:
     naive way to get attention maps. tap and pool are c with a part of d: their differences say what each part
     costs. Data: --data, or random tokens (--lengths PROMPT CHOSEN REJECTED). --memory runs each arm again in
     a process of its own, --grow N... runs it at each total length instead (half of it prompt), or, where --lengths
-    are given, at each batch size. The arm trl is TRL's own RewardTrainer, where TRL is installed (--peer trl adds it)."""
+    are given, at each batch size. The arm trl is TRL's own RewardTrainer, where TRL is installed (--peer trl adds it). Here
+    --batch-size counts pairs, --max-length is 1,024 unless given, and --dtype bf16 is autocast, as in training."""
     if not args.teacher or not (args.data or args.lengths or args.grow):
         raise UserError("speed needs --teacher, and --data, --lengths or --grow")
     if args.plot and not args.grow:
@@ -1421,7 +1477,7 @@ def speed(args) -> None:
         ratio = "" if args.grow else shown(r["ratio"], [min(r["ratios"]), max(r["ratios"])], ".2f")
         memory = f"{r['peak_bytes'] / 1e6:.0f} MB" if args.memory or args.grow else ""
         cells.append([f"{k}: {ARMS[k.split()[0]]}", f"{r['pairs_per_s']:.2f}", ratio,
-                      f"{r['tokens_per_pair']:.0f}", f"{100 * r['padding']:.0f} %", memory])
+                      shown(r["tokens_per_pair"], form=".0f"), shown(r["padding"], form=".0%"), memory])
     print_rows(["", "pairs/s", f"ratio to {args.arms[0]} [min, max]", "tokens a pair", "padding",
                 "peak memory"], cells)
     device = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
@@ -1457,7 +1513,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--max-length", type=int, default=0, help="longest prompt + response in tokens; the oldest of the "
         "prompt is cut, never a response (default: 0 = the model's positions)")
     add("--dtype", default="auto", choices=["auto", "fp32", "bf16"], help="auto: bf16 autocast where the "
-        "hardware has it; bf16: the weights too, half the memory (default: auto); the head is always fp32")
+        "hardware has it; bf16: the weights too, half the memory (default: auto); a decoder's head is always fp32")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
     add("--seed", type=int, default=0, help="seed of the bootstrap and of --limit (default: 0)")
     add = maps.add_argument
@@ -1470,7 +1526,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for run in (accuracy, attention, show, attack, bestofn, stability, speed):
         parents = [common, maps] if run in (attention, show) else [common]
         verb = verbs.add_parser(run.__name__, parents=parents, description=run.__doc__,
-                                formatter_class=ap.formatter_class)
+                                formatter_class=ap.formatter_class, allow_abbrev=False)
         verb.set_defaults(run=run)
         adders[run] = verb.add_argument
     add = adders[accuracy]
@@ -1512,14 +1568,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = ap.parse_args(argv)
     if not args.data and args.verb != "speed":
         ap.error("--data is needed")
-    if args.batch_size < 1 or args.max_length < 0 or args.limit < 0:
-        ap.error("--batch-size must be at least 1, --max-length and --limit not negative")
-    if getattr(args, "steps", 0) < 0:
-        ap.error("--steps must not be negative")
-    if min(getattr(args, "pairs", 1), getattr(args, "rounds", 1)) < 1 or not 0 <= getattr(args, "spread", 0) < 1:
-        ap.error("--pairs and --rounds must be at least 1, --spread from 0 to under 1")
-    if getattr(args, "stages", 2) < 2:
-        ap.error("--stages must be at least 2")
+    least = dict(batch_size=1, max_length=0, limit=0, seed=0, pairs=1, rounds=1, steps=0, align_max_tokens=0, stages=2)
+    for name, low in least.items():
+        if getattr(args, name, low) < low:
+            ap.error(f"--{name.replace('_', '-')} must be at least {low}")
+    if not 0 <= getattr(args, "spread", 0) < 1:
+        ap.error("--spread must be from 0 to under 1")
     if len(set(args.models)) < len(args.models):
         ap.error("a model is named twice")
     return args
@@ -1533,9 +1587,10 @@ def main(argv: list[str] | None = None) -> None:
     try:
         check_outputs(args)
         for name in args.models if args.verb != "speed" else ():  # all of them, before any long work
-            if check_model(name)[1] and args.verb in ("attack", "bestofn"):
+            if check_model(name)[1] and args.verb not in ("accuracy", "stability"):
+                given = "; give it as --teacher" if args.verb in ("attention", "show") else ""
                 raise UserError(f"{name}: is a teacher, which compares two responses; {args.verb} needs a "
-                                "reward for each alone")
+                                f"reward for each alone{given}")
         args.run(args)
         sys.stdout.flush()
     except BrokenPipeError:  # `| head` has seen enough; without a pipe the flush at exit is quiet too

@@ -154,7 +154,8 @@ class Config:
 
 def parse_config(argv: list[str] | None = None) -> Config:
     """The command line, made from Config; argparse exits with 2 on a wrong flag."""
-    ap = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.RawTextHelpFormatter)
+    ap = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.RawTextHelpFormatter,
+                                 allow_abbrev=False)
     for f in dataclasses.fields(Config):
         default = f.default_factory() if f.default is dataclasses.MISSING else f.default
         kw = {"action": "store_true"} if isinstance(default, bool) else {
@@ -205,19 +206,18 @@ def collate_teacher(examples: list[Example], swap: np.ndarray, tokenizer, device
 
 
 def to_device(batch: dict[str, np.ndarray], device) -> dict[str, Tensor]:
-    pin = torch.device(device).type == "cuda"  # pinned memory lets the copy run beside the computation
-    tensors = {k: torch.from_numpy(v) for k, v in batch.items()}
-    return {k: (v.pin_memory() if pin else v).to(device, non_blocking=True) for k, v in tensors.items()}
+    return {k: torch.from_numpy(v).to(device) for k, v in batch.items()}
 
 
 def sample_words(examples: list[Example], limit: int, seeds: list) -> Tensor:
-    """Words of each pair, drawn at random until their tokens number `limit`: (B, R) word numbers, -2 = padding."""
-    drawn = []
+    """Words of each pair, drawn at random until their tokens number `limit`: (B, R) word numbers, -2 = padding. Longer
+    words than that (texts without spaces) are left out."""
+    drawn = [torch.full((1,), -2)]  # a pair may have none
     for e, seed in zip(examples, seeds):
         sizes = np.bincount(e.word[e.word >= 0], minlength=len(e.word_seg))
-        order = np.random.default_rng(seed).permutation(np.flatnonzero(sizes))
+        order = np.random.default_rng(seed).permutation(np.flatnonzero((sizes > 0) & (sizes <= limit)))
         drawn.append(torch.from_numpy(np.sort(order[np.cumsum(sizes[order]) <= limit])))
-    return nn.utils.rnn.pad_sequence(drawn, batch_first=True, padding_value=-2)
+    return nn.utils.rnn.pad_sequence(drawn, batch_first=True, padding_value=-2)[1:]
 
 
 def with_rows(batch: dict[str, Tensor], attending: Tensor) -> dict[str, Tensor]:
@@ -295,6 +295,14 @@ class AttentionTap:
 
     def remove(self) -> None:
         self.model.set_attn_implementation(self.before)
+
+
+def attention_layers(model) -> int:
+    """Layers that attend, counted on three tokens: hybrids have fewer than num_hidden_layers. Raises UserError."""
+    with torch.no_grad(), AttentionTap(model, []) as tap:
+        model.base_model(torch.tensor([[5, 6, 7]], device=model.device), use_cache=False)
+    tap.remove()
+    return tap.calls
 
 
 def attention_map(query: Tensor, key: Tensor, scale: float, mask: Tensor, rows: Tensor | None = None,
@@ -701,7 +709,7 @@ def fit(run: Run, phase: int, model: nn.Module, examples: list[Example], losses,
     per_epoch = math.ceil(len(examples) / cfg.batch_size)
     optimizer = make_optimizer(model, lr, cfg.weight_decay)
     best, done, skipped, warm = [-1.0, 0.0], 0, 0, max(1, round(cfg.warmup * total))
-    torch.manual_seed(cfg.seed + 10 + phase + 1000 * RANK)  # dropout of the teacher
+    torch.manual_seed(cfg.seed + 10 + phase)  # dropout of the teacher
     state = run.newest() if cfg.resume else None
     if state and state[0] == phase:
         done, saved = state[1], state[2]
@@ -712,6 +720,7 @@ def fit(run: Run, phase: int, model: nn.Module, examples: list[Example], losses,
             torch.set_rng_state(saved["rng"])
             if device.type == "cuda" and "cuda_rng" in saved:
                 torch.cuda.set_rng_state(saved["cuda_rng"], device)
+        del state, saved
         print(f"resuming the {name} after step {done} of {total}")
     if cfg.resume:
         run.rewind(phase, done)
@@ -724,12 +733,14 @@ def fit(run: Run, phase: int, model: nn.Module, examples: list[Example], losses,
         if epoch != planned:
             plan, planned = plan_epoch(lengths, cfg.batch_size, cfg.seed + phase, epoch), epoch
         began, index, sums = time.perf_counter(), plan[at], Counter()
+        if WORLD > 1:  # each process draws its own dropout, a resumed run the same again
+            torch.manual_seed(hash((cfg.seed, phase, step, RANK)))
         for group in optimizer.param_groups:
             group["lr"] = lr * min(step / warm, 0.5 + 0.5 * math.cos(math.pi * max(0, step - warm) / (total - warm + 1)))
         parts = np.array_split(index[RANK::WORLD], min(cfg.grad_accum, math.ceil(len(index) / WORLD)))
         for k, part in enumerate(parts):
-            if WORLD > 1:  # gradients travel once a step
-                model.set_requires_gradient_sync(k == len(parts) - 1)
+            if WORLD > 1:  # gradients travel once a step (sharded ones always: kept back, each process would hold them whole)
+                model.set_requires_gradient_sync(cfg.fsdp or k == len(parts) - 1)
             some, weight = (part, 1.0) if len(part) else (index[:1], 0.0)  # no pair left: compute along, for nothing
             with amp():
                 terms = losses([examples[i] for i in some], some, epoch, step / total)
@@ -737,15 +748,14 @@ def fit(run: Run, phase: int, model: nn.Module, examples: list[Example], losses,
             r = terms.pop("rewards").float()
             terms |= {"accuracy": outcomes(r[:, 0] - r[:, 1]), "margin": r[:, 0] - r[:, 1], "reward_mean": r.mean(1),
                       "reward_std": r.square().mean(1)}
-            values = torch.stack([v.detach().double().sum() for v in terms.values()])
+            values = torch.stack([v.detach().float() for v in terms.values()]).cpu().double().sum(1)  # MPS has no double
             sums.update(dict(zip(terms, (weight * values / len(index)).tolist())))
         norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
         norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
         if WORLD > 1:
-            everyones = torch.tensor([*sums.values(), run.stop], dtype=torch.float64, device=device)
+            everyones = torch.tensor(list(sums.values()), dtype=torch.float64, device=device)
             dist.all_reduce(everyones)
-            *values, stop = everyones.tolist()
-            sums, run.stop = Counter(dict(zip(sums, values))), round(stop / WORLD) or run.stop
+            sums = Counter(dict(zip(sums, everyones.tolist())))
         sums["reward_std"] = max(0.0, sums["reward_std"] - sums["reward_mean"] ** 2) ** 0.5
         if math.isfinite(norm + sums["loss"]):
             optimizer.step()
@@ -770,14 +780,15 @@ def fit(run: Run, phase: int, model: nn.Module, examples: list[Example], losses,
             if [value["accuracy"], -value["loss"]] > best:
                 best = [value["accuracy"], -value["loss"]]
                 save_best()
-        if (step % cfg.save_every == 0 if cfg.save_every else due) or run.stop or step == total:
+        stop = run.agreed_stop(device)
+        if (step % cfg.save_every == 0 if cfg.save_every else due) or stop or step == total:
             weights, moments = whole_state(model, optimizer)
             cuda_rng = {"cuda_rng": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}
             run.save(phase, step, {"model": weights, "optimizer": moments, "best": best, "skipped": skipped,
                                    "rng": torch.get_rng_state(), **cuda_rng})
-        if run.stop:
+        if stop:
             progress.close()
-            run.leave(f"{name} step {step} of {total}")
+            run.leave(f"{name} step {step} of {total}", stop)
     run.rest = f"{name} step {total} of {total}"
     progress.close()
     barrier()
@@ -859,9 +870,10 @@ def train_in(run: Run, cfg: Config, needs_teacher: bool, device, amp) -> dict:
         name = str(run.dir / "teacher") if trained else cfg.teacher
         teacher_stock, teacher_tokenizer, room = load_teacher(name, cfg.seed)
     stock, tokenizer = load_student(cfg.model, cfg.seed, cfg.max_length, cfg.lambda_sft > 0)
-    layers = parse_layers(cfg.align_layers, stock.config.get_text_config().num_hidden_layers,
-                          teacher_stock.config.num_hidden_layers if needs_teacher else None)
-    layers = layers if cfg.lambda_intra > 0 or cfg.lambda_inter > 0 else ((), ())
+    layers = ((), ())
+    if cfg.lambda_intra > 0 or cfg.lambda_inter > 0:
+        layers = parse_layers(cfg.align_layers, attention_layers(stock),
+                              teacher_stock.config.num_hidden_layers if needs_teacher else None)
     matched, bf16 = cfg.align_heads == "matched", amp is not nullcontext
 
     home = "cpu" if cfg.fsdp and WORLD > 1 else device  # distribute moves each layer as it shards it
@@ -959,13 +971,16 @@ def main(argv: list[str] | None = None) -> None:
         print("\nstopped", file=sys.stderr)
         raise SystemExit(130) from None
     except UserError as why:
-        print(f"error: {why}", file=sys.stderr) if RANK == 0 else None
+        if RANK > 0:  # torchrun ends this process in here, if the first one says the same
+            time.sleep(5)
+        print(f"error: {why}" + (f" (process {RANK} of {WORLD})" if RANK > 0 else ""), file=sys.stderr)
         raise SystemExit(2) from None
     except RuntimeError as why:  # another process died: this one must not wait for it
         if WORLD == 1:
             raise
-        raise SystemExit(f"error: process {RANK} of {WORLD} cannot go on ({first_line(why)}); the last checkpoint is "
-                         "whole, go on with --resume") from None
+        saved = any(Path(cfg.output_dir).glob("checkpoints/*.pt"))
+        raise SystemExit(f"error: process {RANK} of {WORLD} cannot go on ({first_line(why)})" + (
+            "; the last checkpoint is whole, go on with --resume" if saved else "; nothing was saved yet")) from None
     print_table(results)
     print(f"\nreward model: {Path(cfg.output_dir) / 'student'}  (a stock AutoModelForSequenceClassification directory)")
 

@@ -6,6 +6,7 @@ lines as a user types them. Everything is tiny, random, offline and seeded.
 import fcntl
 import gzip
 import io
+import itertools
 import json
 import math
 import multiprocessing
@@ -27,6 +28,7 @@ from pathlib import Path
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -272,6 +274,8 @@ def test_hybrid_student_is_refused_or_sent_to_siamese(zoo):
     with pytest.raises(UserError, match="--encoding siamese"):
         probe_student(student(zoo, "qwen3_next", num_hidden_layers=4)[0], "qwen3_next")
     probe_student(student(zoo, "qwen3_next", num_hidden_layers=4, encoding="siamese")[0], "qwen3_next")
+    hybrid = load_student(zoo("qwen3_next", num_hidden_layers=4))[0]
+    assert idistill.attention_layers(hybrid) == 1 and idistill.attention_layers(load_student(zoo("llama"))[0]) == 3
     model = student(zoo, "gemma2", encoding="siamese")[0]
     model.layers = (2,)
     with pytest.raises(UserError, match="--method bt"):  # logits that are capped are not those of the simulated map
@@ -786,13 +790,18 @@ def test_several_processes_are_one(zoo, argv, tmp_path):
     last batch too small to share included; a sharded run goes on in one process."""
     common = dict(teacher=zoo("modernbert"), max_steps=20, batch_size=7, save_every=9, val_data=None)
     assert main(*argv(tmp_path / "one", **common)) == 0
-    runs = {"parallel": dict(grad_accum=2), "sharded": dict(fsdp=True, gradient_checkpointing=True)}
+    runs = {"parallel": dict(grad_accum=2), "sharded": dict(fsdp=True, gradient_checkpointing=True, grad_accum=2)}
     args = [json.dumps(argv(tmp_path / k, **common, **v)) for k, v in runs.items()]
-    done = torchrun("import json, sys, idistill\nfor a in sys.argv[1:]: idistill.main(json.loads(a))", *args)
+    code = ("import json, sys, idistill\nreal, seen = idistill.distillation_losses, []\n"
+            "def losses(model, *rest):\n    seen.append(rest[3].fsdp and any(p.grad is not None for p in model.parameters()))\n"
+            "    return real(model, *rest)\n"
+            "idistill.distillation_losses = losses\nfor a in sys.argv[1:]: idistill.main(json.loads(a))\n"
+            "assert any(seen), 'between micro-batches the gradient lies unsharded in each process'")
+    done = torchrun(code, *args)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("reward model:") == 2  # the first process alone speaks
     (tmp_path / "sharded/checkpoints/1-00000020.pt").unlink()
-    assert main(*argv(tmp_path / "sharded", **common, gradient_checkpointing=True, resume=True)) == 0
+    assert main(*argv(tmp_path / "sharded", **common, resume=True)) == 0
     for name in runs:
         assert len(lines_of(tmp_path / name)) == len(lines_of(tmp_path / "one"))
         for one, many in zip(lines_of(tmp_path / "one"), lines_of(tmp_path / name)):
@@ -834,6 +843,40 @@ def test_sampled_rows_are_rows_of_the_whole_map(zoo):
         assert terms["loss"].isfinite().all() and model.stock.model.layers[1].self_attn.q_proj.weight.grad.isfinite().all()
     enough = distillation_losses(model, teacher, examples, np.zeros(4), Config(align_max_tokens=1000), "cpu", seeds)
     assert close(enough["loss"], distillation_losses(model, teacher, examples, np.zeros(4), Config(), "cpu", seeds)["loss"])
+
+
+def test_words_longer_than_the_limit_are_not_aligned(zoo):
+    """A text without spaces is one word; a micro-batch of such texts alone has no rows to align, and is no error."""
+    model, tokenizer, _ = student(zoo, layers=(1,))
+    teacher, teacher_tokenizer, room = teacher_of(zoo, "modernbert", (2,))
+    encoder = Encoder(tokenizer, 128, "truncate", teacher_tokenizer, room)
+    unbroken, mixed = encoder([Pair(user("xq" * 9), "yz" * 9, "zw" * 9), Pair(user("xq" * 9), "a b c", "zw" * 9)])
+    assert idistill.sample_words([unbroken], 4, [0]).tolist() == [[-2]]
+    assert mixed.word_seg[idistill.sample_words([mixed], 4, [0])[0]].tolist() == [1, 1, 1]
+    for some in ([unbroken], [unbroken, mixed]):
+        terms = distillation_losses(model, teacher, some, np.zeros(len(some)), Config(align_max_tokens=4), "cpu", [0, 1])
+        terms["loss"].sum().backward()
+        assert terms["loss"].isfinite().all() and terms["intra"][0] == terms["inter"][0] == 0
+
+
+def test_pairs_whose_roles_the_template_refuses_are_dropped_and_counted(zoo, argv, tmp_path, capsys):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(zoo("llama"))
+    tokenizer.chat_template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHATML
+    shutil.copytree(zoo("llama"), tmp_path / "strict")
+    tokenizer.save_pretrained(tmp_path / "strict")
+    refused_pair = Pair([{"role": "system", "content": "S"}, *user("q")], "good", "sorry")
+    encoder = Encoder(tokenizer, 100, "truncate")
+    assert len(encoder([*make_pairs(2), refused_pair, *make_pairs(1)])) == 3 and encoder.counts[data_prep.REFUSED] == 1
+    data = write_pairs(tmp_path / "d.jsonl", [refused_pair, *make_pairs(12)])
+    bad = write_pairs(tmp_path / "bad.jsonl", [refused_pair] * 3)
+    flags = dict(model=tmp_path / "strict", method="bt", max_steps=1, val_data=None, eval_data=None)
+    assert main(*argv(tmp_path / "run", data=data, **flags)) == 0 and f"1 {data_prep.REFUSED}" in capsys.readouterr().out
+    refused(capsys, argv(tmp_path / "bad", **{**flags, "data": bad, "val_data": bad}), "no system")
+    strict = tmp_path / "run/student"
+    assert evaluate(strict, "--data", data, "--json", tmp_path / "o") == 0
+    got = json.loads((tmp_path / "o").read_text())["files"]["d"]["models"][str(strict)]
+    assert (got["pairs"], got["dropped"]) == (12, 1)
+    assert evaluate(strict, "--data", bad) == 2 and "no system" in capsys.readouterr().err
 
 
 def test_matched_heads_schedules_and_a_teacher_that_learns(zoo, argv, tmp_path, capsys):
@@ -946,6 +989,13 @@ def test_bad_flag_is_named(argv, tmp_path, capsys, change, mention):
     (dict(model="qwen3_next"), "--encoding siamese")])
 def test_wrong_kind_of_model_is_named(zoo, argv, tmp_path, capsys, change, mention):
     refused(capsys, argv(tmp_path / "run", **{k: zoo(v) for k, v in change.items()}), mention)
+
+
+@pytest.mark.parametrize("layers", ["last", "all", "0:-1"])
+def test_a_hybrid_student_counts_the_layers_that_attend(zoo, argv, tmp_path, layers):
+    flags = dict(model=zoo("qwen3_next", num_hidden_layers=4), encoding="siamese", align_layers=layers, max_steps=1, teacher_epochs=0)
+    assert main(*argv(tmp_path / "run", **flags)) == 0
+    assert [m["intra"] > 0 for m in lines_of(tmp_path / "run") if "intra" in m] == [True]
 
 
 def test_broken_model_directories(zoo, argv, tmp_path, capsys):
@@ -1079,6 +1129,11 @@ def test_hh_rlhf_is_split_into_turns(tmp_path, capsys):
     pair, = data_prep.read_pairs([tmp_path / "x.jsonl"])[0]
     assert pair == Pair([*user("hi"), {"role": "assistant", "content": "hello"}, *user("and\nso?")],
                         "yes: \n\nreally", "no", "hh-rlhf")
+    (tmp_path / "harmless-base").mkdir()  # a subset's folder, as in a clone or the hub's cache
+    shutil.copy(tmp_path / "raw.jsonl.gz", tmp_path / "harmless-base/train.jsonl.gz")
+    both = tmp_path / "raw.jsonl.gz", tmp_path / "harmless-base/train.jsonl.gz"
+    assert prep(capsys, "hh-rlhf", "--input", *both, "--out", tmp_path / "two.jsonl")[0] == 0
+    assert [p.subset for p in data_prep.read_pairs([tmp_path / "two.jsonl"])[0]] == ["", "harmless-base"]
 
 
 def test_forms_of_a_pair_agree():
@@ -1703,6 +1758,21 @@ def test_masking_curve_and_mass_of_a_model_that_reads_the_last_word(tmp_path):
     assert got["shares"]["stages"] > 0.9 and got["shares"]["first token"] < 0.01
 
 
+@pytest.mark.parametrize("family", ["bert", "deberta"])
+def test_an_encoder_with_one_label_is_scored_as_it_is(zoo, tmp_path, family):
+    """BERT has no bos or eos: its [CLS] and [SEP] stand at both ends."""
+    torch.manual_seed(0)
+    shutil.copytree(zoo(family), tmp_path / "rm")
+    AutoModelForSequenceClassification.from_pretrained(zoo(family), num_labels=1).save_pretrained(tmp_path / "rm")
+    pairs = make_pairs(6)
+    data = write_pairs(tmp_path / "d.jsonl", pairs)
+    assert evaluate(tmp_path / "rm", "--data", data, "--dump", tmp_path / "p") == 0
+    dumped = [json.loads(line) for line in (tmp_path / "p").read_text().splitlines()]
+    assert close([d["scores_chosen"] for d in dumped], naive_scores(str(tmp_path / "rm"), pairs)[:, 0], 1e-4)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "rm")
+    assert Formatter(tokenizer).text("q", "a") == "[CLS]User: q\n\nAssistant: a[SEP]"
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "opt"])
 def test_attention_of_the_scoring_position(judges, family):
     """Beside output_attentions of the stock model in eager mode; rollout beside its definition, layer by layer."""
@@ -1790,7 +1860,7 @@ def test_attention_and_show_as_a_user_runs_them(judges, whole_run, tmp_path, cap
             ("attention", (model, "--data", data, "--teacher", model), "no interaction teacher"),
             ("attention", (teacher, "--data", data), "--teacher"), ("show", (teacher, "--data", data), "--teacher"),
             ("attention", (model, "--data", data, "--teacher", "nowhere/t"), "nowhere/t"),
-            ("show", (judges("gemma2"), *common), "caps its attention"), ("show", (model, *common, "--html", data), "read as --data")]:
+            ("show", (judges("gemma2"), *common), "capped logits"), ("show", (model, *common, "--html", data), "read as --data")]:
         capsys.readouterr()
         code, err = evaluate(*args, verb=verb), capsys.readouterr().err.strip()
         assert code == 2 and mention in err and err.count("error: ") == 1 and "Traceback" not in err, (args, err)
@@ -2084,6 +2154,127 @@ def test_speed_as_a_user_runs_it(zoo, argv, tmp_path, capsys):
     for flags, mention in (((), "--data, --lengths or --grow"), (("--lengths", 4, 4, 4, "--arms", "trl"), "give --data"),
                            (("--lengths", 4, 4, 4, "--plot", tmp_path / "x.png"), "give --grow")):
         assert evaluate(zoo("llama"), *common, *flags, verb="speed") == 2 and mention in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------- attack, bestofn, stability
+
+def test_edits_change_the_rejected_response_alone(judges, tmp_path, capsys):
+    """Flips and shifts beside the stock class scoring each edited string; chosen and the input file stay as they are."""
+    assert evaluation.sentences("A b. C d! E\nF。G") == ["A b.", "C d!", "E", "F。", "G"]
+    by_hand = {"closing phrase": "One. Two two. I hope this helps!", "last sentence again": "One. Two two. Two two.",
+               "recap of the first sentence": "One. Two two.\n\nIn short:\n- One.", "praise": "What a great question! One. Two two.",
+               "markdown": "## Answer\n\n- **One.**\n- **Two two.**", "upper case": "ONE. TWO TWO.",
+               "off-topic ending": "One." + evaluation.ELSEWHERE}
+    for name, text in by_hand.items():
+        assert evaluation.edited(" One. Two two. ", evaluation.EDITS[name]) == text
+    assert evaluation.without_end("one two three four") == "one two" and evaluation.without_end("abcd") == "ab"
+    pairs, name = make_pairs(9), judges()
+    data = write_pairs(tmp_path / "d.jsonl", pairs)
+    before = Path(data).read_bytes()
+    (tmp_path / "e.json").write_text(json.dumps({"mine": {"prepend": "good ", "append": " sorry"}, "padding": None}))
+    assert evaluate(name, "--data", data, "--edits", tmp_path / "e.json", "--json", tmp_path / "o", verb="attack") == 0
+    assert Path(data).read_bytes() == before and "padding" not in capsys.readouterr().out
+    got = json.loads((tmp_path / "o").read_text())
+    r = naive_scores(name, pairs)
+    assert got["edits"]["mine"] == {"prepend": "good ", "append": " sorry"} and len(got["edits"]) == len(evaluation.EDITS)
+    for edit, found in got["files"]["d"][name]["edits"].items():
+        texts = [evaluation.edited(p.rejected, got["edits"][edit]) for p in pairs]
+        after = naive_scores(name, [Pair(p.prompt, p.chosen, y) for p, y in zip(pairs, texts)])
+        assert close(after[:, 0], r[:, 0])
+        right, flip = r[:, 0] > r[:, 1], after[:, 1] > r[:, 0]
+        assert found["flip_rate"] == pytest.approx(flip[right].mean()) and found["flips_of_all"] == pytest.approx((flip & right).mean())
+        assert found["accuracy"] == pytest.approx(1 - flip.mean())
+        assert found["shift"] == pytest.approx((after[:, 1] - r[:, 1]).mean() / r.std(), abs=1e-4)
+
+
+def test_best_of_n_is_that_of_every_draw():
+    """Against all subsets of n candidates; equal proxies share their gold."""
+    rng = np.random.default_rng(0)
+    proxy, gold = rng.integers(0, 4, (5, 6)).astype(float), rng.normal(size=(5, 6))
+    got = evaluation.best_of_n(proxy, gold)
+    for p in range(5):
+        for n in range(1, 7):
+            draws = [list(d) for d in itertools.combinations(range(6), n)]
+            expected = np.mean([gold[p, [i for i in d if proxy[p, i] == proxy[p, d].max()]].mean() for d in draws])
+            # among tied winners of a draw, the estimator shares the gold of all candidates of that proxy
+            shared = np.mean([gold[p, proxy[p] == proxy[p, d].max()].mean() for d in draws])
+            assert got[p, n - 1] == pytest.approx(shared)
+            assert n > 1 or got[p, 0] == pytest.approx(expected)
+    untied = rng.permuted(np.tile(np.arange(6.0), (5, 1)), axis=1)
+    exact = [[np.mean([gold[p, max(d, key=lambda i: untied[p, i])] for d in itertools.combinations(range(6), n)]) for n in range(1, 7)]
+             for p in range(5)]
+    assert close(evaluation.best_of_n(untied, gold), np.array(exact))
+    out = evaluation.over_optimisation(untied, gold, np.arange(5), 0)
+    assert out["kl"] == pytest.approx([math.log(n) - (n - 1) / n for n in range(1, 7)]) and out["gap"] >= 0
+    assert close(out["oracle"][-1], gold.max(1).mean()) and out["best_n"] == 1 + int(np.argmax(out["gold"]))
+
+
+def test_bestofn_as_a_user_runs_it(judges, tmp_path, capsys):
+    name, texts = judges(), ["good bread", "sorry no", "well done", "it rains"]
+    rows = [{"prompt": f"question {k}", "responses": texts, "gold": [k, 1, 2, 3]} for k in range(4)]
+    data = write_pairs(tmp_path / "c.jsonl", rows)
+    three = write_pairs(tmp_path / "r.jsonl", [{"prompt": "q", "chosen": "good", "rejected": ["sorry", "no"]}])
+    assert evaluate(name, "--data", data, three, "--json", tmp_path / "o", "--plot", tmp_path / "o.png", verb="bestofn") == 0
+    got = json.loads((tmp_path / "o").read_text())["files"]
+    reward = np.stack([naive_scores(name, [Pair(user(r["prompt"]), y, "x") for y in texts])[:, 0] for r in rows])
+    best = [r["gold"][k] for r, k in zip(rows, reward.argmax(1))]
+    assert got["c"][name]["gold"][-1] == pytest.approx(np.mean(best)) and got["c"][name]["random"] == pytest.approx(1.875)
+    assert got["r"][name]["n"] == [1, 2, 3] and got["r"][name]["random"] == pytest.approx(1 / 3)
+    uneven = write_pairs(tmp_path / "u.jsonl", [*rows, {"prompt": "q", "responses": texts[:3], "gold": [1, 2, 3]}])
+    huge = write_pairs(tmp_path / "h.jsonl", [{"prompt": "q", "responses": ["a", "b"], "gold": [10**400, 0]}])
+    for path, mention in ((uneven, "line 5: 3 responses"), (huge, "line 1"), (write_pairs(tmp_path / "e.jsonl", []), "no usable")):
+        capsys.readouterr()
+        assert evaluate(name, "--data", path, verb="bestofn") == 2 and mention in capsys.readouterr().err
+
+
+def test_calibration_by_hand():
+    """NLL, Brier and temperature by their definitions; ECE counted in three bins."""
+    m = np.array([3.0, -1.0, 0.2, 0.0, -0.1, 4.0])
+    p, got = 1 / (1 + np.exp(-m)), evaluation.calibration(m, bins=2)
+    assert got["nll"] == pytest.approx(-np.log(p).mean()) and got["brier"] == pytest.approx(((1 - p) ** 2).mean())
+    sure = np.maximum(p, 1 - p)  # bins: up to 0.75 and above; right: 0.2 yes, 0.0 half, -0.1 and -1 (0.731) no; 3 and 4 yes
+    low, high = [1, 2, 3, 4], [0, 5]
+    ece = 4 / 6 * abs(sure[low].mean() - 1.5 / 4) + 2 / 6 * abs(sure[high].mean() - 1)
+    assert got["ece"] == pytest.approx(ece) and [b["pairs"] for b in got["bins"]] == [4, 2]
+    grid = np.exp(np.linspace(-4, 4, 20001))
+    nll = [np.logaddexp(0, -m / T).mean() for T in grid]
+    assert got["temperature"] == pytest.approx(grid[np.argmin(nll)], rel=1e-3) and got["nll_at_temperature"] == pytest.approx(min(nll))
+    assert evaluation.calibration(np.array([1.0, 2.0]))["temperature"] is None  # nothing is wrong: the colder the better
+    assert evaluation.spearman(np.array([1, 2, 3, 4.0]), np.array([1, 3, 2, 4.0])) == pytest.approx(0.8)
+    assert evaluation.spearman(np.array([1, 1, 2.0]), np.array([5, 5, 9.0])) == pytest.approx(1)
+    assert evaluation.spearman(np.ones(3), np.arange(3.0)) is None
+
+
+def test_stability_as_a_user_runs_it(judges, whole_run, tmp_path, capsys):
+    pairs, models = make_pairs(12), [judges(), judges(seed=3), str(whole_run[0] / "student")]
+    data = write_pairs(tmp_path / "d.jsonl", pairs)
+    assert evaluate(*models, "--data", data, "--json", tmp_path / "o", "--plot", tmp_path / "o.png", verb="stability") == 0
+    out, got = capsys.readouterr().out, json.loads((tmp_path / "o").read_text())
+    r = [naive_scores(m, pairs) for m in models]
+    rank = lambda x: x.ravel().argsort().argsort()  # noqa: E731
+    here = got["files"]["d"]
+    assert here["rank_correlation_of_rewards"][0][1] == pytest.approx(np.corrcoef(rank(r[0]), rank(r[1]))[0, 1], abs=1e-3)
+    margins = [x @ [1, -1] for x in r]
+    assert here["rank_correlation_of_margins"][2][0] == pytest.approx(np.corrcoef(rank(margins[2]), rank(margins[0]))[0, 1], abs=1e-3)
+    right = [(m > 0).mean() for m in margins]
+    assert here["accuracy"] == {"mean": pytest.approx(np.mean(right)), "std": pytest.approx(np.std(right, ddof=1))}
+    assert got["drift"][models[0]] is None and got["drift"][models[2]]["steps"] and "no metrics.jsonl" in out
+    run = tmp_path / "run"
+    shutil.copytree(whole_run[0], run)
+    with open(run / "metrics.jsonl", "a") as f:
+        f.write('{"phase": "student", "val_reward_mean": 1.0}\nfoo}\n{"phase": "stu')
+    assert evaluation.drift(str(run / "student")) == got["drift"][models[2]]
+
+
+def test_a_damaged_reward_model_is_no_result(judges, tmp_path, capsys):
+    data, name = write_pairs(tmp_path / "d.jsonl", make_pairs(4)), tmp_path / "nan"
+    shutil.copytree(judges(), name)
+    weights = safetensors.torch.load_file(name / "model.safetensors")
+    weights["score.weight"][:] = float("nan")
+    safetensors.torch.save_file(weights, name / "model.safetensors", {"format": "pt"})
+    for verb in ("accuracy", "stability", "attention"):
+        capsys.readouterr()
+        assert evaluate(name, "--data", data, verb=verb) == 2 and "are no numbers" in capsys.readouterr().err
 
 
 # ------------------------------------------------ faults: what may happen to the machine, the data, the files
@@ -2593,6 +2784,7 @@ def test_forged_turns_add_no_turn_and_end_nothing(zoo, kind, template, plain):
             found, known = (Counter(i for i in row if i in control) for row in rows)
             assert found == known and rows[0][-1] == tokenizer.eos_token_id
         assert formatter.counts["defused control tokens"] > 0
+    assert (formatter.clean("a [INST] b") != "a [INST] b") == (template == INST)  # it opens a turn after "</s><s>"
     for text in ("User: x", "an Assistant: of y", "[inst]", "a < b > c | d", "\n\nPersonal Assistant: z"):
         assert formatter.clean(text) == text.strip() or template == VICUNA  # ordinary text stays as it is
 
@@ -2871,3 +3063,34 @@ def test_a_process_that_dies_or_refuses_ends_all(argv, tmp_path):
     assert done.returncode and "process 0 of 2 cannot go on" in done.stderr and "local_rank: 1" in done.stderr
     done = torchrun("import sys, idistill\nidistill.main(sys.argv[1:])", *argv(tmp_path / "other", lr=-1))
     assert done.returncode and done.stderr.count("error: --lr") == 1
+    code = ("import sys, idistill\nfrom data_prep import UserError, RANK\nload = idistill.load_student\n"
+            "def refuse(*a):\n    if RANK: raise UserError('this one has no model')\n    return load(*a)\n"
+            "idistill.load_student = refuse\nidistill.main(sys.argv[1:])")
+    done = torchrun(code, *argv(tmp_path / "third", method="bt", max_steps=5))
+    assert done.returncode and "error: this one has no model (process 1 of 2)" in done.stderr
+
+
+@slow
+@pytest.mark.parametrize("processes, number", [(2, "SIGTERM"), (4, "SIGINT")])
+def test_a_signal_to_one_process_stops_all_after_the_same_step(argv, tmp_path, processes, number):
+    code = ("import os, signal, sys, idistill\nfrom data_prep import Run, RANK\nlog = Run.log\n"
+            "def signalled(run, **line):\n"
+            f"    os.kill(os.getpid(), signal.{number}) if RANK == 1 and line.get('step') == 5 and 'loss' in line else None\n"
+            "    log(run, **line)\nRun.log = signalled\nidistill.main(sys.argv[1:])")
+    flags = dict(method="bt", max_steps=9, eval_every=9, save_every=9)
+    done = torchrun(code, *argv(tmp_path / "run", **flags), processes=processes)
+    assert "stopped and saved after student step 5 of 9" in done.stdout and (tmp_path / "run/checkpoints/1-00000005.pt").exists(), done.stderr
+    assert main(*argv(tmp_path / "run", **flags, resume=True)) == 0
+
+
+@slow
+def test_dropout_of_several_processes_goes_on_where_it_stopped(zoo, argv, tmp_path):
+    """A teacher with dropout: a run of two processes, resumed, is the run that was never stopped."""
+    flags = dict(teacher=zoo("bert", hidden_dropout_prob=0.2), max_steps=2, save_every=3)
+    run = "import sys, idistill\nidistill.main(sys.argv[1:])"
+    dies = ("import os\nfrom data_prep import Run, RANK\nlog = Run.log\n"
+            "def die(run, **line):\n    os._exit(9) if RANK and line.get('step') == 5 else log(run, **line)\nRun.log = die\n" + run)
+    assert torchrun(run, *argv(tmp_path / "whole", **flags)).returncode == 0
+    assert torchrun(dies, *argv(tmp_path / "half", **flags)).returncode
+    assert torchrun(run, *argv(tmp_path / "half", **flags, resume=True)).returncode == 0
+    assert lines_of(tmp_path / "whole") == lines_of(tmp_path / "half")

@@ -20,12 +20,13 @@ from idistill import (AttentionTap, Config, InteractionTeacher, RewardModel, ali
                       collate, collate_teacher, distillation_losses, make_optimizer, plan_epoch, pool_words)
 
 IDEAS = {  # arm -> (what it is measured against, what it is)
-    "c": ("c", "plain BT as it is: packed tree, 16 pairs a step, bucketed in windows of 64 steps"),
+    "c": ("c", "plain BT as it is: packed tree, the same number of pairs a step, bucketed in windows of 64 steps"),
     "epoch": ("c", "c, bucketed over the whole epoch"),
-    "budget": ("c", "c, steps of equal slots in place of equal pairs"),
+    "budget": ("c", "c, steps of equal tokens in place of equal pairs, bucketed over the whole epoch"),
     "two a row": ("c", "two pairs a row, block-diagonal tree mask, random order"),
     "four a row": ("c", "four pairs a row, block-diagonal tree mask, random order"),
     "compile": ("c", "c under torch.compile, dynamic shapes"),
+    "adamw": ("c", "c, AdamW not fused"),
     "last mlp": ("c", "c, the last layer's MLP at the scored tokens only"),
     "d": ("d", "the whole method as it is"),
     "stop": ("d", "d, the teacher stops where its tapped layer has Q and K"),
@@ -37,7 +38,7 @@ class Enough(Exception):
     """The tapped layer has been seen."""
 
 
-def several_a_row(examples, rows: int, pad: int) -> dict:
+def several_a_row(examples, rows: int, pad: int, device) -> dict:
     """A batch of the packed layout with several pairs in each of `rows` rows of about equal length; mask (rows, 1, n, n)."""
     bins, fill = [[] for _ in range(rows)], np.zeros(rows, int)
     for k in sorted(range(len(examples)), key=lambda k: -len(examples[k].ids)):
@@ -57,7 +58,7 @@ def several_a_row(examples, rows: int, pad: int) -> dict:
             start = at.stop
     mask = torch.ones(n, n, dtype=torch.bool).tril() & (pair[:, :, None] == pair[:, None, :])
     mask &= (seg[:, None, :] == 0) | (seg[:, None, :] == seg[:, :, None])
-    return dict(ids=ids, pos=pos, mask=mask[:, None], last=last)
+    return {name: t.to(device) for name, t in dict(ids=ids, pos=pos, mask=mask[:, None], last=last).items()}
 
 
 def main() -> None:
@@ -74,7 +75,10 @@ def main() -> None:
     tapped = RewardModel(stock, "packed", last[:1])
     teacher = InteractionTeacher(reader, reader_tokenizer, last[1:])
     base, optimizer = stock.base_model, make_optimizer(stock, 0.0, 0.0)
+    unfused = torch.optim.AdamW([{**g} for g in optimizer.param_groups], lr=0.0, betas=(0.9, 0.95), fused=False)
     compiled = torch.compile(base, dynamic=True)
+    if len(examples) <= 64 * k:
+        raise SystemExit(f"--pairs: over {64 * k} are needed, or the bucketing of c is that of a whole epoch")
     order = np.random.default_rng(args.seed).permutation(len(examples))
     plans = dict.fromkeys(IDEAS, plan_epoch(lengths, k, args.seed, 0))
     plans["epoch"] = plan_epoch(lengths, k, args.seed, 0, window=len(examples))
@@ -92,7 +96,7 @@ def main() -> None:
         if arm == "d":
             return distillation_losses(tapped, teacher, some, swap, cfg, device, list(index))["loss"]
         if arm.endswith("row"):
-            b = several_a_row(some, len(some) // {"two a row": 2, "four a row": 4}[arm], pad)
+            b = several_a_row(some, max(1, len(some) // {"two a row": 2, "four a row": 4}[arm]), pad, device)
             h = base(b["ids"], attention_mask=b["mask"], position_ids=b["pos"], use_cache=False).last_hidden_state.flatten(0, 1)
             r = stock.score(h[b["last"]])[..., 0].float()
             return bt_loss(r[:, 0], r[:, 1])
@@ -164,7 +168,8 @@ def main() -> None:
                 with amp():
                     loss = loss_of(arm, index).mean()
                 loss.backward()
-                optimizer.step()
+                torch.nn.utils.clip_grad_norm_(stock.parameters(), 1.0)
+                (unfused if arm == "adamw" else optimizer).step()
                 optimizer.zero_grad(set_to_none=True)
                 pairs += len(index)
             rates[arm].append(pairs / (time.perf_counter() - started))

@@ -29,7 +29,8 @@ TERMS = {  # term -> where it comes from: file, text of the line
     "gradients fp32, 4 P, / GPUs with --fsdp": ("idistill.py", ".backward()"),
     "AdamW moments fp32, 8 P, / GPUs with --fsdp": ("idistill.py", "return torch.optim.AdamW("),
     "with --fsdp, gathered layers bf16, 4 P_l: the one at work and the next": ("idistill.py", "MixedPrecisionPolicy(param"),
-    "with --fsdp, gathered embeddings and head fp32 and their gradient, 8 P_e": ("idistill.py", "fully_shard(model, mesh"),
+    "with --fsdp, the gradient of a layer bf16 and its fp32 sum over the processes, 6 P_l": ("idistill.py", "reduce_dtype=torch.float32"),
+    "with --fsdp, gathered embeddings and head fp32, their gradient and its sum, 12 P_e": ("idistill.py", "fully_shard(model, mesh"),
     "kept for backward, measured; bf16 copies of the matrices, made by autocast, are in it": ("idistill.py", "self.stock.base_model("),
     "of that, the tap, measured: (H, m, n) of one pair at a time, and the mean map": ("idistill.py", "k.float().transpose(-1, -2)")}
 
@@ -74,7 +75,7 @@ def main() -> None:
             checkpointed = kept(tapped, args.tokens) + plain // layers  # and one layer at a time, computed again
         fixed = 16 * P
         cells = [fixed, plain + tap, checkpointed, tap, fixed + plain + tap, fixed + checkpointed,
-                 fixed / args.gpus + 4 * P_l + 8 * P_e + checkpointed]
+                 fixed / args.gpus + 10 * P_l + 12 * P_e + checkpointed]
         print(f"| {name} | " + " | ".join(f"{c / 2**30:.1f} GiB" for c in cells) + " |")
     print("\nP weights, P_l of one layer, P_e of embeddings and head")
     for term, (file, text) in TERMS.items():
