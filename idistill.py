@@ -299,10 +299,15 @@ class AttentionTap:
 
 def attention_layers(model) -> int:
     """Layers that attend, counted on three tokens: hybrids have fewer than num_hidden_layers. Raises UserError."""
-    with torch.no_grad(), AttentionTap(model, []) as tap:
-        model.base_model(torch.tensor([[5, 6, 7]], device=model.device), use_cache=False)
-    tap.remove()
-    return tap.calls
+    tap = AttentionTap(model, [])
+    try:
+        with torch.no_grad(), tap:
+            model.base_model(torch.tensor([[5, 6, 7]], device=model.device), use_cache=False)
+        return tap.calls
+    except ValueError:  # Gemma 2 caps its logits; probe_student says so
+        return model.config.get_text_config().num_hidden_layers
+    finally:
+        tap.remove()
 
 
 def attention_map(query: Tensor, key: Tensor, scale: float, mask: Tensor, rows: Tensor | None = None,
