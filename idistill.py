@@ -303,11 +303,11 @@ def attention_layers(model) -> int:
     try:
         with torch.no_grad(), tap:
             model.base_model(torch.tensor([[5, 6, 7]], device=model.device), use_cache=False)
-        return tap.calls
-    except ValueError:  # Gemma 2 caps its logits; probe_student says so
-        return model.config.get_text_config().num_hidden_layers
+    except ValueError:  # Gemma 2 caps its logits
+        tap.calls = 0
     finally:
         tap.remove()
+    return tap.calls or model.config.get_text_config().num_hidden_layers  # with none, probe_student says what to do
 
 
 def attention_map(query: Tensor, key: Tensor, scale: float, mask: Tensor, rows: Tensor | None = None,
