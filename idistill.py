@@ -262,8 +262,9 @@ class AttentionTap:
     """Keeps Q and K of chosen layers while it is entered: `with tap: model(...)`, then tap.kept[layer].
 
     Fused attention stays on everywhere; an n x n map is built for tapped layers only (output_attentions=True would
-    force eager attention in all: half the speed at 512 tokens). Calls inside the with block are counted: the k-th is layer k, so a recomputation
-    under gradient checkpointing, outside the block, is never taken for a forward pass. remove() undoes it all.
+    force eager attention in all: half the speed at 512 tokens). Calls inside the with block are counted: the k-th is
+    layer k, so a recomputation under gradient checkpointing, outside the block, is never taken for a forward pass.
+    remove() undoes it all.
 
     Raises UserError where the model does not call transformers' attention interface."""
     active: "AttentionTap | None" = None
