@@ -1342,10 +1342,11 @@ def time_arms(args) -> dict[str, dict]:
     order = np.random.default_rng(seed).permutation(N)
     lengths = np.array([len(e.ids) for e in examples])
     rows = np.array([max(((e.seg == 0) | (e.seg == s)).sum() for s in (1, 2)) for e in examples])  # the longer of its two rows
-    shuffled = [order[i:i + k] for i in range(0, N, k)]
-    plans = {arm: (shuffled, rows) if arm in ("a", "b") else (plan_epoch(by, k, seed, 0), by)  # as in training
-             for arm, by in ((arm, rows if arm in ("a", "b", "b'") else lengths) for arm in args.arms)}
-    plans = {arm: sorted(plan, key=lambda index: by[index].max()) for arm, (plan, by) in plans.items()}
+    shuffled, plans = [order[i:i + k] for i in range(0, N, k)], {}
+    for arm in args.arms:  # bucketed as in training, by what the arm pads: two rows a pair, or one
+        by = rows if arm in ("a", "b", "b'") else lengths
+        plan = shuffled if arm in ("a", "b") else plan_epoch(by, k, seed, 0)
+        plans[arm] = sorted(plan, key=lambda index: by[index].max())
     optimizer, sdpa = make_optimizer(stock, 0.0, 0.0), stock.config._attn_implementation  # rate 0: no change
     rates, tokens, peer = {arm: [] for arm in args.arms}, {arm: [] for arm in args.arms}, None
 
