@@ -42,13 +42,12 @@ import transformers
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from data_prep import (BENCHMARKS, DOMAINS, LLMBAR, REFUSED, SECTIONS, Encoder, Example, Formatter, Pair, UserError,
-                       bar, check_characters, choose_pad, load, load_student, load_teacher, load_tokenizer, longer_margins,
-                       positions_of, prompt_key, read_candidates, read_pairs, refuse_missing, set_up_device,
-                       unused_name, write_json, write_pairs, written)
-from idistill import (AttentionTap, Config, InteractionTeacher, RewardModel, alignment_loss,
-                      attention_layers, attention_map, block_masks, bt_loss, collate, collate_teacher, distillation_losses, make_optimizer,
-                      outcomes, plan_epoch, pool_words, row_divergence, teacher_verdicts, to_device,
-                      tree_mask)
+                       bar, check_characters, choose_pad, collate, collate_teacher, load, load_student, load_teacher,
+                       load_tokenizer, longer_margins, plan_epoch, positions_of, prompt_key, read_candidates, read_pairs,
+                       refuse_missing, set_up_device, to_device, unused_name, write_json, write_pairs, written)
+from idistill import (AttentionTap, Config, InteractionTeacher, RewardModel, alignment_loss, attention_layers,
+                      attention_map, block_masks, bt_loss, distillation_losses, make_optimizer, outcomes, pool_words,
+                      row_divergence, teacher_verdicts, tree_mask)
 
 # ---------------------------------------------------------------------------------------------------- scoring
 

@@ -33,7 +33,8 @@ G maps a layer: 1 (mean over heads), or H with --align-heads matched; m rows of 
   total           L = L_BT + lambda_intra L_I + lambda_inter L_X  (+ lambda_score MarginMSE, + centring)     (E7)
   baselines       preference_loss in place of L_BT;  + batch sum, + sft_loss: see there
 
-data_prep.py holds what comes before: files, text to tokens, loading and probing models, the run directory, the demo.
+data_prep.py holds what comes before: files, text to tokens to batches, loading and probing models, the run directory,
+the demo.
 """
 from __future__ import annotations
 
@@ -55,7 +56,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
@@ -63,9 +63,10 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from data_prep import (RANK, WORLD, Encoder, Example, Run, UserError, add_lora, bar, check_config, demo, first_line,
-                       labelled, load_student, load_teacher, longer_margins, merge_lora, parse_layers, probe_student,
-                       read_all, save_stock, set_up_device)
+from data_prep import (RANK, WORLD, Encoder, Example, Run, UserError, add_lora, bar, barrier, check_config, check_teacher,
+                       collate, collate_teacher, demo, encode_all, first_line, load_student, load_teacher, longer_margins,
+                       merge_lora, parse_layers, plan_epoch, print_table, probe_student, read_all, recompute_activations,
+                       sample_words, save_stock, set_up_device, shares, together, whole_state, with_rows)
 
 # ---------------------------------------------------------------------------------------------------------- config
 
@@ -165,81 +166,6 @@ def parse_config(argv: list[str] | None = None) -> Config:
         shown = "none" if default in ("", []) else default
         ap.add_argument("--" + f.name.replace("_", "-"), help=f"{f.metadata['help']} (default: {shown})", **kw)
     return Config(**vars(ap.parse_args(argv)))
-
-
-# ---------------------------------------------------------------- data (text becomes tokens in data_prep.Encoder)
-
-def collate(examples: list[Example], pad_id: int, device="cpu") -> dict[str, Tensor]:
-    """Examples -> one padded batch of the packed layout, padding on the right.
-
-    ids, seg (3 = padding), word (-1 = none), pos: (B, n); last: (B, 2) where r_c and r_r are read; word_seg: (B, W)."""
-    B, n = len(examples), max(len(e.ids) for e in examples)
-    W = max(max(len(e.word_seg) for e in examples), 1)
-    ids, seg = np.full((B, n), pad_id), np.full((B, n), 3)
-    word, pos, word_seg = np.full((B, n), -1), np.zeros((B, n), dtype=np.int64), np.full((B, W), -1)
-    last = np.zeros((B, 2), dtype=np.int64)
-    for b, e in enumerate(examples):
-        k, nx, nc = len(e.ids), int((e.seg == 0).sum()), int((e.seg == 1).sum())
-        ids[b, :k], seg[b, :k], word[b, :k], word_seg[b, :len(e.word_seg)] = e.ids, e.seg, e.word, e.word_seg
-        pos[b, :k] = np.concatenate([np.arange(nx + nc), np.arange(nx, k - nc)])  # y_r restarts at |x|
-        last[b] = nx + nc - 1, k - 1
-    return to_device(dict(ids=ids, seg=seg, word=word, pos=pos, word_seg=word_seg, last=last), device)
-
-
-def collate_teacher(examples: list[Example], swap: np.ndarray, tokenizer, device="cpu") -> dict[str, Tensor]:
-    """[CLS] x [SEP] y_a [SEP] y_b [SEP] with (a, b) = (c, r), or (r, c) where swap (B,): ids, seg, word, mask (B, n),
-    seg 3 = padding and special tokens."""
-    cls = tokenizer.cls_token_id if tokenizer.cls_token_id is not None else tokenizer.bos_token_id
-    sep = tokenizer.sep_token_id if tokenizer.sep_token_id is not None else tokenizer.eos_token_id
-    rows = []
-    for e, s in zip(examples, swap):
-        parts = [([cls], [-1], [3])]
-        for k in (0, 2, 1) if s else (0, 1, 2):
-            ids, word = e.runs[k]
-            parts += [(ids, word, [k] * len(ids)), ([sep], [-1], [3])]
-        rows.append([np.concatenate([np.asarray(p[j], dtype=np.int64) for p in parts]) for j in range(3)])
-    n, out = max(len(r[0]) for r in rows), {}
-    for j, (name, fill) in enumerate((("ids", tokenizer.pad_token_id), ("word", -1), ("seg", 3))):
-        out[name] = np.stack([np.pad(r[j], (0, n - len(r[j])), constant_values=fill) for r in rows])
-    out["mask"] = np.stack([np.arange(n) < len(r[0]) for r in rows]).astype(np.int64)
-    return to_device(out, device)
-
-
-def to_device(batch: dict[str, np.ndarray], device) -> dict[str, Tensor]:
-    return {k: torch.from_numpy(v).to(device) for k, v in batch.items()}
-
-
-def sample_words(examples: list[Example], limit: int, seeds: list) -> Tensor:
-    """Words of each pair, drawn at random until their tokens number `limit`: (B, R) word numbers, -2 = padding. Longer
-    words than that (texts without spaces) are left out."""
-    drawn = [torch.full((1,), -2)]  # a pair may have none
-    for e, seed in zip(examples, seeds):
-        sizes = np.bincount(e.word[e.word >= 0], minlength=len(e.word_seg))
-        order = np.random.default_rng(seed).permutation(np.flatnonzero((sizes > 0) & (sizes <= limit)))
-        drawn.append(torch.from_numpy(np.sort(order[np.cumsum(sizes[order]) <= limit])))
-    return nn.utils.rnn.pad_sequence(drawn, batch_first=True, padding_value=-2)[1:]
-
-
-def with_rows(batch: dict[str, Tensor], attending: Tensor) -> dict[str, Tensor]:
-    """The batch of either model, with the rows that belong to the attending words (B, R) alone: rows (B, m) tokens,
-    row_word (B, m) places in attending; -1 = padding."""
-    at = batch["word"][:, :, None] == attending[:, None, :]  # (B, n, R)
-    picked = at.any(-1)
-    order = picked.int().argsort(dim=1, descending=True, stable=True)[:, :max(1, int(picked.sum(1).max()))]
-    real = picked.gather(1, order)
-    return {**batch, "rows": order.where(real, -1), "row_word": at.int().argmax(-1).gather(1, order).where(real, -1)}
-
-
-def plan_epoch(lengths: np.ndarray, batch_size: int, seed: int, epoch: int, window: int = 64) -> list[np.ndarray]:
-    """Steps of one epoch as index arrays: shuffled, then bucketed by length inside windows of `window` steps (on HH-RLHF
-    with 16 pairs: padding 58 % without, 22 % in windows of 8 steps, 5 % in 64)."""
-    rng = np.random.default_rng([seed, epoch, 11])
-    order, steps = rng.permutation(len(lengths)), []
-    for start in range(0, len(order), batch_size * window):
-        part = order[start:start + batch_size * window]
-        part = part[np.argsort(lengths[part], kind="stable")]
-        steps += [part[i:i + batch_size] for i in range(0, len(part), batch_size)]
-    return [steps[i] for i in rng.permutation(len(steps))]
 
 
 # ----------------------------------------------------------------------------------------------------- attention tap
@@ -631,24 +557,6 @@ def distribute(model: nn.Module, device: torch.device, shard: bool, bf16: bool) 
     fully_shard(model, mesh=mesh, reshard_after_forward=False)  # embeddings and head stay in fp32
 
 
-def shares(examples: list[Example], batch_size: int, name: str):
-    """Index arrays of this process's batches, longest first (too little memory shows at once), behind a bar. Every
-    process has equally many, since a sharded model computes only together; some batches come twice."""
-    order = np.argsort([-len(e.ids) for e in examples], kind="stable")
-    batches = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
-    everyones = math.ceil(len(batches) / WORLD) * WORLD
-    return bar([batches[k % len(batches)] for k in range(RANK, everyones, WORLD)], name)
-
-
-def together(scores: np.ndarray, device) -> np.ndarray:
-    """The scores of all processes; each filled in its share, -inf elsewhere."""
-    if WORLD > 1:
-        everything = torch.from_numpy(scores).to(device)
-        dist.all_reduce(everything, dist.ReduceOp.MAX)
-        scores = everything.cpu().numpy()
-    return scores
-
-
 @torch.no_grad()
 def score_pairs(model: RewardModel, examples: list[Example], batch_size: int, device, amp,
                 name: str = "") -> np.ndarray:
@@ -698,12 +606,6 @@ def make_optimizer(model: nn.Module, lr: float, decay: float) -> torch.optim.Ada
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=(0.9, 0.95), fused=True)
 
 
-def whole_state(model: nn.Module, optimizer=None) -> tuple[dict, dict]:
-    """Weights and optimizer state by name, gathered from all processes to the first, on the CPU."""
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    return get_state_dict(model, optimizer or (), options=options)
-
-
 def fit(run: Run, phase: int, model: nn.Module, examples: list[Example], losses, validate, save_best, lr: float,
         total: int, device, amp) -> None:
     """The one training loop, of the teacher (phase 0) and the student (phase 1).
@@ -715,24 +617,9 @@ def fit(run: Run, phase: int, model: nn.Module, examples: list[Example], losses,
     lengths = np.array([len(e.ids) for e in examples])
     per_epoch = math.ceil(len(examples) / cfg.batch_size)
     optimizer = make_optimizer(model, lr, cfg.weight_decay)
-    best, done, skipped, warm = [-1.0, 0.0], 0, 0, max(1, round(cfg.warmup * total))
+    warm, every, plan, planned = max(1, round(cfg.warmup * total)), cfg.eval_every or max(1, math.ceil(total / 2)), [], -1
     torch.manual_seed(cfg.seed + 10 + phase)  # dropout of the teacher
-    state = run.newest() if cfg.resume else None
-    if state and state[0] == phase:
-        done, saved = state[1], state[2]
-        set_state_dict(model, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"],
-                       options=StateDictOptions(full_state_dict=True))
-        best, skipped = saved["best"], saved["skipped"]
-        if WORLD == 1:
-            torch.set_rng_state(saved["rng"])
-            if device.type == "cuda" and "cuda_rng" in saved:
-                torch.cuda.set_rng_state(saved["cuda_rng"], device)
-        del state, saved
-        print(f"resuming the {name} after step {done} of {total}")
-    if cfg.resume:
-        run.rewind(phase, done)
-    run.rest = ""
-    every, plan, planned = cfg.eval_every or max(1, math.ceil(total / 2)), [], -1
+    done, best, skipped = run.restore(phase, model, optimizer)
     model.train()
     progress = bar(None, name, total=total, initial=done, unit="step", leave=True)
     for step in range(done + 1, total + 1):
@@ -789,10 +676,7 @@ def fit(run: Run, phase: int, model: nn.Module, examples: list[Example], losses,
                 save_best()
         stop = run.agreed_stop(device)
         if (step % cfg.save_every == 0 if cfg.save_every else due) or stop or step == total:
-            weights, moments = whole_state(model, optimizer)
-            cuda_rng = {"cuda_rng": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}
-            run.save(phase, step, {"model": weights, "optimizer": moments, "best": best, "skipped": skipped,
-                                   "rng": torch.get_rng_state(), **cuda_rng})
+            run.checkpoint(phase, step, model, optimizer, best=best, skipped=skipped)
         if stop:
             progress.close()
             run.leave(f"{name} step {step} of {total}", stop)
@@ -804,11 +688,6 @@ def fit(run: Run, phase: int, model: nn.Module, examples: list[Example], losses,
 def scored_at_once(cfg: Config) -> int:
     """Pairs a batch of each process where no gradient is kept: twice those of training."""
     return max(1, 2 * cfg.batch_size // (cfg.grad_accum * WORLD))
-
-
-def barrier() -> None:
-    if WORLD > 1:
-        dist.barrier()
 
 
 def train_teacher(run: Run, teacher: InteractionTeacher, examples, validation, swaps, device, amp) -> None:
@@ -891,31 +770,14 @@ def train_in(run: Run, cfg: Config, needs_teacher: bool, device, amp) -> dict:
     model = RewardModel(stock.to(home), cfg.encoding, layers[0], matched)
     teacher = open_teacher(teacher_stock) if needs_teacher else None
     probe_student(model, cfg.model, cfg.max_length)
-    if needs_teacher:
-        if cfg.teacher_co_train and teacher.layers and teacher.tap is None:
-            raise UserError(f"--teacher-co-train: {cfg.teacher} shows its attention after dropout; take another teacher")
-        heads = [m.config.get_text_config().num_attention_heads for m in (stock, teacher_stock)]
-        if matched and layers[0] and heads[0] != heads[1]:
-            raise UserError(f"--align-heads matched: the student has {heads[0]} heads, the teacher {heads[1]}; use mean")
+    check_teacher(cfg, model, teacher)
     if cfg.lora_rank:
         add_lora(stock, cfg.lora_rank)
     if cfg.gradient_checkpointing:
-        enable = getattr(stock, "activation_checkpointing_enable", None) or stock.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
-
+        recompute_activations(stock)
     encoder = Encoder(tokenizer, cfg.max_length, cfg.overlong, teacher.tokenizer if teacher else None,
                       min(room, 2 * cfg.max_length) if teacher else 0)
-    examples, held = encoder(pairs, progress="encoding"), {}
-    counts.update(encoder.counts)
-    for name, part in held_pairs.items():
-        encoder.counts.clear()
-        held[name] = encoder(part, progress=f"encoding {name}")
-        counts.update(labelled(encoder.counts, name))
-    for name, part in {"the training data": examples, **held}.items():
-        if not part:
-            raise UserError(f"{name}: no pair fits into --max-length {cfg.max_length}")
-    counts.update({"training pairs": len(examples), **{f"pairs of {k}": len(v) for k, v in held.items()}})
-    print("data: " + ", ".join(f"{v} {k}" for k, v in counts.items() if v))
+    examples, held = encode_all(encoder, pairs, held_pairs, counts)
     largest = max(sum(p.numel() for p in m.parameters()) for m in (model, teacher) if m is not None)
     run.begin(largest, "teacher" if needs_teacher else "student", counts)
     started, teacher_accuracy = time.perf_counter(), {}
@@ -952,15 +814,6 @@ def train_in(run: Run, cfg: Config, needs_teacher: bool, device, amp) -> dict:
                                  "reward_mean": float(s.mean()), "reward_std": float(s.std())}
     run.write("results.json", results)
     return results
-
-
-def print_table(results: dict) -> None:
-    """Accuracy in % of the student beside the teacher, the longer-response and the majority baseline."""
-    print(f"\n{'accuracy %':24}{'pairs':>7}{'student':>9}{'teacher':>9}{'longer':>8}{'majority':>10}")
-    for name, r in results["sets"].items():
-        cells = [f"{100 * r[k]:.1f}" if r[k] is not None else "-" for k in ("student", "teacher", "longer")]
-        print(f"{name:24}{r['pairs']:>7}{cells[0]:>9}{cells[1]:>9}{cells[2]:>8}{'50.0':>10}")
-    print("(majority: either side of a pair comes first, so a constant answer is right in half of them)")
 
 
 def main(argv: list[str] | None = None) -> None:
