@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import dataclasses
 import fcntl
 import gzip
 import hashlib
@@ -43,11 +44,12 @@ import signal
 import socket
 import sys
 import time
+import warnings
 import zipfile
 import zlib
 from collections import Counter
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from fnmatch import fnmatch
 from itertools import product
@@ -59,6 +61,8 @@ import torch
 import torch.distributed as dist
 from safetensors import safe_open
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from tqdm import tqdm
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -695,12 +699,32 @@ def plan_epoch(lengths: np.ndarray, batch_size: int, seed: int, epoch: int, wind
 
 # --------------------------------------------------------------------------------- flags, device, data of a training run
 
+def flag(default, help, choices=None, low=0, high=math.inf):
+    """A field of Config: default, help text, and the values it takes."""
+    kind = {"default_factory": lambda: list(default)} if isinstance(default, list) else {"default": default}
+    return dataclasses.field(**kind, metadata={"help": help, "choices": choices, "low": low, "high": high})
+
+
+def parse_flags(config: type, about: str, argv: list[str] | None = None):
+    """The command line, made from the dataclass config; argparse exits with 2 on a wrong flag."""
+    ap = argparse.ArgumentParser(description=about, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False)
+    for f in dataclasses.fields(config):
+        default = getattr(config(), f.name)
+        kw = {"action": "store_true"} if isinstance(default, bool) else {
+            "default": default, "type": type(default), "choices": f.metadata["choices"]}
+        if isinstance(default, list):
+            kw = {"nargs": "+", "default": default}
+        shown = "none" if default in ("", []) else default
+        ap.add_argument("--" + f.name.replace("_", "-"), help=f"{f.metadata['help']} (default: {shown})", **kw)
+    return config(**vars(ap.parse_args(argv)))
+
+
 def check_config(cfg) -> bool:
     """Refuses flags that cannot work; returns whether a teacher is needed. Raises UserError."""
     for name in ("model", "data", "output_dir"):
         if not getattr(cfg, name):
             raise UserError(f"--{name.replace('_', '-')} is needed beside --model")
-    for f in fields(cfg):
+    for f in dataclasses.fields(cfg):
         value, low, high = getattr(cfg, f.name), f.metadata["low"], f.metadata["high"]
         if isinstance(value, (int, float)) and not (low <= value <= high and math.isfinite(value)):
             reach = f"at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
@@ -766,6 +790,19 @@ def set_up_device(cfg):
     return device, (lambda: torch.autocast(device.type, dtype=torch.bfloat16)) if bf16 else nullcontext
 
 
+def distribute(model: torch.nn.Module, device: torch.device, shard: bool, bf16: bool) -> None:
+    """Under torchrun: gradients are averaged over the processes (shard: weights, gradients and optimizer are also split
+    among them, FSDP2). One engine for both: without shard each process is a group of its own that holds all."""
+    if WORLD == 1:
+        return
+    mesh = init_device_mesh(device.type, (1, WORLD) if shard else (WORLD, 1), mesh_dim_names=("replicate", "shard"))
+    layers = max((m for m in model.modules() if isinstance(m, torch.nn.ModuleList)), key=len)
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if shard and bf16 else None, reduce_dtype=torch.float32)
+    for layer in layers:
+        fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=shard)
+    fully_shard(model, mesh=mesh, reshard_after_forward=False)  # embeddings and head stay in fp32
+
+
 def shares(examples: list[Example], batch_size: int, name: str):
     """Index arrays of this process's batches, longest first (too little memory shows at once), behind a bar. Every
     process has equally many, since a sharded model computes only together; some batches come twice."""
@@ -784,6 +821,15 @@ def together(scores: np.ndarray, device) -> np.ndarray:
     return scores
 
 
+def summed(values: dict[str, float], device) -> dict[str, float]:
+    """Sums over all processes."""
+    if WORLD > 1:
+        everyones = torch.tensor(list(values.values()), dtype=torch.float64, device=device)
+        dist.all_reduce(everyones)
+        values = dict(zip(values, everyones.tolist()))
+    return values
+
+
 def whole_state(model: torch.nn.Module, optimizer=None) -> tuple[dict, dict]:
     """Weights and optimizer state by name, gathered from all processes to the first, on the CPU."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -793,6 +839,31 @@ def whole_state(model: torch.nn.Module, optimizer=None) -> tuple[dict, dict]:
 def barrier() -> None:
     if WORLD > 1:
         dist.barrier()
+
+
+@contextmanager
+def errors_in_one_line(output_dir: str):
+    """Around a training run: what a person can mend, or the death of another process, ends it with one line; only the
+    first process speaks of what goes well."""
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module")  # its outputs are never written to in place
+    if RANK > 0:
+        sys.stdout = open(os.devnull, "w")
+    try:
+        yield
+    except KeyboardInterrupt:  # before the training loop, which saves first
+        print("\nstopped", file=sys.stderr)
+        raise SystemExit(130) from None
+    except UserError as why:
+        if RANK > 0:  # torchrun ends this process in here, if the first one says the same
+            time.sleep(5)
+        print(f"error: {why}" + (f" (process {RANK} of {WORLD})" if RANK > 0 else ""), file=sys.stderr)
+        raise SystemExit(2) from None
+    except RuntimeError as why:  # another process died: this one must not wait for it
+        if WORLD == 1:
+            raise
+        saved = any(Path(output_dir).glob("checkpoints/*.pt"))
+        raise SystemExit(f"error: process {RANK} of {WORLD} cannot go on ({first_line(why)})" + (
+            "; the last checkpoint is whole, go on with --resume" if saved else "; nothing was saved yet")) from None
 
 
 def labelled(counts: Counter, name: str) -> dict[str, int]:
@@ -1025,7 +1096,7 @@ def check_teacher(cfg, model, teacher) -> None:
     if cfg.teacher_co_train and teacher.layers and teacher.tap is None:
         raise UserError(f"--teacher-co-train: {cfg.teacher} shows its attention after dropout; take another teacher")
     heads = [m.stock.config.get_text_config().num_attention_heads for m in (model, teacher) if m]
-    if cfg.align_heads == "matched" and model.layers and len(set(heads)) == 2:
+    if cfg.align_heads == "matched" and teacher and teacher.layers and heads[0] != heads[1]:
         raise UserError(f"--align-heads matched: the student has {heads[0]} heads, the teacher {heads[1]}; use mean")
 
 
@@ -1372,6 +1443,14 @@ class Run:
         for *_, old in self.checkpoints()[2:]:
             old.unlink()
 
+    def save_model(self, model, tokenizer, name: str) -> None:
+        """RUN/name as a stock directory, written by the first process; adapters of the student are merged."""
+        weights = {k.removeprefix("stock."): v for k, v in whole_state(model)[0].items()}
+        if RANK == 0:
+            rank = self.cfg.lora_rank if name == "student" else 0
+            stock, weights = merge_lora(self.cfg.model, rank, weights) if rank else (model.stock, weights)
+            save_stock(stock, tokenizer, self.dir / name, weights)
+
     def write(self, name: str, obj) -> None:
         if RANK == 0:
             write_json(self.dir / name, obj)
@@ -1383,11 +1462,16 @@ class Run:
                 line |= {k: round(v, 6) if math.isfinite(v) else None for k, v in floats.items()}
                 f.write(json.dumps(line) + "\n")
 
-    def bad_batch(self, phase: str, step: int, pairs: list[Pair]) -> None:
-        """Keeps the pairs of a step that went wrong, one line each, for a look."""
+    def bad_batch(self, phase: str, step: int, pairs: list[Pair], skipped: int, loss: float, norm: float) -> None:
+        """Keeps the pairs of a step that went wrong, one line each, for a look; skipped: how many have been passed over,
+        this one included. Raises UserError over --skip-nonfinite."""
         if RANK == 0:
             with open(self.dir / "bad_batch.jsonl", "a", encoding="utf-8") as f:
                 f.writelines(json.dumps({"phase": phase, "step": step, **asdict(p)}, ensure_ascii=False) + "\n" for p in pairs)
+        if skipped > self.cfg.skip_nonfinite:
+            raise UserError(f"{phase} step {step}: the loss or its gradient is not finite (loss {loss}, gradient norm {norm}); "
+                            f"nothing was updated, the last checkpoint is whole, the pairs are in {self.dir}/bad_batch.jsonl. "
+                            "Try a lower learning rate, --dtype fp32, or --skip-nonfinite 1")
 
     def rewind(self, phase: int, step: int) -> None:
         """Drops the lines of metrics.jsonl and bad_batch.jsonl that the resumed run will write again."""
@@ -1690,6 +1774,14 @@ def make_demo_models(to: Path, seed: int) -> None:
     for model, name in ((student, "student"), (teacher, "teacher")):
         model.save_pretrained(to / name)
         tokenizer.save_pretrained(to / name)
+
+
+def report_teacher(accuracy: float, pairs: int, learns: bool) -> None:
+    """What is known of the teacher before it is used."""
+    print(f"teacher: validation accuracy {accuracy:.4f} on {pairs} pairs, {'goes on learning' if learns else 'frozen'}")
+    if accuracy < 0.5 + 1.64 * math.sqrt(0.25 / pairs):  # one-sided 95 %
+        print(f"warning: the teacher is at chance ({accuracy:.3f} on {pairs} pairs); its attention has little to teach. "
+              "Train it longer (--teacher-epochs) or faster (--teacher-lr)")
 
 
 def print_table(results: dict) -> None:

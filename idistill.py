@@ -16,8 +16,9 @@ What the abstract says: the two flaws above; an interaction-based language-under
 the RM simulates its attention pattern through an attentional alignment objective; steadier, more general rewards.
 What is our reading (the paper's code is not public): every equation below, and the word-level alignment.
 
-Letters: B pairs, n tokens, W words, H heads, d head size; s segment: 0 = x, 1 = y_c, 2 = y_r;
-G maps a layer: 1 (mean over heads), or H with --align-heads matched; m rows of a map: n, or a sample of them.
+Letters: B pairs of a batch, N of a set, n tokens, W words, H heads, d head size; s segment: 0 = x, 1 = y_c, 2 = y_r
+(tokens: 3 = padding; words: -1 = unseen by one of the models); G maps a layer: 1 (mean over heads), or H with
+--align-heads matched; m attending tokens and R attending words: n and W, or a sample of them (--align-max-tokens).
 
   packed layout   u = [x | y_c | y_r]                                                     (n tokens, once a pair)
   tree mask       query i sees key j  iff  j <= i and (s_j = 0 or s_j = s_i);  positions of y_r restart at |x|
@@ -26,8 +27,9 @@ G maps a layer: 1 (mean over heads), or H with --align-heads matched; m rows of 
   simulated map   S = mean over heads of softmax(Q K^T / sqrt(d)), the mask lifted            (B, G, m, n)   (E3)
   teacher         reads [CLS] x [SEP] y_a [SEP] y_b [SEP], (a, b) a random order of (c, r); its verdict =
                   mean of a per-token scalar over y_c, minus the same over y_r; loss -log sigmoid(verdict)   (E4)
+  teacher map     T = mean over heads of the teacher's attention                                (B, G, m, n)
   word map        sum over the tokens of the attended word, mean over those of the attending word
-                                                                                              (B, G, W, W)   (E5)
+                                                                                              (B, G, R, W)   (E5)
   blocks          intra I: all but y_c x y_r;  inter X: y_c x y_r, both ways; rows renormalised inside each
   alignment       L_I = mean over rows i of KL(T_i^I || S_i^I),  L_X likewise                                (E6)
   total           L = L_BT + lambda_intra L_I + lambda_inter L_X  (+ lambda_score MarginMSE, + centring)     (E7)
@@ -38,43 +40,30 @@ the demo.
 """
 from __future__ import annotations
 
-import argparse
-import dataclasses
 import math
-import os
-import sys
 import time
-import warnings
 from collections import Counter
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from data_prep import (RANK, WORLD, Encoder, Example, Run, UserError, add_lora, bar, barrier, check_config, check_teacher,
-                       collate, collate_teacher, demo, encode_all, first_line, load_student, load_teacher, longer_margins,
-                       merge_lora, parse_layers, plan_epoch, print_table, probe_student, read_all, recompute_activations,
-                       sample_words, save_stock, set_up_device, shares, together, whole_state, with_rows)
+from data_prep import (RANK, WORLD, Encoder, Example, Run, UserError, add_lora, bar, barrier, check_config,
+                       check_teacher, collate, collate_teacher, demo, distribute, encode_all, errors_in_one_line, flag,
+                       load_student, load_teacher, longer_margins, parse_flags, parse_layers, plan_epoch, print_table,
+                       probe_student, read_all, recompute_activations, report_teacher, sample_words, set_up_device,
+                       shares, summed, together, with_rows)
 
 # ---------------------------------------------------------------------------------------------------------- config
-
-def flag(default, help, choices=None, low=0, high=math.inf):
-    """A field of Config: default, help text, and the values it takes."""
-    kind = {"default_factory": lambda: list(default)} if isinstance(default, list) else {"default": default}
-    return field(**kind, metadata={"help": help, "choices": choices, "low": low, "high": high})
-
 
 @dataclass
 class Config:
@@ -153,21 +142,6 @@ class Config:
     fsdp: bool = flag(False, "under torchrun: shard weights, gradients and optimizer over the processes (FSDP2)")
 
 
-def parse_config(argv: list[str] | None = None) -> Config:
-    """The command line, made from Config; argparse exits with 2 on a wrong flag."""
-    ap = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.RawTextHelpFormatter,
-                                 allow_abbrev=False)
-    for f in dataclasses.fields(Config):
-        default = f.default_factory() if f.default is dataclasses.MISSING else f.default
-        kw = {"action": "store_true"} if isinstance(default, bool) else {
-            "default": default, "type": type(default), "choices": f.metadata["choices"]}
-        if isinstance(default, list):
-            kw = {"nargs": "+", "default": default}
-        shown = "none" if default in ("", []) else default
-        ap.add_argument("--" + f.name.replace("_", "-"), help=f"{f.metadata['help']} (default: {shown})", **kw)
-    return Config(**vars(ap.parse_args(argv)))
-
-
 # ----------------------------------------------------------------------------------------------------- attention tap
 
 TAP = "idistill_tap"
@@ -193,9 +167,9 @@ class AttentionTap:
     remove() undoes it all.
 
     Raises UserError where the model does not call transformers' attention interface."""
-    active: "AttentionTap | None" = None
+    active: AttentionTap | None = None
 
-    def __init__(self, model, layers: list[int]):
+    def __init__(self, model, layers):
         self.model, self.layers, self.kept, self.calls = model, set(layers), {}, 0
         self.before = model.config._attn_implementation
         try:
@@ -237,6 +211,11 @@ def attention_layers(model) -> int:
     return tap.calls or model.config.get_text_config().num_hidden_layers  # with none, probe_student says what to do
 
 
+def pick_rows(A: Tensor, rows: Tensor) -> Tensor:
+    """A (B, H, n, k), rows (B, m) -> (B, H, m, k); -1 (padding) takes row 0."""
+    return A.gather(2, rows.clamp_min(0)[:, None, :, None].expand(-1, A.shape[1], -1, A.shape[3]))
+
+
 def attention_map(query: Tensor, key: Tensor, scale: float, mask: Tensor, rows: Tensor | None = None,
                   matched: bool = False) -> Tensor:
     """softmax(Q K^T * scale) in fp32, mean over heads unless matched (E3).
@@ -247,9 +226,8 @@ def attention_map(query: Tensor, key: Tensor, scale: float, mask: Tensor, rows: 
     B, H, n, d = query.shape
     mask = mask.expand(B, -1, -1, -1)
     if rows is not None:
-        at = rows.clamp_min(0)[:, None, :, None]
-        query = query.gather(2, at.expand(-1, H, -1, d))
-        mask = mask.gather(2, at.expand(-1, 1, -1, n)) if mask.shape[2] > 1 else mask
+        query = pick_rows(query, rows)
+        mask = pick_rows(mask, rows) if mask.shape[2] > 1 else mask
     few = max(1, 2**22 // (H * query.shape[2] * n))
 
     def some_maps(q: Tensor, k: Tensor, visible: Tensor) -> Tensor:
@@ -269,7 +247,7 @@ def attention_map(query: Tensor, key: Tensor, scale: float, mask: Tensor, rows: 
 def tree_mask(seg: Tensor) -> Tensor:
     """(B, n) segments -> (B, 1, n, n), True where query i sees key j: j <= i and (s_j = 0 or s_j = s_i).
 
-    Padding (segment 3) at the right sees itself, so no row is empty (an empty softmax row is NaN)."""
+    Padding (segment 3) at the right sees itself and x, so no row is empty (an empty softmax row is NaN)."""
     n = seg.shape[1]
     causal = torch.ones(n, n, dtype=torch.bool, device=seg.device).tril()
     return (causal & ((seg[:, None, :] == 0) | (seg[:, None, :] == seg[:, :, None])))[:, None]
@@ -285,7 +263,7 @@ class RewardModel(nn.Module):
     def __init__(self, stock, encoding: str = "packed", layers: tuple[int, ...] = (), matched: bool = False):
         super().__init__()
         self.stock, self.encoding, self.layers, self.matched = stock, encoding, layers, matched
-        self.tap, self.hidden, self.maps = AttentionTap(stock, list(layers)) if layers else None, None, []
+        self.tap, self.hidden, self.maps = AttentionTap(stock, layers) if layers else None, None, []
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
         seg, last = batch["seg"], batch["last"]
@@ -299,13 +277,13 @@ class RewardModel(nn.Module):
         if self.encoding == "siamese":  # back to the packed layout: x from the first of the two rows
             hidden = hidden.flatten(0, 1)[where]
         self.hidden, self.maps = hidden, []
-        for layer in self.layers if tapped else ():
-            query, key, scale, _ = self.tap.kept[layer]
-            if self.encoding == "siamese":
-                query, key = (t.transpose(1, 2).flatten(0, 1)[where].transpose(1, 2) for t in (query, key))
-            visible = (seg != 3)[:, None, None, :]
-            self.maps.append(attention_map(query, key, scale, visible, batch.get("rows"), self.matched))
         if tapped:
+            for layer in self.layers:
+                query, key, scale, _ = self.tap.kept[layer]
+                if self.encoding == "siamese":
+                    query, key = (t.transpose(1, 2).flatten(0, 1)[where].transpose(1, 2) for t in (query, key))
+                visible = (seg != 3)[:, None, None, :]
+                self.maps.append(attention_map(query, key, scale, visible, batch.get("rows"), self.matched))
             self.tap.kept = {}
         ends = hidden.gather(1, last[:, :, None].expand(-1, -1, hidden.shape[-1]))  # (B, 2, hidden)
         with torch.autocast(ends.device.type, enabled=False):  # bf16 logits tie often: the head stays in fp32
@@ -316,14 +294,14 @@ class RewardModel(nn.Module):
     def two_rows(batch: dict[str, Tensor]) -> tuple[dict, Tensor]:
         """The same pairs as two ordinary padded rows each, and where (B, n) each packed token lies in the flat rows."""
         ids, seg, pos = batch["ids"], batch["seg"], batch["pos"]
-        B, m = len(ids), int(pos.max()) + 1
+        B, longest = len(ids), int(pos.max()) + 1
         pair = torch.arange(B, device=ids.device)[:, None]
-        rows = torch.where(seg == 2, pair + B, pair)  # rows 0..B-1 hold (x, y_c), rows B..2B-1 hold (x, y_r)
-        flat, mask = ids.new_zeros(2 * B * m), ids.new_zeros(2 * B * m)
+        row = torch.where(seg == 2, pair + B, pair)  # rows 0..B-1 hold (x, y_c), rows B..2B-1 hold (x, y_r)
+        flat, mask = ids.new_zeros(2 * B * longest), ids.new_zeros(2 * B * longest)
         for k, sel in ((0, seg < 2), (1, (seg == 0) | (seg == 2))):
-            at = ((pair + k * B) * m + pos)[sel]
+            at = ((pair + k * B) * longest + pos)[sel]
             flat[at], mask[at] = ids[sel], 1
-        return dict(input_ids=flat.view(2 * B, m), attention_mask=mask.view(2 * B, m)), rows * m + pos
+        return dict(input_ids=flat.view(2 * B, longest), attention_mask=mask.view(2 * B, longest)), row * longest + pos
 
 
 # -------------------------------------------------------------------------------------------------------- teacher
@@ -344,10 +322,10 @@ class InteractionTeacher(nn.Module):
 
     @torch.no_grad()
     def choose_tap(self) -> None:
-        """The tap, if it shows on four tokens what eager attention shows: a position bias (T5) or a sink is not in Q, K."""
+        """The tap, if four tokens show in it what eager attention shows: no position bias (T5), no sink."""
         stock, seen, was = self.stock, [], self.stock.training
         try:
-            taps = [None, AttentionTap(stock, list(self.layers))]
+            taps = [None, AttentionTap(stock, self.layers)]
         except UserError:
             taps = [None]
         ids = torch.tensor([[5, 6, 7, 8]], device=stock.device)
@@ -364,18 +342,17 @@ class InteractionTeacher(nn.Module):
 
     def forward(self, batch: dict[str, Tensor], maps: bool = False) -> Tensor:
         inputs, seg = dict(input_ids=batch["ids"], attention_mask=batch["mask"]), batch["seg"]
-        maps, self.maps = maps and bool(self.layers), []
+        maps = maps and bool(self.layers)
         with self.tap if maps and self.tap is not None else nullcontext():
             out = self.stock(**inputs, **({"output_attentions": True} if maps and self.tap is None else {}))
-        with torch.no_grad():
-            for layer in self.layers if maps else ():
-                self.maps.append(self.token_map(layer, out, batch))
+        self.maps = [self.token_map(layer, out, batch) for layer in self.layers] if maps else []
         if self.tap is not None:
             self.tap.kept = {}
         scalars = out.logits[..., 0].float()
         means = [(scalars * (seg == k)).sum(1) / (seg == k).sum(1).clamp_min(1) for k in (1, 2)]
         return means[0] - means[1]
 
+    @torch.no_grad()
     def token_map(self, layer: int, out, batch: dict[str, Tensor]) -> Tensor:
         rows = batch.get("rows")
         if self.tap is None:
@@ -385,8 +362,7 @@ class InteractionTeacher(nn.Module):
             if A.shape[-1] != batch["ids"].shape[1]:
                 raise UserError(f"{type(self.stock).__name__} gives banded attention maps; take another teacher")
             A = A if self.matched else A.mean(1, keepdim=True)
-            at = None if rows is None else rows.clamp_min(0)[:, None, :, None].expand(-1, A.shape[1], -1, A.shape[3])
-            return A if at is None else A.gather(2, at)
+            return A if rows is None else pick_rows(A, rows)
         query, key, scale, mask = self.tap.kept[layer]
         visible = batch["mask"].bool()[:, None, None, :]
         seen = visible if mask is None else visible & (mask if mask.dtype == torch.bool else mask == 0)
@@ -401,15 +377,16 @@ def bt_loss(r_c: Tensor, r_r: Tensor) -> Tensor:
     return -F.logsigmoid(r_c - r_r)
 
 
-def preference_loss(r_c: Tensor, r_r: Tensor, kind: str, flip_rate=0.0, margin=0.0, strength=None, turns=False) -> Tensor:
+def preference_loss(r_c: Tensor, r_r: Tensor, kind: str, flip_rate=0.0, margin=0.0, strength=None,
+                    turns=False) -> Tensor:
     """BT and its variants against wrong labels, per pair: r_c, r_r, margin, strength (B,) -> (B,).
 
     margin: Llama 2 (arXiv 2307.09288), the same for the flipped label; margin = strength: arXiv 2401.06080, Eq. 6
-    (printed there outside of log sigmoid, without gradient), which turns with the label. smooth: cDPO (Mitchell, "A
-    note on DPO with noisy preferences", Eq. 3) = 2401.06080, Eq. 5. soft: the same where the ensemble doubts the label
-    (2401.06080, 2.5). robust: arXiv 2403.00409; its mean over random flips is the clean loss, so one pair's can be
-    negative, without bound."""
-    as_labelled, flipped = bt_loss(r_c - margin, r_r), bt_loss(r_r - (-margin if turns else margin), r_c)
+    (printed there outside of log sigmoid, without gradient), where it changes sign with the label (turns). smooth:
+    cDPO (Mitchell, "A note on DPO with noisy preferences", Eq. 3) = 2401.06080, Eq. 5. soft: the same where the
+    ensemble doubts the label (2401.06080, 2.5). robust: arXiv 2403.00409; its mean over random flips is the clean
+    loss, so one pair's can be negative, without bound."""
+    as_labelled, flipped = bt_loss(r_c - margin, r_r), bt_loss(r_r + margin if turns else r_r - margin, r_c)
     if kind == "robust":
         return ((1 - flip_rate) * as_labelled - flip_rate * flipped) / (1 - 2 * flip_rate)
     if kind in ("smooth", "soft"):
@@ -452,10 +429,10 @@ def block_masks(word_seg: Tensor, support: str = "full", attending: Tensor | Non
     number = torch.arange(word_seg.shape[1], device=word_seg.device)
     attending = number.expand_as(word_seg) if attending is None else attending
     s_i, s_j = segments_of(word_seg, attending)[:, None, :, None], word_seg[:, None, None, :]
-    real, cross = (s_i >= 0) & (s_j >= 0), (s_i + s_j == 3) & (s_i > 0) & (s_j > 0)
+    real, cross = (s_i >= 0) & (s_j >= 0), s_i + s_j == 3  # 1 and 2, or 2 and 1
     if support == "causal":
         return real & ~cross & (number <= attending[:, None, :, None]), torch.zeros_like(cross)
-    return real & ~cross, real & cross
+    return real & ~cross, cross
 
 
 def row_divergence(T: Tensor, S: Tensor, block: Tensor, kind: str = "kl", eps: float = 1e-8) -> Tensor:
@@ -464,7 +441,7 @@ def row_divergence(T: Tensor, S: Tensor, block: Tensor, kind: str = "kl", eps: f
     T, S = (P.float() * block for P in (T, S))
     T, S = (P / P.sum(-1, keepdim=True).clamp_min(eps) for P in (T, S))
     rows = (T * ((T + eps).log() - (S + eps).log())).sum(-1) if kind == "kl" else (T - S).square().sum(-1)
-    return rows * (T.sum(-1) > 0)  # a row that the teacher leaves empty (local layers) says nothing
+    return rows * (T.sum(-1) > 0)  # a row that the teacher leaves empty (local layers) adds 0
 
 
 def alignment_loss(T: Tensor, S: Tensor, block: Tensor, kind: str = "kl") -> Tensor:
@@ -482,13 +459,14 @@ def shuffle_rows(T: Tensor, row_seg: Tensor, seeds: list) -> Tensor:
         for s in (0, 1, 2):
             at = np.flatnonzero(segments == s)
             order[b, at] = rng.permutation(at)
-    return T.gather(2, torch.from_numpy(order).to(T.device)[:, None, :, None].expand_as(T))
+    return pick_rows(T, torch.from_numpy(order).to(T.device))
 
 
 def distillation_losses(model: RewardModel, teacher: InteractionTeacher | None, examples: list[Example],
                         swap: np.ndarray, cfg: Config, device, seeds: list, progress: float = 1.0) -> dict[str, Tensor]:
-    """Every term of L (E7) per pair, (B,) each: bt (or preference in its place), intra, inter, score, center,
-    batch_sum, sft, and their weighted sum loss; also the rewards (B, 2). seeds: one for each pair; progress: 0 to 1."""
+    """Every term of L (E7) per pair, (B,) each: bt (or preference in its place), teacher (E4, where it co-trains),
+    score, intra, inter, center, batch_sum, sft, and their weighted sum loss; also the rewards (B, 2). seeds: one for
+    each pair; progress: 0 to 1."""
     batch, attending = collate(examples, model.stock.config.get_text_config().pad_token_id, device), None
     if 0 < cfg.align_max_tokens < batch["ids"].shape[1] and model.layers:
         attending = sample_words(examples, cfg.align_max_tokens, seeds).to(device)
@@ -496,11 +474,17 @@ def distillation_losses(model: RewardModel, teacher: InteractionTeacher | None, 
     rewards = model(batch)
     out = {"rewards": rewards.detach(), "bt": bt_loss(rewards[:, 0], rewards[:, 1])}
     out["loss"] = out["bt"]
+
+    def add(name: str, term: Tensor, weight: float) -> None:  # weight 0: only logged
+        out[name] = out.get(name, 0) + term.detach()
+        out["loss"] = out["loss"] + weight * term if weight else out["loss"]
+
     if cfg.preference_loss != "bt" or cfg.margin_field != "none":
         given = {k: torch.tensor([getattr(e.pair, k) or 0.0 for e in examples], device=device)
                  for k in ("margin", "strength")}
         out["preference"] = preference_loss(rewards[:, 0], rewards[:, 1], cfg.preference_loss, cfg.flip_rate,
-                                            given.get(cfg.margin_field, 0.0), given["strength"], cfg.margin_field == "strength")
+                                            given.get(cfg.margin_field, 0.0), given["strength"],
+                                            cfg.margin_field == "strength")
         out["loss"] = out["preference"]
     teacher_maps = [None] * len(model.layers)
     if teacher is not None:
@@ -510,11 +494,9 @@ def distillation_losses(model: RewardModel, teacher: InteractionTeacher | None, 
             verdict = teacher(teacher_batch, maps=True)
         teacher_maps = teacher.maps or teacher_maps
         if cfg.teacher_co_train:
-            out["teacher"] = bt_loss(verdict, torch.zeros_like(verdict))
-            out["loss"] = out["loss"] + out["teacher"]
+            add("teacher", bt_loss(verdict, torch.zeros_like(verdict)), 1.0)
         if cfg.lambda_score:
-            out["score"] = (rewards[:, 0] - rewards[:, 1] - verdict.detach()).square()
-            out["loss"] = out["loss"] + cfg.lambda_score * out["score"]
+            add("score", (rewards[:, 0] - rewards[:, 1] - verdict.detach()).square(), cfg.lambda_score)
     scale = {"constant": 1.0, "warmup": min(1.0, progress / 0.3), "decay": 1.0 - progress}[cfg.lambda_schedule]
     word_seg, W, R = batch["word_seg"], batch["word_seg"].shape[1], 0 if attending is None else attending.shape[1]
     blocks = block_masks(word_seg, cfg.align_support, attending)
@@ -526,36 +508,18 @@ def distillation_losses(model: RewardModel, teacher: InteractionTeacher | None, 
             if cfg.align_target == "shuffled":
                 T = shuffle_rows(T, segments_of(word_seg, attending), seeds)
             for name, weight, block in zip(("intra", "inter"), (cfg.lambda_intra, cfg.lambda_inter), blocks):
-                term = alignment_loss(T, S, block, cfg.align_loss) / len(model.layers)
-                out[name] = out.get(name, 0) + term.detach()
-                out["loss"] = out["loss"] + weight * scale * term if weight else out["loss"]
+                add(name, alignment_loss(T, S, block, cfg.align_loss) / len(model.layers), weight * scale)
     if cfg.center_rewards:
-        out["center"] = rewards.sum(1).square()
-        out["loss"] = out["loss"] + cfg.center_rewards * out["center"]
+        add("center", rewards.sum(1).square(), cfg.center_rewards)
     if cfg.batch_sum:  # (sum of 2B rewards)^2 / 4B, as in the authors' code; the same for every pair
-        out["batch_sum"] = (len(rewards) * rewards.mean().square()).expand(len(rewards))
-        out["loss"] = out["loss"] + cfg.batch_sum * out["batch_sum"]
+        add("batch_sum", (len(rewards) * rewards.mean().square()).expand(len(rewards)), cfg.batch_sum)
     if cfg.lambda_sft:
         embedding = model.stock.get_input_embeddings().weight
-        out["sft"] = sft_loss(model.hidden, batch["ids"], batch["seg"], embedding)
-        out["loss"] = out["loss"] + cfg.lambda_sft * out["sft"]
+        add("sft", sft_loss(model.hidden, batch["ids"], batch["seg"], embedding), cfg.lambda_sft)
     return out
 
 
-# ---------------------------------------------------------------------------------- several processes, evaluation
-
-def distribute(model: nn.Module, device: torch.device, shard: bool, bf16: bool) -> None:
-    """Under torchrun: gradients are averaged over the processes (shard: weights, gradients and optimizer are also split
-    among them, FSDP2). One engine for both: without shard each process is a group of its own that holds all."""
-    if WORLD == 1:
-        return
-    mesh = init_device_mesh(device.type, (1, WORLD) if shard else (WORLD, 1), mesh_dim_names=("replicate", "shard"))
-    layers = max((m for m in model.modules() if isinstance(m, nn.ModuleList)), key=len)
-    half = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if shard and bf16 else None, reduce_dtype=torch.float32)
-    for layer in layers:
-        fully_shard(layer, mesh=mesh, mp_policy=half, reshard_after_forward=shard)
-    fully_shard(model, mesh=mesh, reshard_after_forward=False)  # embeddings and head stay in fp32
-
+# ----------------------------------------------------------------------------------------------------- evaluation
 
 @torch.no_grad()
 def score_pairs(model: RewardModel, examples: list[Example], batch_size: int, device, amp,
@@ -607,7 +571,7 @@ def make_optimizer(model: nn.Module, lr: float, decay: float) -> torch.optim.Ada
 
 
 def fit(run: Run, phase: int, model: nn.Module, examples: list[Example], losses, validate, save_best, lr: float,
-        total: int, device, amp) -> None:
+        epochs: float, max_steps: int, device, amp) -> None:
     """The one training loop, of the teacher (phase 0) and the student (phase 1).
 
     losses(examples, indices, epoch, progress) -> dict of per-pair terms (B,) with "loss", and "rewards" (B, 2);
@@ -617,60 +581,56 @@ def fit(run: Run, phase: int, model: nn.Module, examples: list[Example], losses,
     lengths = np.array([len(e.ids) for e in examples])
     per_epoch = math.ceil(len(examples) / cfg.batch_size)
     optimizer = make_optimizer(model, lr, cfg.weight_decay)
-    warm, every, plan, planned = max(1, round(cfg.warmup * total)), cfg.eval_every or max(1, math.ceil(total / 2)), [], -1
+    total = max_steps or max(1, round(epochs * per_epoch))
+    warm, every, plan = max(1, round(cfg.warmup * total)), cfg.eval_every or math.ceil(total / 2), []
     torch.manual_seed(cfg.seed + 10 + phase)  # dropout of the teacher
     done, best, skipped = run.restore(phase, model, optimizer)
     model.train()
-    progress = bar(None, name, total=total, initial=done, unit="step", leave=True)
+    pbar = bar(None, name, total=total, initial=done, unit="step", leave=True)
     for step in range(done + 1, total + 1):
         epoch, at = divmod(step - 1, per_epoch)
-        if epoch != planned:
-            plan, planned = plan_epoch(lengths, cfg.batch_size, cfg.seed + phase, epoch), epoch
+        if at == 0 or not plan:  # a new epoch, or resumed inside one
+            plan = plan_epoch(lengths, cfg.batch_size, cfg.seed + phase, epoch)
         began, index, sums = time.perf_counter(), plan[at], Counter()
         if WORLD > 1:  # each process draws its own dropout, a resumed run the same again
             torch.manual_seed(hash((cfg.seed, phase, step, RANK)))
+        rate = lr * min(step / warm, 0.5 + 0.5 * math.cos(math.pi * max(0, step - warm) / (total - warm + 1)))
         for group in optimizer.param_groups:
-            group["lr"] = lr * min(step / warm, 0.5 + 0.5 * math.cos(math.pi * max(0, step - warm) / (total - warm + 1)))
+            group["lr"] = rate
         parts = np.array_split(index[RANK::WORLD], min(cfg.grad_accum, math.ceil(len(index) / WORLD)))
         for k, part in enumerate(parts):
-            if WORLD > 1:  # gradients travel once a step (sharded ones always: kept back, each process would hold them whole)
+            if WORLD > 1:  # gradients travel once a step; sharded ones always, or each process would hold them whole
                 model.set_requires_gradient_sync(cfg.fsdp or k == len(parts) - 1)
             some, weight = (part, 1.0) if len(part) else (index[:1], 0.0)  # no pair left: compute along, for nothing
             with amp():
                 terms = losses([examples[i] for i in some], some, epoch, step / total)
-            (weight * WORLD * terms["loss"].sum() / len(index)).backward()  # the mean is over the pairs of the whole step
+            (weight * WORLD * terms["loss"].sum() / len(index)).backward()  # mean over the pairs of the whole step
             r = terms.pop("rewards").float()
-            terms |= {"accuracy": outcomes(r[:, 0] - r[:, 1]), "margin": r[:, 0] - r[:, 1], "reward_mean": r.mean(1),
-                      "reward_std": r.square().mean(1)}
-            values = torch.stack([v.detach().float() for v in terms.values()]).cpu().double().sum(1)  # MPS has no double
+            margin = r[:, 0] - r[:, 1]
+            terms |= {"accuracy": outcomes(margin), "margin": margin, "reward_mean": r.mean(1),
+                      "reward_std": r.square().mean(1)}  # a mean square until all are summed
+            values = torch.stack([v.detach().float() for v in terms.values()]).cpu().double().sum(1)  # no MPS double
             sums.update(dict(zip(terms, (weight * values / len(index)).tolist())))
         norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
         norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
-        if WORLD > 1:
-            everyones = torch.tensor(list(sums.values()), dtype=torch.float64, device=device)
-            dist.all_reduce(everyones)
-            sums = Counter(dict(zip(sums, everyones.tolist())))
+        sums = summed(sums, device)
         sums["reward_std"] = max(0.0, sums["reward_std"] - sums["reward_mean"] ** 2) ** 0.5
         if math.isfinite(norm + sums["loss"]):
             optimizer.step()
         else:
             skipped += 1
-            run.bad_batch(name, step, [examples[i].pair for i in index])
-            if skipped > cfg.skip_nonfinite:
-                raise UserError(f"{name} step {step}: the loss or its gradient is not finite (loss {sums['loss']}, "
-                                f"gradient norm {norm}); nothing was updated, the last checkpoint is whole, the pairs are "
-                                f"in {run.dir}/bad_batch.jsonl. Try a lower learning rate, --dtype fp32, or --skip-nonfinite 1")
+            run.bad_batch(name, step, [examples[i].pair for i in index], skipped, sums["loss"], norm)
         optimizer.zero_grad(set_to_none=True)
-        progress.update()
-        progress.set_postfix({k: f"{sums[k]:.3f}" for k in sums if k[:6] not in ("reward", "margin")}, refresh=False)
+        pbar.update()
+        pbar.set_postfix({k: f"{sums[k]:.3f}" for k in sums if k[:6] not in ("reward", "margin")}, refresh=False)
         if step % cfg.log_every == 0 or step == total:
-            run.log(phase=name, step=step, **sums, lr=optimizer.param_groups[0]["lr"], grad_norm=norm,
+            run.log(phase=name, step=step, **sums, lr=rate, grad_norm=norm,
                     pairs_per_s=len(index) / (time.perf_counter() - began))
         due = step % every == 0 or step == total
         if due:
             value = validate()
             run.log(phase=name, step=step, **{"val_" + k: v for k, v in value.items()})
-            progress.write(f"{name} step {step}: " + ", ".join(f"validation {k} {v:.4f}" for k, v in value.items()))
+            pbar.write(f"{name} step {step}: " + ", ".join(f"validation {k} {v:.4f}" for k, v in value.items()))
             if [value["accuracy"], -value["loss"]] > best:
                 best = [value["accuracy"], -value["loss"]]
                 save_best()
@@ -678,10 +638,10 @@ def fit(run: Run, phase: int, model: nn.Module, examples: list[Example], losses,
         if (step % cfg.save_every == 0 if cfg.save_every else due) or stop or step == total:
             run.checkpoint(phase, step, model, optimizer, best=best, skipped=skipped)
         if stop:
-            progress.close()
+            pbar.close()
             run.leave(f"{name} step {step} of {total}", stop)
     run.rest = f"{name} step {total} of {total}"
-    progress.close()
+    pbar.close()
     barrier()
 
 
@@ -702,9 +662,8 @@ def train_teacher(run: Run, teacher: InteractionTeacher, examples, validation, s
         v = teacher_verdicts(teacher, validation, scored_at_once(cfg), device, amp)
         return {"accuracy": accuracy(v), "loss": float(np.logaddexp(0, -v).mean())}
 
-    total = max(1, round(cfg.teacher_epochs * math.ceil(len(examples) / cfg.batch_size)))
-    fit(run, 0, teacher, examples, losses, validate, lambda: save_part(run, teacher, tokenizer, "teacher"),
-        cfg.teacher_lr, total, device, amp)
+    fit(run, 0, teacher, examples, losses, validate, lambda: run.save_model(teacher, tokenizer, "teacher"),
+        cfg.teacher_lr, cfg.teacher_epochs, 0, device, amp)
 
 
 def train_student(run: Run, model: RewardModel, tokenizer, teacher, examples, validation, swaps, device,
@@ -722,22 +681,12 @@ def train_student(run: Run, model: RewardModel, tokenizer, teacher, examples, va
                 "reward_mean": float(s.mean()), "reward_std": float(s.std())}
 
     def save_best():
-        save_part(run, model, tokenizer, "student")
+        run.save_model(model, tokenizer, "student")
         if cfg.teacher_co_train:
-            save_part(run, teacher, teacher.tokenizer, "teacher-co-trained")  # a resumed run needs the other
+            run.save_model(teacher, teacher.tokenizer, "teacher-co-trained")  # a resumed run needs the other
 
-    total = cfg.max_steps or max(1, round(cfg.epochs * math.ceil(len(examples) / cfg.batch_size)))
     learners = nn.ModuleList([model, teacher]) if cfg.teacher_co_train else model
-    fit(run, 1, learners, examples, losses, validate, save_best, cfg.lr, total, device, amp)
-
-
-def save_part(run: Run, model: RewardModel | InteractionTeacher, tokenizer, name: str) -> None:
-    """RUN/student or RUN/teacher as a stock directory, written by the first process; adapters are merged."""
-    weights = {k.removeprefix("stock."): v for k, v in whole_state(model)[0].items()}
-    if RANK == 0:
-        lora = run.cfg.lora_rank if name == "student" else 0
-        stock, weights = merge_lora(run.cfg.model, lora, weights) if lora else (model.stock, weights)
-        save_stock(stock, tokenizer, run.dir / name, weights)
+    fit(run, 1, learners, examples, losses, validate, save_best, cfg.lr, cfg.epochs, cfg.max_steps, device, amp)
 
 
 def train(cfg: Config) -> dict:
@@ -754,21 +703,17 @@ def train_in(run: Run, cfg: Config, needs_teacher: bool, device, amp) -> dict:
     if needs_teacher:
         trained = cfg.resume and cfg.teacher_epochs > 0 and any(phase == 1 for phase, *_ in run.checkpoints())
         name = str(run.dir / "teacher") if trained else cfg.teacher
-        teacher_stock, teacher_tokenizer, room = load_teacher(name, cfg.seed)
+        teacher_stock, reader_tokenizer, room = load_teacher(name, cfg.seed)
     stock, tokenizer = load_student(cfg.model, cfg.seed, cfg.max_length, cfg.lambda_sft > 0)
-    layers = ((), ())
+    layers, matched = ((), ()), cfg.align_heads == "matched"
     if cfg.lambda_intra > 0 or cfg.lambda_inter > 0:
         layers = parse_layers(cfg.align_layers, attention_layers(stock),
                               teacher_stock.config.num_hidden_layers if needs_teacher else None)
-    matched, bf16 = cfg.align_heads == "matched", amp is not nullcontext
-
+    reads = layers[1] if cfg.align_target != "uniform" else ()  # whose maps the teacher shows
+    bf16 = amp is not nullcontext  # so set_up_device says fp32
     home = "cpu" if cfg.fsdp and WORLD > 1 else device  # distribute moves each layer as it shards it
-
-    def open_teacher(stock) -> InteractionTeacher:
-        return InteractionTeacher(stock.to(home), teacher_tokenizer, layers[1], matched)
-
     model = RewardModel(stock.to(home), cfg.encoding, layers[0], matched)
-    teacher = open_teacher(teacher_stock) if needs_teacher else None
+    teacher = InteractionTeacher(teacher_stock.to(home), reader_tokenizer, reads, matched) if needs_teacher else None
     probe_student(model, cfg.model, cfg.max_length)
     check_teacher(cfg, model, teacher)
     if cfg.lora_rank:
@@ -779,8 +724,8 @@ def train_in(run: Run, cfg: Config, needs_teacher: bool, device, amp) -> dict:
                       min(room, 2 * cfg.max_length) if teacher else 0)
     examples, held = encode_all(encoder, pairs, held_pairs, counts)
     largest = max(sum(p.numel() for p in m.parameters()) for m in (model, teacher) if m is not None)
-    run.begin(largest, "teacher" if needs_teacher else "student", counts)
     started, teacher_accuracy = time.perf_counter(), {}
+    run.begin(largest, "teacher" if needs_teacher else "student", counts)
 
     def swaps(index: np.ndarray, epoch: int) -> np.ndarray:  # the teacher's random order, seeded for each epoch
         return np.random.default_rng([cfg.seed, epoch, 12]).random(len(examples))[index] < 0.5
@@ -789,21 +734,18 @@ def train_in(run: Run, cfg: Config, needs_teacher: bool, device, amp) -> dict:
         if cfg.teacher_epochs > 0 and not trained:
             distribute(teacher, device, cfg.fsdp, bf16)
             train_teacher(run, teacher, examples, held["validation"], swaps, device, amp)
-            teacher = open_teacher(load_teacher(str(run.dir / "teacher"))[0])  # the best, from disk
+            teacher_stock = load_teacher(str(run.dir / "teacher"))[0].to(home)  # the best, from disk
+            teacher = InteractionTeacher(teacher_stock, reader_tokenizer, reads, matched)
         teacher.eval().requires_grad_(cfg.teacher_co_train)
         distribute(teacher, device, cfg.fsdp, bf16)
         for name, part in held.items():
             v = teacher_verdicts(teacher, part, scored_at_once(cfg), device, amp, f"teacher: {name}")
             teacher_accuracy[name] = accuracy(v)
-        n, got = len(held["validation"]), teacher_accuracy["validation"]
-        now = "goes on learning" if cfg.teacher_co_train else "frozen"
-        print(f"teacher: validation accuracy {got:.4f} on {n} pairs, {now}")
-        if got < 0.5 + 1.64 * math.sqrt(0.25 / n):  # one-sided 95 %
-            print(f"warning: the teacher is at chance ({got:.3f} on {n} pairs); its attention has little to teach. "
-                  "Train it longer (--teacher-epochs) or faster (--teacher-lr)")
+        report_teacher(teacher_accuracy["validation"], len(held["validation"]), cfg.teacher_co_train)
     distribute(model, device, cfg.fsdp, bf16)
     train_student(run, model, tokenizer, teacher, examples, held["validation"], swaps, device, amp)
-    model = RewardModel(load_student(str(run.dir / "student"))[0].to(home), cfg.encoding)  # the best, from disk
+    stock = load_student(str(run.dir / "student"))[0].to(home)  # the best, from disk
+    model = RewardModel(stock, cfg.encoding)
     distribute(model, device, cfg.fsdp, bf16)
     results = {"method": cfg.method, "seed": cfg.seed, "seconds": round(time.perf_counter() - started, 1), "sets": {}}
     for name, part in held.items():
@@ -817,30 +759,13 @@ def train_in(run: Run, cfg: Config, needs_teacher: bool, device, amp) -> dict:
 
 
 def main(argv: list[str] | None = None) -> None:
-    cfg = parse_config(argv)
+    cfg = parse_flags(Config, __doc__.split("\n")[0], argv)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", "FSDP2-wrapped module")  # its outputs are never written to in place
-    if RANK > 0:  # only the first process speaks
-        sys.stdout = open(os.devnull, "w")
-    try:
+    with errors_in_one_line(cfg.output_dir):
         if not cfg.model:
             return demo(cfg, train)
         results = train(cfg)
-    except KeyboardInterrupt:  # before the training loop, which saves first
-        print("\nstopped", file=sys.stderr)
-        raise SystemExit(130) from None
-    except UserError as why:
-        if RANK > 0:  # torchrun ends this process in here, if the first one says the same
-            time.sleep(5)
-        print(f"error: {why}" + (f" (process {RANK} of {WORLD})" if RANK > 0 else ""), file=sys.stderr)
-        raise SystemExit(2) from None
-    except RuntimeError as why:  # another process died: this one must not wait for it
-        if WORLD == 1:
-            raise
-        saved = any(Path(cfg.output_dir).glob("checkpoints/*.pt"))
-        raise SystemExit(f"error: process {RANK} of {WORLD} cannot go on ({first_line(why)})" + (
-            "; the last checkpoint is whole, go on with --resume" if saved else "; nothing was saved yet")) from None
     print_table(results)
     print(f"\nreward model: {Path(cfg.output_dir) / 'student'}  (a stock AutoModelForSequenceClassification directory)")
 

@@ -3,6 +3,7 @@ lines as a user types them. Everything is tiny, random, offline and seeded.
 
     python -m pytest -q test_idistill.py
 """
+import dataclasses
 import fcntl
 import gzip
 import io
@@ -38,10 +39,10 @@ from transformers import AutoModel, AutoModelForSequenceClassification
 import data_prep
 import eval as evaluation
 import idistill
-from data_prep import Encoder, Formatter, Pair, UserError, tokens_to_words, words_of
+from data_prep import (Encoder, Formatter, Pair, UserError, collate, collate_teacher, load_student, load_teacher,
+                       probe_student, save_stock, tokens_to_words, words_of)
 from idistill import (AttentionTap, Config, InteractionTeacher, RewardModel, alignment_loss, attention_map, block_masks,
-                      bt_loss, collate, collate_teacher, distillation_losses, load_student, load_teacher, pool_words,
-                      preference_loss, probe_student, save_stock, score_pairs, teacher_verdicts, tree_mask)
+                      bt_loss, distillation_losses, pool_words, preference_loss, score_pairs, teacher_verdicts, tree_mask)
 
 torch.set_num_threads(1)  # the models are too small for more to help
 transformers.logging.set_verbosity_error()
@@ -905,6 +906,8 @@ def test_matched_heads_schedules_and_a_teacher_that_learns(zoo, argv, tmp_path, 
     refused(capsys, argv(tmp_path / "other", method="bt", lambda_score=1), "--lambda-score needs --method id")
     refused(capsys, argv(tmp_path / "other", teacher=zoo("deberta"), teacher_co_train=True), "after dropout")
     refused(capsys, argv(tmp_path / "other", align_heads="matched", model=zoo("gpt2", n_head=2)), "2 heads, the teacher 4")
+    verdict_alone = dict(align_heads="matched", model=zoo("gpt2", n_head=2), align_target="uniform", lambda_score=1, max_steps=1)
+    assert main(*argv(tmp_path / "verdict", **verdict_alone)) == 0  # no map of the teacher is read
 
 
 def test_layers_by_name():
@@ -1048,9 +1051,9 @@ def test_only_empty_responses(argv, tmp_path, capsys):
 
 def test_second_run_of_one_process(argv, tmp_path):
     """A notebook: a run that has ended lets go of its directory."""
-    cfg = idistill.parse_config(argv(tmp_path / "run", method="bt", max_steps=1))
+    cfg = data_prep.parse_flags(Config, "", argv(tmp_path / "run", method="bt", max_steps=1))
     idistill.train(cfg)
-    idistill.train(idistill.dataclasses.replace(cfg, resume=True))
+    idistill.train(dataclasses.replace(cfg, resume=True))
 
 
 def test_output_directory_is_protected(argv, tmp_path, capsys):
@@ -1755,6 +1758,7 @@ def test_masking_curve_and_mass_of_a_model_that_reads_the_last_word(tmp_path):
     assert got["masked_from_end"]["mean"][0] == 1 and max(got["masked_from_end"]["mean"][1:]) < 1
     first, second, last = got["density_right"]["mean"]
     assert max(first, second) < 0.05 and last > 2.5 and got["density_wrong"]["mean"] == [None] * 3
+    assert got["cumulative_right"]["mean"][1] < 0.05 and close(got["cumulative_right"]["mean"][2], 1.0)  # all on the last stage
     assert got["shares"]["stages"] > 0.9 and got["shares"]["first token"] < 0.01
 
 
@@ -1966,9 +1970,10 @@ def test_sft_loss_is_that_of_the_language_model(zoo, family, kind, encoding):
         log_pi = sum(log_p[t - 1, ids[0, t]].item() for t in range(start, ids.shape[1]))
         assert got["sft"][k].item() == pytest.approx(-log_sigmoid(0.1 * log_pi), rel=1e-4)
     assert close(got["loss"], got["bt"] + 0.5 * got["sft"]) and close(term(model, examples, pad=False, lambda_sft=1)["sft"], got["sft"], 1e-4)
-    distillation_losses(model, None, examples, np.zeros(4, bool), Config(lambda_intra=0, lambda_inter=0, lambda_sft=1),
-                        "cpu", [0])["sft"].sum().backward()
-    assert stock.get_input_embeddings().weight.grad.abs().sum() > 0 and stock.score.weight.grad is None
+    terms = distillation_losses(model, None, examples, np.zeros(4, bool),
+                                Config(lambda_intra=0, lambda_inter=0, lambda_sft=1), "cpu", [0])
+    (terms["loss"] - terms["bt"]).sum().backward()  # sft alone
+    assert stock.get_input_embeddings().weight.grad.abs().sum() > 0 and stock.score.weight.grad.abs().max() < 1e-6
 
 
 def flipped(before, after) -> dict[str, bool]:
@@ -2484,7 +2489,7 @@ def test_resume_goes_on_with_the_same_run_or_not_at_all(argv, tmp_path, capsys):
     shutil.copytree(out / "student", halves[1])
     shutil.copytree(out / "student", halves[2])
     assert main(*args, "--log-every=2", f"--eval-data={data}") == 0 and not any(p.exists() for p in halves)
-    idistill.check_config(holder := idistill.parse_config(args))
+    idistill.check_config(holder := data_prep.parse_flags(Config, "", args))
     with data_prep.Run(holder):
         refused(capsys, args, "in use by another run", f"pid {os.getpid()}", "host ")
     write_pairs(tmp_path / "d.jsonl", make_pairs(20, seed=5))
@@ -2816,8 +2821,8 @@ def test_names_in_the_data_are_never_paths(judges, argv, tmp_path):
     for verb, flags in (("accuracy", ["--dump", "--strength"]), ("show", ["--html"]), ("attack", [])):
         out = [x for k, flag in enumerate(["--json", *flags]) for x in (flag, inside / f"{verb}{k}")]
         assert evaluate(judges(), "--data", data, *out, *["--pair", evil] * (verb == "show"), verb=verb) == 0
-    with data_prep.Run(Config(output_dir=str(inside / "bad"))) as run:
-        run.bad_batch("student", 1, pairs)
+    with data_prep.Run(Config(output_dir=str(inside / "bad"), skip_nonfinite=1)) as run:
+        run.bad_batch("student", 1, pairs, 1, math.nan, math.nan)
     new = set(tmp_path.rglob("*")) - before
     assert new and all(p.is_relative_to(inside) for p in new) and not any("evil" in p.name for p in new)
 
