@@ -15,9 +15,9 @@ import transformers
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import eval as evaluation  # noqa: E402
-from data_prep import Encoder, load_student, load_teacher, set_up_device  # noqa: E402
+from data_prep import Encoder, collate, collate_teacher, load_student, load_teacher, plan_epoch, set_up_device  # noqa: E402
 from idistill import (AttentionTap, Config, InteractionTeacher, RewardModel, alignment_loss, block_masks, bt_loss,  # noqa: E402
-                      collate, collate_teacher, distillation_losses, make_optimizer, plan_epoch, pool_words)
+                      distillation_losses, make_optimizer, pool_words)
 
 IDEAS = {  # arm -> (what it is measured against, what it is)
     "c": ("c", "plain BT as it is: packed tree, the same number of pairs a step, bucketed in windows of 64 steps"),

@@ -28,9 +28,9 @@ TERMS = {  # term -> where it comes from: file, text of the line
     "weights fp32, 4 P, / GPUs with --fsdp": ("data_prep.py", "AutoModelForSequenceClassification, name, config=config, dtype=torch.float32"),
     "gradients fp32, 4 P, / GPUs with --fsdp": ("idistill.py", ".backward()"),
     "AdamW moments fp32, 8 P, / GPUs with --fsdp": ("idistill.py", "return torch.optim.AdamW("),
-    "with --fsdp, gathered layers bf16, 4 P_l: the one at work and the next": ("idistill.py", "MixedPrecisionPolicy(param"),
-    "with --fsdp, the gradient of a layer bf16 and its fp32 sum over the processes, 6 P_l": ("idistill.py", "reduce_dtype=torch.float32"),
-    "with --fsdp, gathered embeddings and head fp32, their gradient and its sum, 12 P_e": ("idistill.py", "fully_shard(model, mesh"),
+    "with --fsdp, gathered layers bf16, 4 P_l: the one at work and the next": ("data_prep.py", "MixedPrecisionPolicy(param"),
+    "with --fsdp, the gradient of a layer bf16 and its fp32 sum over the processes, 6 P_l": ("data_prep.py", "reduce_dtype=torch.float32"),
+    "with --fsdp, gathered embeddings and head fp32, their gradient and its sum, 12 P_e": ("data_prep.py", "fully_shard(model, mesh"),
     "kept for backward, measured; bf16 copies of the matrices, made by autocast, are in it": ("idistill.py", "self.stock.base_model("),
     "of that, the tap, measured: (H, m, n) of one pair at a time, and the mean map": ("idistill.py", "k.float().transpose(-1, -2)")}
 
