@@ -1244,9 +1244,9 @@ class Run:
             raise UserError(f"{self.dir}: --resume with other flags: {'; '.join(changed)}. May change: "
                             + ", ".join("--" + k.replace("_", "-") for k in sorted(free)))
 
-    def begin(self, weights: int, phase: str, counts: Counter) -> None:
+    def begin(self, weights: int, phase: str, counts: Counter, seconds: float) -> None:
         """Called when data and models are known to be good: only now is an earlier run replaced. weights: the number
-        of the larger model's."""
+        of the larger model's; seconds: since the program began."""
         self.handlers = {number: signal.signal(number, self.on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
         if RANK > 0:
             return
@@ -1272,7 +1272,7 @@ class Run:
         write_json(self.dir / "config.json", {"flags": asdict(self.cfg), "versions": versions,
                                               "inputs": self.checksums()})
         if not (self.dir / "metrics.jsonl").exists():
-            self.log(phase=phase, step=0, data=dict(counts))
+            self.log(phase=phase, step=0, data=dict(counts), seconds_to_first_step=seconds)
         self.rest = "the data were read"
 
     def __enter__(self):

@@ -742,8 +742,8 @@ def attention(args) -> None:
 
 
 def read_stages(judge: Judge, examples: list[Example], groups: np.ndarray, args) -> dict:
-    """Accuracy with the first (last) 0..K stages masked; attention density of the stages in pairs ranked
-    right and wrong; shares of the attention: first token, before the stages, stages."""
+    """Accuracy with the first (last) 0..K stages masked; attention to the stages in pairs ranked right and wrong, as
+    density and as cumulative share; shares of the attention: first token, before the stages, stages."""
     K, first, (rows, spans) = args.stages, 0 if args.with_first else 1, response_rows(examples)
     if args.span == "all":
         spans = [(first, end) for _, end in spans]
@@ -762,6 +762,8 @@ def read_stages(judge: Judge, examples: list[Example], groups: np.ndarray, args)
     from_start = [plain, *(right(0, k) for k in range(1, K)), blank]
     from_end = [plain, *(right(K - k, K) for k in range(1, K)), blank]
     density = np.array([stage_density(a, e) for a, e in zip(seen, edges)]).reshape(-1, 2, K).mean(1)
+    mass = np.array([[a[i:j].sum() for i, j in zip(e, e[1:])] for a, e in zip(seen, edges)]).cumsum(1)
+    cumulative = (mass / np.maximum(mass[:, -1:], 1e-12)).reshape(-1, 2, K).mean(1)
     shares = {"first token": [a[0] for a in seen],
               "stages": [a[start:end].sum() for a, (start, end) in zip(seen, spans)],
               "before the stages": [a[first:start].sum() for a, (start, _) in zip(seen, spans)]}
@@ -769,7 +771,8 @@ def read_stages(judge: Judge, examples: list[Example], groups: np.ndarray, args)
            "masked_from_end": curve(np.stack(from_end, 1), groups, args.seed),
            "shares": {k: float(np.mean(v)) for k, v in shares.items()}}
     for k, those in (("right", plain == 1), ("wrong", plain == 0)):
-        out[f"density_{k}"] = {"pairs": int(those.sum()), **curve(density[those], groups[those], args.seed)}
+        for name, values in (("density", density), ("cumulative", cumulative)):
+            out[f"{name}_{k}"] = {"pairs": int(those.sum()), **curve(values[those], groups[those], args.seed)}
     return out
 
 
@@ -782,6 +785,8 @@ def print_attention(file: str, name: str, r: dict) -> None:
                "masked from here %": cells("masked_from_end", ".1f", 100)[::-1]}
     for k in ("right", "wrong"):
         columns[f"density, {r[f'density_{k}']['pairs']} {k}"] = ["", *cells(f"density_{k}")]
+    for k in ("right", "wrong"):
+        columns[f"cumulative %, {k}"] = ["", *cells(f"cumulative_{k}", ".0f", 100)]
     columns |= {f"KL {k}": ["", *cells(f"kl_{k}")] for k in ("intra", "inter") if f"kl_{k}" in r}
     shares = [f"{100 * v:.0f} % to {'the ' * (k == 'first token')}{k}" for k, v in r["shares"].items()]
     print(f"\n{file}, {name}: {r['pairs']} pairs; the scoring position gives " + ", ".join(shares))
@@ -891,6 +896,9 @@ def plot_show(pages: list[dict], path: str) -> None:
                 panel.axhline(edge, color="black", linewidth=0.5)
                 panel.axvline(edge, color="black", linewidth=0.5)
             panel.set_title(f"{short(page['model'])}\n{name}")
+            if len(values) <= 60:  # more words could not be read
+                panel.set_xticks(range(len(values)), page["words"], rotation=90, fontsize=5)
+                panel.set_yticks(range(len(values)), page["words"], fontsize=5)
             panel.set(xlabel="attended word", ylabel="attending word")
     figure.tight_layout()
     save_plot(figure, path)
@@ -1521,7 +1529,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="interaction teacher to compare the simulated maps with (RUN/teacher)")
     add("--layers", default="last",
         help="attention layers to average: last, all, or numbers as 0,-1 (default: last)")
-    add("--rollout", action="store_true", help="attention rollout through all layers (arXiv 2005.00928)")
+    add("--rollout", action="store_true", help="attention rollout, through all layers whatever "
+        "--layers says (arXiv 2005.00928)")
     verbs, adders = ap.add_subparsers(dest="verb", required=True), {}
     for run in (accuracy, attention, show, attack, bestofn, stability, speed):
         parents = [common, maps] if run in (attention, show) else [common]

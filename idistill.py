@@ -50,6 +50,8 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
+BEGAN = time.perf_counter()  # before the slow imports: the time to the first step is logged
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -779,8 +781,8 @@ def train_in(run: Run, cfg: Config, needs_teacher: bool, device, amp) -> dict:
                       min(room, 2 * cfg.max_length) if teacher else 0)
     examples, held = encode_all(encoder, pairs, held_pairs, counts)
     largest = max(sum(p.numel() for p in m.parameters()) for m in (model, teacher) if m is not None)
-    run.begin(largest, "teacher" if needs_teacher else "student", counts)
     started, teacher_accuracy = time.perf_counter(), {}
+    run.begin(largest, "teacher" if needs_teacher else "student", counts, started - BEGAN)
 
     def swaps(index: np.ndarray, epoch: int) -> np.ndarray:  # the teacher's random order, seeded for each epoch
         return np.random.default_rng([cfg.seed, epoch, 12]).random(len(examples))[index] < 0.5

@@ -659,9 +659,9 @@ def spawn(args: list[str]) -> subprocess.Popen:
 
 
 def lines_of(run: Path) -> list[dict]:
-    """metrics.jsonl without the one field that is a time."""
+    """metrics.jsonl without the fields that are times."""
     lines = [json.loads(raw) for raw in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in m.items() if k != "pairs_per_s"} for m in lines]
+    return [{k: v for k, v in m.items() if k not in ("pairs_per_s", "seconds_to_first_step")} for m in lines]
 
 
 def weights(run: Path, name: str = "student") -> bytes:
@@ -1755,6 +1755,7 @@ def test_masking_curve_and_mass_of_a_model_that_reads_the_last_word(tmp_path):
     assert got["masked_from_end"]["mean"][0] == 1 and max(got["masked_from_end"]["mean"][1:]) < 1
     first, second, last = got["density_right"]["mean"]
     assert max(first, second) < 0.05 and last > 2.5 and got["density_wrong"]["mean"] == [None] * 3
+    assert got["cumulative_right"]["mean"][1] < 0.05 and close(got["cumulative_right"]["mean"][2], 1.0)  # all on the last stage
     assert got["shares"]["stages"] > 0.9 and got["shares"]["first token"] < 0.01
 
 
