@@ -25,24 +25,28 @@ import os
 import platform
 import re
 import resource
-import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import comb
+from multiprocessing import get_context
 from pathlib import Path
+from threading import RLock
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
+from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from data_prep import (BENCHMARKS, DOMAINS, LLMBAR, REFUSED, SECTIONS, Encoder, Example, Formatter, Pair, UserError,
-                       bar, check_characters, choose_pad, collate, collate_teacher, load, load_student, load_teacher,
+                       bar, check_characters, choose_pad, collate, collate_teacher, first_line, load, load_student, load_teacher,
                        load_tokenizer, longer_margins, plan_epoch, positions_of, prompt_key, read_candidates, read_pairs,
                        refuse_missing, set_up_device, to_device, unused_name, write_json, write_pairs, written)
 from idistill import (AttentionTap, Config, InteractionTeacher, RewardModel, alignment_loss, attention_layers,
@@ -428,33 +432,38 @@ def low_high(intervals: list) -> np.ndarray:
     return np.array([[np.nan] * 2 if i is None else i for i in intervals]).T
 
 
-def draw(path: str, panels: list[tuple], ticks: list[str] | None = None, **settings) -> None:
-    """Panels side by side, told apart without colour, each (title, x label, y label, {label: (x (n,), y (n,),
-    intervals (2, n) or None)}); with named ticks 0, 1 ... the points are not joined."""
-    figure, all_axes = pyplot().subplots(1, len(panels), figsize=(5 * len(panels), 3.6), squeeze=False)
-    for axes, (title, xlabel, ylabel, series) in zip(all_axes[0], panels):
+def draw(path: str, grid: list[list[tuple]], **settings) -> None:
+    """Rows of panels, told apart without colour, each (title, x label, y label, {label: (x (n,), y (n,),
+    intervals (2, n) or None)}, heights to mark ...): lines with bands, or, where x are names, bars."""
+    size = (5 * len(grid[0]), 3.6 * len(grid))
+    figure, all_axes = pyplot().subplots(len(grid), len(grid[0]), figsize=size, squeeze=False)
+    for axes, (title, xlabel, ylabel, series, *heights) in zip(all_axes.flat, sum(grid, [])):
         for k, (label, (x, y, ends)) in enumerate(series.items()):
-            y, line = np.array(y, dtype=float), "none" if ticks else ["-", "--", ":", "-."][k % 4]
-            ends = None if ends is None else np.abs(np.array(ends, dtype=float) - y)
-            axes.errorbar(x, y, ends, label=short(label), color=str(0.7 * k / max(1, len(series) - 1)),
-                          linestyle=line, marker="osD^vx"[k % 6], markersize=4, capsize=2)
+            y, ends = np.array(y, dtype=float), None if ends is None else np.array(ends, dtype=float)
+            grey, label = 0.7 * k / max(1, len(series) - 1), short(label)
+            if isinstance(x[0], str):
+                at = np.arange(len(x)) + 0.8 * ((k + 0.5) / len(series) - 0.5)
+                axes.bar(at, y, 0.8 / len(series), yerr=None if ends is None else np.abs(ends - y), capsize=2,
+                         label=label, color=str(0.95 - grey), hatch=["", "//", "..", "xx"][k % 4], edgecolor="black")
+                axes.margins(y=0.35)  # room for the legend
+                axes.set_xticks(range(len(x)), x, rotation=35 if max(map(len, x)) > 3 else 0, ha="right")
+            else:
+                axes.plot(x, y, label=label, color=str(grey), linestyle=["-", "--", ":", "-."][k % 4],
+                          marker="osD^vx"[k % 6], markersize=4)
+                if ends is not None:
+                    axes.fill_between(x, *ends, color=str(grey), alpha=0.15, linewidth=0)
+        for height in heights:
+            axes.axhline(height, color="black", linewidth=0.7)
         axes.set(title=title, xlabel=xlabel, ylabel=ylabel, **settings)
+        axes.legend(fontsize=7)
         if settings.get("xscale") == "log":
             axes.set_xticks(x, map(str, x))
             axes.set_xticks([], minor=True)
             axes.yaxis.set_major_formatter("{x:g}")
             if np.divide(*axes.get_ylim()) > 1 / 30:
                 axes.yaxis.set_minor_formatter("{x:g}")
-        if ticks:
-            axes.set_xticks(range(len(ticks)), ticks, rotation=35, ha="right")
-        axes.legend(fontsize=7)
+    figure.tight_layout()
     save_plot(figure, path)
-
-
-def draw_bars(axes, at: np.ndarray, width: float, values, ends, scale: float = 1, **style) -> None:
-    """Bars at (n,) with intervals; None leaves a gap."""
-    values, ends = scale * np.array(values, dtype=float), scale * low_high(ends)
-    axes.bar(at, values, width, yerr=np.abs(ends - values), edgecolor="black", **style)
 
 
 def save_plot(figure, path: str) -> None:
@@ -611,23 +620,13 @@ def print_accuracy(result: dict) -> None:
 
 
 def plot_accuracy(result: dict, path: str) -> None:
-    """Bars of the models for each file, what length alone reaches as a dashed line."""
-    names = list(next(iter(result.values()))["models"])
-    figure, axes = pyplot().subplots(figsize=(1.8 + 1.6 * len(result), 3.4))
-    width = 0.8 / len(names)
-    for k, name in enumerate(names):
-        rows = [r["models"][name] for r in result.values()]
-        at = np.arange(len(rows)) + (k - (len(names) - 1) / 2) * width
-        draw_bars(axes, at, width, [r.get("accuracy") for r in rows], [r.get("interval") for r in rows], 100,
-                  capsize=3, label=short(name), color=str(0.3 + 0.6 * k / max(1, len(names) - 1)),
-                  hatch=["", "//", "..", "xx"][k % 4])
-    for x, r in enumerate(result.values()):
-        longer, label = 100 * r["baselines"]["longer response"]["accuracy"], None if x else "longer response"
-        axes.hlines(longer, x - 0.45, x + 0.45, linestyle="--", color="black", label=label)
-    axes.axhline(50, color="black", linewidth=0.7)
-    axes.set(ylabel="accuracy %, 95 % interval", xticks=range(len(result)), xticklabels=list(result))
-    axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
-    save_plot(figure, path)
+    """The models and what length alone reaches, side by side for each file."""
+    series = {}
+    for name in [*next(iter(result.values()))["models"], "longer response"]:
+        rows = [{**r["baselines"], **r["models"]}[name] for r in result.values()]
+        shares = np.array([r.get("accuracy") for r in rows], dtype=float)
+        series[name] = list(result), 100 * shares, 100 * low_high([r.get("interval") for r in rows])
+    draw(path, [[("", "", "accuracy %, 95 % interval", series, 50)]])
 
 
 # -------------------------------------------------------------------------------------------- verb: attention
@@ -795,31 +794,19 @@ def print_attention(file: str, name: str, r: dict) -> None:
 
 def plot_attention(result: dict, path: str) -> None:
     """A row a file: the masking curves of all models, then the density of each model by stage."""
-    models = list(next(iter(result.values())))
-    size = (4 * (1 + len(models)), 3.2 * len(result))
-    figure, grid = pyplot().subplots(len(result), 1 + len(models), figsize=size, squeeze=False)
-    for (curves, *panels), (file, rows) in zip(grid, result.items()):
-        for k, (panel, (name, r)) in enumerate(zip(panels, rows.items())):
-            at, grey = np.arange(len(r["masked_from_start"]["mean"])), str(0.6 * k / len(models))
-            for side, line in (("start", "-"), ("end", "--")):
-                c, share = r[f"masked_from_{side}"], np.linspace(0, 100, len(at))
-                curves.plot(share, 100 * np.array(c["mean"]), line, marker="os^D"[k % 4], markersize=4,
-                            color=grey, label=f"{short(name)}, from the {side}")
-                curves.fill_between(share, *(100 * low_high(c["interval"])), color=grey, alpha=0.1)
-            for shift, side, style in ((-0.2, "right", dict(hatch="", color="0.8")),
-                                       (0.2, "wrong", dict(hatch="//", color="0.5"))):
-                c = r[f"density_{side}"]
-                draw_bars(panel, at[1:] + shift, 0.4, c["mean"], c["interval"], capsize=2, **style,
-                          label=f"ranked {side} ({c['pairs']})")
-            panel.axhline(1, color="black", linewidth=0.7)
-            panel.set(title=short(name), xlabel="stage", ylabel="attention density (1 = even)", xticks=at[1:])
-            panel.set_ylim(0, 1.3 * panel.get_ylim()[1])  # room for the legend
-            panel.legend(fontsize=7, loc="upper center", ncols=2)
-        curves.axhline(50, color="black", linewidth=0.7)
-        curves.set(title=file, xlabel="share of the stages masked, %", ylabel="pair accuracy %, 95 % band")
-        curves.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.28))
-    figure.tight_layout()
-    save_plot(figure, path)
+    grid = []
+    for file, models in result.items():
+        curves, panels = {}, []
+        for name, r in models.items():
+            for side in ("start", "end"):
+                c = r[f"masked_from_{side}"]
+                share, means = np.linspace(0, 100, len(c["mean"])), 100 * np.array(c["mean"])
+                curves[f"{name}, from the {side}"] = share, means, 100 * low_high(c["interval"])
+            bars = {f"ranked {side} ({c['pairs']})": ([str(k) for k in range(1, len(share))], c["mean"], low_high(c["interval"]))
+                    for side, c in (("right", r["density_right"]), ("wrong", r["density_wrong"]))}
+            panels.append((short(name), "stage", "attention density (1 = even)", bars, 1))
+        grid.append([(file, "share of the stages masked, %", "pair accuracy %, 95 % band", curves, 50), *panels])
+    draw(path, grid)
 
 
 # ------------------------------------------------------------------------------------------------- verb: show
@@ -1031,7 +1018,7 @@ def attack(args) -> None:
     of a single sentence, the second half), {"built_in": "recap" | "repeat" | "markdown" | "upper"}, several
     of these (applied in order), or null (takes a built-in edit out)."""
     edits, files = read_edits(args.edits), read_files(args)
-    result, panels, x = {file: {} for file in files}, [], np.arange(len(edits))
+    result, panels = {file: {} for file in files}, []
 
     def responses(p: Pair) -> list[str]:  # all or none fit, with one cut of the prompt
         return [p.chosen, p.rejected, *(edited(p.rejected, edit) for edit in edits.values())]
@@ -1043,12 +1030,12 @@ def attack(args) -> None:
             result[file][name] |= overturned(r[fits], edits, prompt_groups(pairs)[fits], args.seed)
     for file, models in result.items():
         rows, points = [], {}
-        for k, (name, m) in enumerate(models.items()):
+        for name, m in models.items():
             label = f"{name[-44:]} ({m['pairs']} pairs, {m['dropped']} dropped)"
             rows.append([label, "", "", percent(m.get("accuracy"))])
             if m["pairs"]:
                 rates, ends = ([e[v] for e in m["edits"].values()] for v in ("flip_rate", "flip_interval"))
-                points[name] = (x + 0.12 * k, 100 * np.array(rates, dtype=float), 100 * low_high(ends))
+                points[name] = list(edits), 100 * np.array(rates, dtype=float), 100 * low_high(ends)
         for edit in edits:
             rows.append([edit])
             for name, e in ((name, m["edits"][edit]) for name, m in models.items() if m["pairs"]):
@@ -1062,7 +1049,7 @@ def attack(args) -> None:
           "in standard\n deviations of the model's rewards of the unedited responses; the same pairs and "
           "prompts for every edit)")
     if args.plot:
-        draw(args.plot, panels, list(edits))
+        draw(args.plot, [panels])
 
 
 # ---------------------------------------------------------------------------------------------- verb: bestofn
@@ -1137,7 +1124,7 @@ def bestofn(args) -> None:
     print("\n(KL = log n - (n-1)/n; gap: highest gold of any n minus gold at N, never negative; gains: from "
           "n = 1 to N, in standard\n deviations within a prompt; intervals: 95 %, bootstrap over prompts)")
     if args.plot:
-        draw(args.plot, panels)
+        draw(args.plot, [panels])
 
 
 # -------------------------------------------------------------------------------------------- verb: stability
@@ -1257,7 +1244,7 @@ def stability(args) -> None:
           "correlation: Spearman, mean over\n the other runs, of all rewards and of the margins, which do "
           "not see a shift between prompts)")
     if args.plot:
-        draw(args.plot, panels)
+        draw(args.plot, [panels])
 
 
 # ------------------------------------------------------------------------------------------------ verb: speed
@@ -1441,19 +1428,16 @@ def trl_trainer(stock, tokenizer, pairs: list[Pair], args, bf16: bool):
     return epoch
 
 
-def own_process(args, arm: str, *flags: str) -> dict:
+def own_process(args, arm: str, **changes) -> dict:
     """One arm alone, a round, in a process of its own: what it really needs of memory. Raises UserError."""
-    changes = {"models": None, "verb": None, "run": None, "plot": None, "memory": None, "grow": None, "peer": None}
-    command = [sys.executable, __file__, "speed", args.models[0]]
-    for k, v in {**vars(args), **changes, "arms": arm, "rounds": 1}.items():
-        if v not in (None, False, []):
-            command += ["--" + k.replace("_", "-"), *map(str, v if isinstance(v, list) else [v])]
-    with tempfile.TemporaryDirectory() as folder:
-        done = subprocess.run([*command, *flags, "--json", f"{folder}/out"], capture_output=True, text=True)
-        if done.returncode:
-            why = (done.stderr.strip() or "killed, probably for memory").splitlines()[-1]
-            raise UserError(f"arm {arm} {' '.join(flags)}: {why}")
-        return json.loads(Path(f"{folder}/out").read_text())["arms"][arm]
+    alone = argparse.Namespace(**{**vars(args), "arms": [arm], "rounds": 1, "run": None, **changes})
+    with ProcessPoolExecutor(1, get_context("spawn"), initializer=quiet) as process:
+        try:
+            return process.submit(time_arms, alone).result()[arm]
+        except BrokenProcessPool:
+            raise UserError(f"arm {arm} {changes}: killed, probably for memory") from None
+        except Exception as why:
+            raise UserError(f"arm {arm} {changes}: {first_line(why)}") from None
 
 
 def speed(args) -> None:
@@ -1476,9 +1460,9 @@ def speed(args) -> None:
         raise UserError("the arm trl reads text: give --data")
     rows, cells, grown = {} if args.grow else time_arms(args), [], "pairs a batch" if args.lengths else "tokens a pair"
     for n in bar(args.grow or [], "sizes"):
-        flags = ("--batch-size", n, "--pairs", 2 * n) if args.lengths else ("--lengths", n // 2, n // 4, n // 4)
+        size = dict(batch_size=n, pairs=2 * n) if args.lengths else dict(lengths=[n // 2, n // 4, n // 4])
         for arm in args.arms:
-            rows[f"{arm} {n}"] = {"arm": arm, grown.split()[0]: n, **own_process(args, arm, *map(str, flags))}
+            rows[f"{arm} {n}"] = {"arm": arm, grown.split()[0]: n, **own_process(args, arm, **size)}
     for arm in args.arms if args.memory and not args.grow else ():
         rows[arm]["peak_bytes"] = own_process(args, arm)["peak_bytes"]
     for k, r in rows.items():
@@ -1499,7 +1483,7 @@ def speed(args) -> None:
             curves = {f"{arm}: {ARMS[arm]}": (args.grow, [value(rows[f"{arm} {n}"]) for n in args.grow], None)
                       for arm in args.arms}
             panels.append(("", grown, label, curves))
-        draw(args.plot, panels, xscale="log", yscale="log")
+        draw(args.plot, [panels], xscale="log", yscale="log")
 
 
 # ----------------------------------------------------------------------------------------------- command line
@@ -1588,11 +1572,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def quiet() -> None:
+    """No chatter of transformers; tqdm without its lock between processes, which would outlive a killed one."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    tqdm.set_lock(RLock())
+
+
 def main(argv: list[str] | None = None) -> None:
     """Checks what can be checked at once, then runs the verb; exits with 2 and one line for a UserError."""
     args = parse_args(argv)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    quiet()
     try:
         check_outputs(args)
         for name in args.models if args.verb != "speed" else ():  # all of them, before any long work
