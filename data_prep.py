@@ -521,40 +521,45 @@ class Encoder:
             cut = offsets[inside[excess], 0] - begin if len(inside) > excess else len(prompt[target]["content"])
             prompt[target]["content"] = prompt[target]["content"][max(cut, 1):].lstrip()
 
-    def __call__(self, pairs: list[Pair], chunk: int = 1024, progress: str = "") -> list[Example]:
-        """Encodes in chunks of pairs; overlong pairs are cut, dropped or raise UserError, as asked; pairs whose roles the
-        chat template refuses are dropped, and raise it where none is left; all counted."""
-        examples, refused = [], None
-        for start in bar(range(0, len(pairs), chunk), progress):
-            part = pairs[start:start + chunk]
-            clean = self.formatter.clean
-            todo, built = [], []
-            for number, p in enumerate(part, start + 1):
-                prompt, sides = [{**m, "content": clean(m["content"])} for m in p.prompt], [clean(p.chosen), clean(p.rejected)]
+    def fit(self, items: list, responses, progress: str = "", chunk: int = 1024):
+        """Yields chunks of [(item, prompt, sides, tokens, starts) or None], one entry an item: its cleaned prompt and the k texts
+        of responses(item), the (ids (n,), offsets (n, 2)) of the k sequences, where their contents start.
+
+        Overlong items are cut, dropped (None) or raise UserError, as asked; items whose roles the chat template refuses are
+        dropped, and raise it where none is left; all counted."""
+        refused, left, clean = None, 0, self.formatter.clean
+        for start in bar(range(0, len(items), chunk), progress):
+            todo, built, fitted = [], [], []
+            for item in items[start:start + chunk]:
+                prompt = [{**m, "content": clean(m["content"])} for m in item.prompt]
+                sides, first = [clean(y) for y in responses(item)], len(built)
                 try:
                     built += [self.formatter(prompt, y) for y in sides]
-                    todo.append((number, p, prompt, sides))
                 except UserError as why:
                     refused = why
                     self.counts[REFUSED] += 1
+                todo.append((item, prompt, sides, slice(first, len(built))))
             tokens = self.tokenise(self.tokenizer, [text for text, _ in built])
-            kept = []
-            for k, (number, pair, prompt, sides) in enumerate(todo):
-                two, starts = tokens[2 * k:2 * k + 2], [built[2 * k][1], built[2 * k + 1][1]]
-                if max(len(t[0]) for t in two) > self.max_length:
+            for number, (item, prompt, sides, own) in enumerate(todo, start + 1):
+                parts, starts = tokens[own], [at for _, at in built[own]]
+                longest = max((len(ids) for ids, _ in parts), default=0)
+                if longest > self.max_length:
                     if self.overlong == "error":
-                        raise UserError(f"pair {pair.id or number} has {max(len(t[0]) for t in two)} tokens, over "
+                        raise UserError(f"pair {item.id or number} has {longest} tokens, over "
                                         f"--max-length {self.max_length}; raise it, or use --overlong truncate or drop")
                     cut = self.shorten(prompt, sides) if self.overlong == "truncate" else None
                     self.counts["truncated" if cut else "dropped"] += 1
-                    if cut is None:
-                        continue
-                    prompt, two, starts = cut
-                kept.append((pair, prompt, sides, two, starts))
-            examples += self.pack(kept)
-        if refused and not examples:
+                    prompt, parts, starts = cut or (prompt, [], [])
+                fitted.append((item, prompt, sides, parts, starts) if parts else None)
+                left += bool(parts)
+            yield fitted
+        if refused and not left:
             raise refused
-        return examples
+
+    def __call__(self, pairs: list[Pair], progress: str = "") -> list[Example]:
+        """The Examples of the pairs that fit, see fit. Raises UserError."""
+        return [example for some in self.fit(pairs, lambda p: [p.chosen, p.rejected], progress)
+                for example in self.pack([kept for kept in some if kept])]
 
     def pack(self, kept: list) -> list[Example]:
         """Packed layout and words of each pair; the teacher's runs where there is a teacher."""
@@ -1832,16 +1837,27 @@ def convert(args: argparse.Namespace) -> None:
         print(f"wrote {len(parts[k])} {noun} to {path}")
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
+@contextmanager
+def exit_codes():
+    """Ends a program as a shell expects: 2 and one line for a UserError, 130 for Ctrl-C, 141 for a closed pipe."""
     try:
-        convert(args)
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head` has seen enough; without a pipe the flush at exit is quiet too
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141) from None
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         raise SystemExit(130) from None
     except UserError as why:
         print(f"error: {why}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    with exit_codes():
+        convert(args)
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import chain
 from math import comb
 from multiprocessing import get_context
 from pathlib import Path
@@ -45,8 +46,8 @@ import transformers
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from data_prep import (BENCHMARKS, DOMAINS, LLMBAR, REFUSED, SECTIONS, Encoder, Example, Formatter, Pair, UserError,
-                       bar, check_characters, choose_pad, collate, collate_teacher, first_line, load, load_student, load_teacher,
+from data_prep import (BENCHMARKS, DOMAINS, LLMBAR, SECTIONS, Encoder, Example, Formatter, Pair, UserError,
+                       bar, check_characters, choose_pad, collate, collate_teacher, exit_codes, first_line, load, load_student, load_teacher,
                        load_tokenizer, longer_margins, plan_epoch, positions_of, prompt_key, read_candidates, read_pairs,
                        refuse_missing, set_up_device, to_device, unused_name, write_json, write_pairs, written)
 from idistill import (AttentionTap, Config, InteractionTeacher, RewardModel, alignment_loss, attention_layers,
@@ -113,30 +114,16 @@ class Judge:
             verdict = teacher_verdicts(self.model, examples, batch_size, self.device, self.amp, self.name)
             self.check(verdict)
             return np.stack([verdict / 2, -verdict / 2], 1), [responses(p) for p in items]
-        encoder, text_of, clean = self.encoder, self.encoder.formatter, self.encoder.formatter.clean
-        refused, texts, rows = None, [], {}  # rows: equal strings are scored once, RM-Bench has each three times
-        for item in items:
-            prompt = [{**m, "content": clean(m["content"])} for m in item.prompt]
-            sides = [clean(y) for y in responses(item)]
-            try:
-                some = [text_of(prompt, y)[0] for y in sides]
-            except UserError as why:
-                refused = why
-                encoder.counts[REFUSED] += 1
+        texts, rows, k = [], {}, len(responses(items[0]))  # rows: equal strings are scored once, RM-Bench has each three times
+        for fitted in chain.from_iterable(self.encoder.fit(items, responses, "encoding")):
+            if fitted is None:
                 texts.append(None)
                 continue
-            tokens = encoder.tokenizer(some, add_special_tokens=False, verbose=False)["input_ids"]
-            if max(map(len, tokens)) > encoder.max_length:
-                cut = encoder.shorten(prompt, sides)
-                encoder.counts["truncated" if cut else "dropped"] += 1
-                some = cut and [text_of(cut[0], y)[0] for y in sides]
-                tokens = [ids.tolist() for ids, _ in cut[1]] if cut else []
-            rows |= zip(some or [], tokens)
-            texts.append(some)
-        if refused and not rows:
-            raise refused
+            _, prompt, sides, tokens, _ = fitted
+            texts.append([self.encoder.formatter(prompt, y)[0] for y in sides])
+            rows |= zip(texts[-1], (ids.tolist() for ids, _ in tokens))
         reward = dict(zip(rows, self.score_rows(list(rows.values()), batch_size)))
-        rewards = [[reward[t] for t in some] if some else [np.nan] * len(sides) for some in texts]
+        rewards = [[reward[t] for t in some] if some else [np.nan] * k for some in texts]
         return np.array(rewards, dtype=np.float32), texts
 
     def batches(self, rows: list[list[int]], batch_size: int, hidden: list[tuple[int, int]] | None = None):
@@ -1583,7 +1570,7 @@ def main(argv: list[str] | None = None) -> None:
     """Checks what can be checked at once, then runs the verb; exits with 2 and one line for a UserError."""
     args = parse_args(argv)
     quiet()
-    try:
+    with exit_codes():
         check_outputs(args)
         for name in args.models if args.verb != "speed" else ():  # all of them, before any long work
             if check_model(name)[1] and args.verb not in ("accuracy", "stability"):
@@ -1591,16 +1578,6 @@ def main(argv: list[str] | None = None) -> None:
                 raise UserError(f"{name}: is a teacher, which compares two responses; {args.verb} needs a "
                                 f"reward for each alone{given}")
         args.run(args)
-        sys.stdout.flush()
-    except BrokenPipeError:  # `| head` has seen enough; without a pipe the flush at exit is quiet too
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(141) from None  # as a shell reports SIGPIPE
-    except KeyboardInterrupt:
-        print("\nstopped", file=sys.stderr)
-        raise SystemExit(130) from None
-    except UserError as why:
-        print(f"error: {why}", file=sys.stderr)
-        raise SystemExit(2) from None
 
 
 if __name__ == "__main__":
