@@ -847,6 +847,26 @@ def read_all(cfg) -> tuple[list[Pair], dict[str, list[Pair]], Counter]:
     return pairs, held, counts
 
 
+def read_files(args, read=read_pairs) -> dict[str, list]:
+    """{file: its pairs (read_candidates: candidates)} of --data, --subset and --limit. Raises UserError."""
+    files, subsets = {}, set()
+    for path in args.data:
+        pairs, counts = read([path])
+        if left_out := [f"{v} ({k})" for k, v in counts.items() if k != "pairs" and v]:
+            print(f"{path}: left out " + ", ".join(left_out))
+        subsets |= {p.subset for p in pairs}
+        pairs = [p for p in pairs if not args.subset or p.subset in args.subset]
+        if 0 < args.limit < len(pairs):
+            some = np.random.default_rng(args.seed).choice(len(pairs), args.limit, replace=False)
+            pairs = [pairs[k] for k in np.sort(some)]
+        if pairs:
+            files[unused_name(path, files)] = pairs
+    if unknown := set(args.subset) - subsets:
+        raise UserError(f"--subset {' '.join(sorted(unknown))}: not in the data; there are: "
+                        f"{', '.join(sorted(subsets - {''})) or 'none'}")
+    return files
+
+
 def encode_all(encoder: Encoder, pairs: list[Pair], held_pairs: dict[str, list[Pair]], counts: Counter):
     """(examples of the training pairs, {name: examples} of the held-out ones); the counts, completed, are printed. Raises
     UserError where nothing is left."""
@@ -968,6 +988,41 @@ def load_student(name: str, seed: int = 0, max_length: int = 0, tied: bool = Fal
         model.resize_token_embeddings(len(tokenizer))
     model.config.pad_token_id = text.pad_token_id = tokenizer.pad_token_id
     return model, tokenizer
+
+
+def shrunk_student(name: str, hidden: int, layers: int):
+    """(a model of the class of another, at this size and with random weights; the other's tokenizer)."""
+    tokenizer, own = load_tokenizer(name), load(AutoConfig, name, num_labels=1)
+    choose_pad(tokenizer)
+    small = dict(hidden_size=hidden, num_hidden_layers=layers, intermediate_size=4 * hidden,
+                 num_attention_heads=4, num_key_value_heads=4, head_dim=None, layer_types=None,
+                 max_position_embeddings=2**15, pad_token_id=tokenizer.pad_token_id, dtype=torch.float32)
+    return AutoModelForSequenceClassification.from_config(type(own)(**{**own.to_dict(), **small})), tokenizer
+
+
+def is_teacher(name: str) -> bool:
+    """Whether what eval.py is to score is an interaction teacher, not a reward model, by its config alone. Raises UserError
+    for what is neither."""
+    if (Path(name) / "student" / "config.json").exists():
+        raise UserError(f"{name}: is a run, not a model; give {name}/student (or {name}/teacher)")
+    config = load(AutoConfig, name)
+    kind = (getattr(config, "architectures", None) or ["a model without architecture"])[0]
+    if not kind.endswith(("ForSequenceClassification", "ForTokenClassification")):
+        raise UserError(f"{name}: {kind} has no reward head; a reward model is a sequence classifier with "
+                        "one label (train one: python idistill.py --model ...)")
+    if (labels := config.num_labels) != 1:
+        raise UserError(f"{name}: {kind} has {labels} labels, a reward model or interaction teacher has 1")
+    return kind.endswith("ForTokenClassification")
+
+
+def load_reward_model(name: str, dtype: torch.dtype, max_length: int = 0):
+    """(stock sequence-classification model, trained here or not, as it is; tokenizer; longest input). Raises UserError."""
+    tokenizer = load_tokenizer(name)
+    tokenizer.padding_side = "right"
+    model, info = load(AutoModelForSequenceClassification, name, output_loading_info=True, dtype=dtype)
+    refuse_missing(name, model, info["missing_keys"])
+    positions = positions_of(model, name, max_length)
+    return model, tokenizer, max_length or positions
 
 
 @torch.no_grad()
@@ -1529,6 +1584,51 @@ BENCHMARKS = {  # converter, data set on the hub or repository to clone, its fil
     "judgebench": (from_judgebench, "ScalerLab/JudgeBench", "*gpt*.json*"),
     "llmbar": (from_llmbar, "https://github.com/princeton-nlp/LLMBar", "*dataset.json"),
     "mt-bench": (from_mt_bench, "lmsys/mt_bench_human_judgments", "data/human-*.parquet")}
+
+
+def own_cells(source: str, pairs: list[Pair], margins: np.ndarray):
+    """What the numbers of a benchmark are made of, from N pairs and their margins: (the cells of each pair,
+    right (N,), weight (N,), {mean: the numbers it is the mean of}). As in the benchmarks' own code a tie is a
+    miss; a pair without a score (NaN) weighs nothing.
+    RewardBench  sections by pair, but math-prm weighs as much as all code; mean of sections (no prior sets)
+    RM-Bench     3 x 3 cells, chosen style-rejected style; easy: chosen fancier, normal: alike, hard: plainer;
+                 by domain, by safety (mean of its two), and over chat, code, math and safety
+    RMB          helpfulness and harmlessness, pairwise and best-of-n (chosen beats each rejected); their mean
+    JudgeBench   categories, and all by pair
+    LLMBar       subsets, and the mean of the adversarial ones
+    MT-Bench     turns, and all, by vote"""
+    right, weight, means = (margins > 0).astype(float), 1.0 - np.isnan(margins), {}
+    cells = [[p.subset.split("/")[0], "all"] for p in pairs]
+    if source == "rewardbench":
+        cells, means["mean of sections"] = [c[:1] for c in cells], list(SECTIONS)
+        math, code = (np.array([f"/{name}" in p.subset for p in pairs]) for name in ("math-prm", "hep-"))
+        if weight[math].any() and weight[code].any():
+            weight[math] *= weight[code].sum() / weight[math].sum()
+    elif source == "rm-bench":
+        levels = dict(easy=("1-0", "2-0", "2-1"), normal=("0-0", "1-1", "2-2"), hard=("0-1", "0-2", "1-2"))
+        styles = sum(levels.values(), ())
+        cells = [[f"{p.subset} {s}" for s in styles if p.id.endswith("/" + s)] for p in pairs]
+        for d in (*DOMAINS, "safety", "all"):
+            below = {"safety": DOMAINS[3:], "all": (*DOMAINS[:3], "safety")}.get(d)
+            for k, styles in levels.items():
+                means[f"{d} {k}"] = [f"{b} {k}" for b in below] if below else [f"{d} {s}" for s in styles]
+            means[d] = [f"{d} {k}" for k in levels]
+    elif source == "rmb":
+        names = {f"{kind}_set/{goal}": f"{goal} {name}" for goal in ("Helpfulness", "Harmlessness")
+                 for kind, name in (("Pairwise", "pairwise"), ("BoN", "best-of-n"))}
+        cells = [[name for start, name in names.items() if p.subset.startswith(start)] for p in pairs]
+        means["mean of the four"], prompts = list(names.values()), {}
+        for k, p in enumerate(pairs):
+            if m := re.fullmatch(r"(.*)/\d+of(\d+)", p.id):
+                prompts.setdefault((p.subset, *m.groups()), []).append(k)
+            elif p.subset.startswith("BoN_set"):  # who its rivals are is not known
+                weight[k] = 0
+        for (*_, losers), index in prompts.items():  # a prompt counts once, if all its losers are scored
+            right[index[0]], whole = right[index].all(), weight[index].sum() == int(losers)
+            weight[index], weight[index[0]] = 0, whole
+    elif source == "llmbar":
+        cells, means["Adversarial"] = [[p.subset] for p in pairs], list(LLMBAR[1:])
+    return cells, right, weight, means
 
 
 def benchmark_files(name: str, inputs: list[str] | None) -> list[str]:

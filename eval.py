@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import re
 import resource
@@ -44,12 +43,11 @@ import torch
 import torch.nn.functional as F
 import transformers
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from data_prep import (BENCHMARKS, DOMAINS, LLMBAR, SECTIONS, Encoder, Example, Formatter, Pair, UserError,
-                       bar, check_characters, choose_pad, collate, collate_teacher, exit_codes, first_line, load, load_student, load_teacher,
-                       load_tokenizer, longer_margins, plan_epoch, positions_of, prompt_key, read_candidates, read_pairs,
-                       refuse_missing, set_up_device, to_device, unused_name, write_json, write_pairs, written)
+from data_prep import (BENCHMARKS, Encoder, Example, Formatter, Pair, UserError, bar, check_characters, collate,
+                       collate_teacher, exit_codes, first_line, is_teacher, load_reward_model, load_student, load_teacher,
+                       load_tokenizer, longer_margins, own_cells, plan_epoch, prompt_key, read_candidates, read_files,
+                       set_up_device, shrunk_student, to_device, write_json, write_pairs, written)
 from idistill import (AttentionTap, Config, InteractionTeacher, RewardModel, alignment_loss, attention_layers,
                       attention_map, block_masks, bt_loss, distillation_losses, make_optimizer, outcomes, pool_words,
                       row_divergence, teacher_verdicts, tree_mask)
@@ -195,34 +193,17 @@ def pick_layers(judge: Judge, spec: str) -> list[int]:
                         f"of {judge.name}, such as 0,-1") from None
 
 
-def check_model(name: str):
-    """(config, whether it is an interaction teacher), before any long work; UserError for no judge at all."""
-    if (Path(name) / "student" / "config.json").exists():
-        raise UserError(f"{name}: is a run, not a model; give {name}/student (or {name}/teacher)")
-    config = load(AutoConfig, name)
-    kind = (getattr(config, "architectures", None) or ["a model without architecture"])[0]
-    if not kind.endswith(("ForSequenceClassification", "ForTokenClassification")):
-        raise UserError(f"{name}: {kind} has no reward head; a reward model is a sequence classifier with "
-                        "one label (train one: python idistill.py --model ...)")
-    if (labels := config.num_labels) != 1:
-        raise UserError(f"{name}: {kind} has {labels} labels, a reward model or interaction teacher has 1")
-    return config, kind.endswith("ForTokenClassification")
-
-
 def open_judge(name: str, args, decoder: bool = False) -> Judge:
     """A reward model or interaction teacher (decoder: a decoder alone), ready to score. Raises UserError."""
-    (_, teaches), (device, amp) = check_model(name), set_up_device(args)
-    if teaches:
+    teaches, (device, amp) = is_teacher(name), set_up_device(args)
+    if teaches:  # its own tokens serve where the student's words are asked for
         stock, tokenizer, room = load_teacher(name)
-        view = load_tokenizer(name)  # its own tokens serve where the student's words are asked for
-        room, model = min(room, 2 * args.max_length or room), InteractionTeacher(stock, tokenizer)
-        encoder = Encoder(view, 10**9, "truncate", tokenizer, room)
+        model, room = InteractionTeacher(stock, tokenizer), min(room, 2 * args.max_length or room)
+        encoder = Encoder(load_tokenizer(name), 10**9, "truncate", tokenizer, room)
     else:
-        tokenizer, dtype = load_tokenizer(name), torch.bfloat16 if args.dtype == "bf16" else torch.float32
-        model, info = load(AutoModelForSequenceClassification, name, output_loading_info=True, dtype=dtype)
-        refuse_missing(name, model, info["missing_keys"])
-        positions, tokenizer.padding_side = positions_of(model, name, args.max_length), "right"
-        encoder = Encoder(tokenizer, args.max_length or positions, "truncate")
+        dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
+        model, tokenizer, length = load_reward_model(name, dtype, args.max_length)
+        encoder = Encoder(tokenizer, length, "truncate")
     if decoder and not hasattr(model, "score"):
         raise UserError(f"{name}: {args.verb} reads decoder reward models (a teacher is given as --teacher)")
     return Judge(name, model.to(device).eval(), encoder, device, amp)
@@ -237,26 +218,6 @@ def open_teacher(name: str, args) -> Judge:
     stock = judge.model.stock
     judge.model = InteractionTeacher(stock, judge.encoder.teacher, (stock.config.num_hidden_layers - 1,))
     return judge
-
-
-def read_files(args, read=read_pairs) -> dict[str, list]:
-    """{file: its pairs (read_candidates: candidates)} of --data, --subset and --limit. Raises UserError."""
-    files, subsets = {}, set()
-    for path in args.data:
-        pairs, counts = read([path])
-        if left_out := [f"{v} ({k})" for k, v in counts.items() if k != "pairs" and v]:
-            print(f"{path}: left out " + ", ".join(left_out))
-        subsets |= {p.subset for p in pairs}
-        pairs = [p for p in pairs if not args.subset or p.subset in args.subset]
-        if 0 < args.limit < len(pairs):
-            some = np.random.default_rng(args.seed).choice(len(pairs), args.limit, replace=False)
-            pairs = [pairs[k] for k in np.sort(some)]
-        if pairs:
-            files[unused_name(path, files)] = pairs
-    if unknown := set(args.subset) - subsets:
-        raise UserError(f"--subset {' '.join(sorted(unknown))}: not in the data; there are: "
-                        f"{', '.join(sorted(subsets - {''})) or 'none'}")
-    return files
 
 
 def scored(args, files: dict[str, list], result: dict, *responses):
@@ -346,15 +307,11 @@ WRITTEN = ("json", "plot", "dump", "html", "strength")  # flags that name a file
 
 
 def check_outputs(args) -> None:
-    """Before the long work: what is to be written can be, and is no input; --plot has its matplotlib."""
-    inputs, taken = [("data", f) for f in args.data] + [("edits", getattr(args, "edits", None) or "")], {}
+    """Before the long work: what is to be written can be, and is no input; --plot has its matplotlib. Raises UserError."""
+    taken = {Path(file).resolve(): "read as --data" for file in args.data}
+    if getattr(args, "edits", None):
+        taken[Path(args.edits).resolve()] = "read as --edits"
     for flag, path in ((flag, getattr(args, flag)) for flag in WRITTEN if getattr(args, flag, None)):
-        if other := taken.get(Path(path).resolve()):
-            raise UserError(f"--{flag} {path}: is written by --{other} too; choose another file")
-        taken[Path(path).resolve()] = flag
-        for name, file in inputs:
-            if os.path.exists(path) and os.path.exists(file) and os.path.samefile(path, file):
-                raise UserError(f"--{flag} {path}: is read as --{name}; choose another file")
         try:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
             if Path(path).is_dir():
@@ -363,6 +320,9 @@ def check_outputs(args) -> None:
             Path(f"{path}.tmp").unlink()
         except OSError as why:
             raise UserError(f"--{flag} {path}: cannot be written ({why.strerror})") from None
+        if how := taken.get(Path(path).resolve()):
+            raise UserError(f"--{flag} {path}: is {how}; choose another file")
+        taken[Path(path).resolve()] = f"written by --{flag} too"
     if args.plot:
         pyplot()
         if Path(args.plot).suffix.lower() not in (".png", ".pdf", ".svg"):
@@ -507,51 +467,6 @@ def accuracy(args) -> None:
         print(f"{args.strength}: {len(strong)} pairs with strength ({negative} negative), {dropped} dropped")
     if args.plot:
         plot_accuracy(result, args.plot)
-
-
-def own_cells(source: str, pairs: list[Pair], margins: np.ndarray):
-    """What the numbers of a benchmark are made of, from N pairs and their margins: (the cells of each pair,
-    right (N,), weight (N,), {mean: the numbers it is the mean of}). As in the benchmarks' own code a tie is a
-    miss; a pair without a score (NaN) weighs nothing.
-    RewardBench  sections by pair, but math-prm weighs as much as all code; mean of sections (no prior sets)
-    RM-Bench     3 x 3 cells, chosen style-rejected style; easy: chosen fancier, normal: alike, hard: plainer;
-                 by domain, by safety (mean of its two), and over chat, code, math and safety
-    RMB          helpfulness and harmlessness, pairwise and best-of-n (chosen beats each rejected); their mean
-    JudgeBench   categories, and all by pair
-    LLMBar       subsets, and the mean of the adversarial ones
-    MT-Bench     turns, and all, by vote"""
-    right, weight, means = (margins > 0).astype(float), 1.0 - np.isnan(margins), {}
-    cells = [[p.subset.split("/")[0], "all"] for p in pairs]
-    if source == "rewardbench":
-        cells, means["mean of sections"] = [c[:1] for c in cells], list(SECTIONS)
-        math, code = (np.array([f"/{name}" in p.subset for p in pairs]) for name in ("math-prm", "hep-"))
-        if weight[math].any() and weight[code].any():
-            weight[math] *= weight[code].sum() / weight[math].sum()
-    elif source == "rm-bench":
-        levels = dict(easy=("1-0", "2-0", "2-1"), normal=("0-0", "1-1", "2-2"), hard=("0-1", "0-2", "1-2"))
-        styles = sum(levels.values(), ())
-        cells = [[f"{p.subset} {s}" for s in styles if p.id.endswith("/" + s)] for p in pairs]
-        for d in (*DOMAINS, "safety", "all"):
-            below = {"safety": DOMAINS[3:], "all": (*DOMAINS[:3], "safety")}.get(d)
-            for k, styles in levels.items():
-                means[f"{d} {k}"] = [f"{b} {k}" for b in below] if below else [f"{d} {s}" for s in styles]
-            means[d] = [f"{d} {k}" for k in levels]
-    elif source == "rmb":
-        names = {f"{kind}_set/{goal}": f"{goal} {name}" for goal in ("Helpfulness", "Harmlessness")
-                 for kind, name in (("Pairwise", "pairwise"), ("BoN", "best-of-n"))}
-        cells = [[name for start, name in names.items() if p.subset.startswith(start)] for p in pairs]
-        means["mean of the four"], prompts = list(names.values()), {}
-        for k, p in enumerate(pairs):
-            if m := re.fullmatch(r"(.*)/\d+of(\d+)", p.id):
-                prompts.setdefault((p.subset, *m.groups()), []).append(k)
-            elif p.subset.startswith("BoN_set"):  # who its rivals are is not known
-                weight[k] = 0
-        for (*_, losers), index in prompts.items():  # a prompt counts once, if all its losers are scored
-            right[index[0]], whole = right[index].all(), weight[index].sum() == int(losers)
-            weight[index], weight[index[0]] = 0, whole
-    elif source == "llmbar":
-        cells, means["Adversarial"] = [[p.subset] for p in pairs], list(LLMBAR[1:])
-    return cells, right, weight, means
 
 
 def own_terms(source: str, pairs: list[Pair], margins: np.ndarray, groups: np.ndarray, seed: int) -> dict:
@@ -1262,16 +1177,6 @@ def speed_examples(args, encoder: Encoder, vocabulary: tuple[int, int]) -> list[
     return out
 
 
-def shrunk_student(name: str, hidden: int, layers: int):
-    """(a model of the class of another, at this size and with random weights; the other's tokenizer)."""
-    tokenizer, own = load_tokenizer(name), load(AutoConfig, name, num_labels=1)
-    choose_pad(tokenizer)
-    small = dict(hidden_size=hidden, num_hidden_layers=layers, intermediate_size=4 * hidden,
-                 num_attention_heads=4, num_key_value_heads=4, head_dim=None, layer_types=None,
-                 max_position_embeddings=2**15, pad_token_id=tokenizer.pad_token_id, dtype=torch.float32)
-    return AutoModelForSequenceClassification.from_config(type(own)(**{**own.to_dict(), **small})), tokenizer
-
-
 def training_step(arm: str, model: RewardModel, teacher: InteractionTeacher, examples: list[Example],
                   cfg: Config, device) -> tuple[torch.Tensor, int, int]:
     """(loss of one arm, tokens computed, those that are not padding)."""
@@ -1573,7 +1478,7 @@ def main(argv: list[str] | None = None) -> None:
     with exit_codes():
         check_outputs(args)
         for name in args.models if args.verb != "speed" else ():  # all of them, before any long work
-            if check_model(name)[1] and args.verb not in ("accuracy", "stability"):
+            if is_teacher(name) and args.verb not in ("accuracy", "stability"):
                 given = "; give it as --teacher" if args.verb in ("attention", "show") else ""
                 raise UserError(f"{name}: is a teacher, which compares two responses; {args.verb} needs a "
                                 f"reward for each alone{given}")
