@@ -42,12 +42,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from data_prep import (BENCHMARKS, Encoder, Example, Formatter, Pair, UserError, bar, check_characters, collate,
                        collate_teacher, exit_codes, first_line, is_teacher, load_reward_model, load_student, load_teacher,
                        load_tokenizer, longer_margins, own_cells, plan_epoch, prompt_key, read_candidates, read_files,
-                       set_up_device, shrunk_student, to_device, write_json, write_pairs, written)
+                       set_up_device, shrunk_student, write_json, write_pairs, written)
 from idistill import (AttentionTap, Config, InteractionTeacher, RewardModel, alignment_loss, attention_layers,
                       attention_map, block_masks, bt_loss, distillation_losses, make_optimizer, outcomes, pool_words,
                       row_divergence, teacher_verdicts, tree_mask)
@@ -86,21 +87,20 @@ class Judge:
         """Maps (B, n, n) of some layers by the tap, or (None) of all by eager attention, mean over heads; the last
         hidden state."""
         n, before = inputs["input_ids"].shape[1], self.model.config._attn_implementation
-        tap = AttentionTap(self.model, layers) if layers is not None else nullcontext()
-        if layers is None:
-            self.model.set_attn_implementation("eager")
         try:
-            with tap:
-                seen = self.model.base_model(**inputs, use_cache=False, output_attentions=layers is None)
+            if layers is None:
+                self.model.set_attn_implementation("eager")
+                seen = self.model.base_model(**inputs, use_cache=False, output_attentions=True)
+                return [A.float().mean(1) for A in seen.attentions or () if A is not None], seen.last_hidden_state
+            with AttentionTap(self.model, layers) as tap:
+                hidden = self.model.base_model(**inputs, use_cache=False).last_hidden_state
         finally:
             self.model.set_attn_implementation(before)
-        if layers is None:
-            return [A.float().mean(1) for A in seen.attentions or () if A is not None], seen.last_hidden_state
         maps, causal = [], torch.ones(1, 1, n, n, dtype=torch.bool, device=self.device).tril()
         for query, key, scale, mask in (tap.kept[k] for k in layers):
             visible = causal if mask is None else mask if mask.dtype == torch.bool else mask == 0
             maps.append(attention_map(query, key, scale, visible)[:, 0])
-        return maps, seen.last_hidden_state
+        return maps, hidden
 
     def score(self, items: list, batch_size: int, responses=lambda pair: [pair.chosen, pair.rejected]):
         """Of the k responses of each item: (rewards (N, k) in fp32, the k scored strings). An overlong prompt
@@ -131,18 +131,16 @@ class Judge:
         order = np.argsort([-len(row) for row in rows], kind="stable")
         parts = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
         for index in bar(parts, self.name, unit="batch"):
-            B, n = len(index), len(rows[index[0]])
-            ids, mask, at = np.full((B, n), pad or 0), np.zeros((B, n), np.int64), np.zeros(B, np.int64)
-            for b, row in enumerate(rows[i] for i in index):
-                ids[b, :len(row)], mask[b, :len(row)] = row, 1
-                # as the stock class: the last token that is not pad, even where pad = eos ends the text
-                at[b] = max((k for k, t in enumerate(row) if t != pad), default=len(row) - 1)
-                if hidden is not None:
-                    mask[b, slice(*hidden[index[b]])] = 0
-            inputs = dict(input_ids=ids, attention_mask=mask)
+            ids = pad_sequence([torch.tensor(rows[i]) for i in index], batch_first=True, padding_value=-1)
+            there, place = ids >= 0, torch.arange(ids.shape[1])
+            # as the stock class: the last token that is not pad, even where pad = eos ends the text
+            at = (place * (there & (ids != (-1 if pad is None else pad)))).argmax(1)
+            inputs = dict(input_ids=ids.where(there, pad or 0), attention_mask=there.long())
             if hidden is not None:  # OPT would count positions by the mask
-                inputs["position_ids"] = np.tile(np.arange(n), (B, 1))
-            yield index, to_device(inputs, self.device), torch.from_numpy(at).to(self.device)
+                for b, i in enumerate(index):
+                    inputs["attention_mask"][b, slice(*hidden[i])] = 0
+                inputs["position_ids"] = place.repeat(len(index), 1)
+            yield index, {k: v.to(self.device) for k, v in inputs.items()}, at.to(self.device)
 
     @torch.no_grad()
     def score_rows(self, rows: list[list[int]], batch_size: int, hidden=None) -> np.ndarray:
@@ -1182,15 +1180,13 @@ def training_step(arm: str, model: RewardModel, teacher: InteractionTeacher, exa
     """(loss of one arm, tokens computed, those that are not padding)."""
     stock, pad, B = model.stock, model.stock.config.get_text_config().pad_token_id, len(examples)
     if arm[0] in "ab":
-        rows = [e.ids[(e.seg == 0) | (e.seg == s)] for s in (1, 2) for e in examples]
+        rows = [torch.from_numpy(e.ids[(e.seg == 0) | (e.seg == s)]) for s in (1, 2) for e in examples]
         rewards, slots = [], 0
         for some in [rows[:B], rows[B:]] if arm == "a" else [rows]:
-            n = max(map(len, some))
-            ids = np.stack([np.pad(r, (0, n - len(r)), constant_values=pad) for r in some])
-            mask = np.stack([np.arange(n) < len(r) for r in some])
-            inputs = to_device(dict(input_ids=ids, attention_mask=mask), device)
+            ids = pad_sequence(some, batch_first=True, padding_value=-1).to(device)
+            inputs = dict(input_ids=ids.where(ids >= 0, pad), attention_mask=ids >= 0)
             rewards.append(stock(**inputs, use_cache=False).logits[:, 0].float())
-            slots += ids.size
+            slots += ids.numel()
         return bt_loss(*torch.cat(rewards).chunk(2)).mean(), slots, sum(map(len, rows))
     batch, swap = collate(examples, pad, device), np.zeros(B)
     if arm == "e":
@@ -1224,20 +1220,20 @@ def time_arms(args) -> dict[str, dict]:
     stock.to(device).train(), reader.to(device).eval().requires_grad_(False)
     encoder = Encoder(tokenizer, args.max_length or 1024, "truncate", reader_tokenizer, room)
     examples = speed_examples(args, encoder, (stock.config.vocab_size, len(reader_tokenizer)))
-    N, depths = len(examples), [m.config.get_text_config().num_hidden_layers for m in (stock, reader)]
-    order = np.random.default_rng(seed).permutation(N)
+    depths = [m.config.get_text_config().num_hidden_layers for m in (stock, reader)]
+    order = np.random.default_rng(seed).permutation(len(examples))
     lengths = np.array([len(e.ids) for e in examples])
     rows = np.array([max(((e.seg == 0) | (e.seg == s)).sum() for s in (1, 2)) for e in examples])  # the longer of its two rows
-    shuffled, plans = [order[i:i + k] for i in range(0, N, k)], {}
+    shuffled, plans = [order[i:i + k] for i in range(0, len(order), k)], {}
     for arm in args.arms:  # bucketed as in training, by what the arm pads: two rows a pair, or one
         by = rows if arm in ("a", "b", "b'") else lengths
         plan = shuffled if arm in ("a", "b") else plan_epoch(by, k, seed, 0)
         plans[arm] = sorted(plan, key=lambda index: by[index].max())
     optimizer, sdpa = make_optimizer(stock, 0.0, 0.0), stock.config._attn_implementation  # rate 0: no change
-    rates, tokens, peer = {arm: [] for arm in args.arms}, {arm: [] for arm in args.arms}, None
+    passes, rates, out, peer = {arm: [] for arm in args.arms}, {}, {}, None
 
-    def one_pass(arm: str, batches: list[np.ndarray]) -> float:
-        """Trains on the batches: pairs a second."""
+    def one_pass(arm: str, batches: list[np.ndarray]) -> list[float]:
+        """Trains on the batches: seconds, tokens computed, those that are not padding, pairs."""
         last = [(depth - 1,) if arm in ("tap", "pool", "d") else () for depth in depths]
         model = RewardModel(stock, "packed", last[0])
         teacher = InteractionTeacher(reader, reader_tokenizer, last[1])
@@ -1254,8 +1250,7 @@ def time_arms(args) -> dict[str, dict]:
             done += [*counts, len(index)]
         if device.type == "cuda":
             torch.cuda.synchronize()
-        tokens[arm].append(done)
-        return done[2] / (time.perf_counter() - started)
+        return [time.perf_counter() - started, *done]
 
     for round in bar(range(args.rounds + 1), "rounds"):
         for arm in args.arms:
@@ -1263,20 +1258,21 @@ def time_arms(args) -> dict[str, dict]:
                 m.set_attn_implementation("eager" if arm == "e" else sdpa)
             if arm == "trl":
                 peer = peer or trl_trainer(stock, tokenizer, [e.pair for e in examples], args, amp is not nullcontext)
-                rate = N / peer()
-            else:
-                plan = plans[arm]
-                steps = min(args.steps or len(plan), len(plan))
-                at = (np.arange(steps) + (round - 0.5) / args.rounds) * len(plan) / steps
-                rate = one_pass(arm, [plan[int(i)] for i in at] if round else plan[-1:])
-            rates[arm].append(rate)
-    out, peak = {}, torch.cuda.max_memory_allocated() if device.type == "cuda" else peak_memory()
-    for arm in args.arms:  # round 0 warmed up
-        rate, (slots, real, pairs) = rates[arm][1:], np.sum([[0, 0, 0], *tokens[arm][1:]], axis=0)  # TRL's are not known
-        ratios = np.divide(rate, rates[args.arms[0]][1:])
-        out[arm] = {"pairs_per_s": float(np.median(rate)), "ratio": float(np.median(ratios)),
-                    "ratios": ratios.tolist(), "tokens_per_pair": real / pairs if pairs else None,
-                    "padding": 1 - real / slots if pairs else None, **({"peak_bytes": peak} if len(args.arms) == 1 else {})}
+                passes[arm].append([peer(), np.nan, np.nan, len(examples)])
+                continue
+            plan = plans[arm]
+            steps = min(args.steps or len(plan), len(plan))
+            at = (np.arange(steps) + (round - 0.5) / args.rounds) * len(plan) / steps
+            passes[arm].append(one_pass(arm, [plan[int(i)] for i in at] if round else plan[-1:]))  # round 0 warms up
+    for arm in args.arms:
+        seconds, slots, real, pairs = np.array(passes[arm][1:]).T
+        rates[arm] = pairs / seconds
+        ratios, known = rates[arm] / rates[args.arms[0]], arm != "trl"
+        out[arm] = {"pairs_per_s": float(np.median(rates[arm])), "ratio": float(np.median(ratios)),
+                    "ratios": ratios.tolist(), "tokens_per_pair": real.sum() / pairs.sum() if known else None,
+                    "padding": 1 - real.sum() / slots.sum() if known else None}
+    if len(out) == 1:
+        out[arm]["peak_bytes"] = torch.cuda.max_memory_allocated() if device.type == "cuda" else peak_memory()
     return out
 
 
@@ -1365,16 +1361,11 @@ def speed(args) -> None:
     print_rows(["", "pairs/s", f"ratio to {args.arms[0]} [min, max]", "tokens a pair", "padding",
                 "peak memory"], cells)
     device = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
-    if torch.cuda.is_available():
-        device = torch.cuda.get_device_name()
-    save_json(args, {"arms": rows, "device": device})
-    if args.plot and args.grow:
-        panels = []
-        for label, value in (("seconds a pair", lambda r: 1 / r["pairs_per_s"]),
-                             ("peak memory, GB", lambda r: r["peak_bytes"] / 1e9)):
-            curves = {f"{arm}: {ARMS[arm]}": (args.grow, [value(rows[f"{arm} {n}"]) for n in args.grow], None)
-                      for arm in args.arms}
-            panels.append(("", grown, label, curves))
+    save_json(args, {"arms": rows, "device": torch.cuda.get_device_name() if torch.cuda.is_available() else device})
+    if args.plot:
+        seconds, memory = ({f"{arm}: {ARMS[arm]}": (args.grow, [value(rows[f"{arm} {n}"]) for n in args.grow], None)
+                            for arm in args.arms} for value in (lambda r: 1 / r["pairs_per_s"], lambda r: r["peak_bytes"] / 1e9))
+        panels = [("", grown, "seconds a pair", seconds), ("", grown, "peak memory, GB", memory)]
         draw(args.plot, [panels], xscale="log", yscale="log")
 
 
