@@ -45,10 +45,10 @@ import transformers
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from data_prep import (BENCHMARKS, Encoder, Example, Formatter, Pair, UserError, bar, check_characters, collate,
-                       collate_teacher, exit_codes, first_line, is_teacher, load_reward_model, load_student, load_teacher,
-                       load_tokenizer, longer_margins, own_cells, plan_epoch, prompt_key, read_candidates, read_files,
-                       set_up_device, shrunk_student, write_json, write_pairs, written)
+from data_prep import (BENCHMARKS, Encoder, Example, Formatter, Pair, UserError, bar, collate, collate_teacher, edited,
+                       exit_codes, first_line, is_teacher, load_reward_model, load_student, load_teacher, load_tokenizer,
+                       longer_margins, own_cells, plan_epoch, prompt_key, read_candidates, read_edits, read_files,
+                       set_up_device, shrunk_student, speed_examples, write_json, write_pairs, written)
 from idistill import (AttentionTap, Config, InteractionTeacher, RewardModel, alignment_loss, attention_layers,
                       attention_map, block_masks, bt_loss, distillation_losses, make_optimizer, outcomes, pool_words,
                       row_divergence, teacher_verdicts, tree_mask)
@@ -832,70 +832,6 @@ for (const page of PAGES) {
 
 # ----------------------------------------------------------------------------------------------- verb: attack
 
-BUILT_IN = {  # edits made of the response's own sentences
-    "recap": lambda y: f"{y}\n\nIn short:\n- {sentences(y)[0]}",
-    "repeat": lambda y: f"{y} {sentences(y)[-1]}",
-    "upper": str.upper,
-    "markdown": lambda y: "## Answer\n\n" + "\n".join(f"- **{s}**" for s in sentences(y))}
-APPLY = {"append": lambda y, text: y + text, "prepend": lambda y, text: text + y,
-         "built_in": lambda y, name: BUILT_IN[name](y), "replace_end": lambda y, text: without_end(y) + text}
-PADDING = " There is more to be said about this, and it is worth taking the time to think it through."
-ELSEWHERE = " The old town is loveliest in spring, when the cafes move their tables out to the square."
-EDITS = {
-    "closing phrase": {"append": " I hope this helps!"},
-    "apology": {"append": " I am sorry if this is not quite what you were looking for."},
-    "recap of the first sentence": {"built_in": "recap"}, "last sentence again": {"built_in": "repeat"},
-    "praise": {"prepend": "What a great question! "}, "padding": {"append": PADDING * 3},
-    "markdown": {"built_in": "markdown"}, "upper case": {"built_in": "upper"},
-    "off-topic ending": {"replace_end": ELSEWHERE}}
-
-
-def sentences(text: str) -> list[str]:
-    """Split after an end mark (the CJK ones need no space behind them) and at line breaks."""
-    return [s for s in re.split(r"(?<=[.!?])\s+|(?<=[。！？])|\n+", text.strip()) if s.strip()]
-
-
-def without_end(text: str) -> str:
-    """Without its last sentence; a single sentence loses its second half."""
-    if len(sentences(text)) > 1:
-        return text[:text.rindex(sentences(text)[-1])].rstrip()
-    half = text[:(len(text) + 1) // 2]
-    return half.rpartition(" ")[0] or half
-
-
-def edited(text: str, edit: dict[str, str]) -> str:
-    """The text after every KIND: text of an edit, in order."""
-    text = text.strip()
-    for kind, value in edit.items():
-        text = APPLY[kind](text, value)
-    return text
-
-
-def read_edits(path: str | None) -> dict[str, dict]:
-    """EDITS with those of a file added, replaced or (null) taken out. Raises UserError."""
-    try:
-        more = json.loads(Path(path).read_text(encoding="utf-8")) if path else {}
-    except (OSError, ValueError) as why:
-        raise UserError(f"--edits {path}: cannot be read ({why})") from None
-    if not isinstance(more, dict):
-        raise UserError(f'--edits {path}: is not one JSON object, such as '
-                        '{"thanks": {"append": " Thanks!"}}')
-    try:
-        check_characters([json.dumps(more, ensure_ascii=False)])
-    except ValueError as why:
-        raise UserError(f"--edits {path}: {why}") from None
-    for name, e in more.items():
-        fits = isinstance(e, dict) and e and all(k in APPLY and isinstance(v, str) for k, v in e.items())
-        if not (fits and e.get("built_in", "upper") in BUILT_IN or e is None and name in EDITS):
-            raise UserError(f'--edits {path}: "{name}" is not {{KIND: text}} with a KIND of '
-                            f'{", ".join(APPLY)} (one of {", ".join(BUILT_IN)}), nor null for one of: '
-                            f'{", ".join(EDITS)}')
-    edits = {name: edit for name, edit in {**EDITS, **more}.items() if edit}
-    if not edits:
-        raise UserError(f"--edits {path}: leaves no edit")
-    return edits
-
-
 def overturned(r: np.ndarray, edits: dict, groups: np.ndarray, seed: int) -> dict:
     """All that attack says of rewards (N, 2 + edits): of chosen, rejected, rejected after each edit."""
     right, spread, of_edits = r[:, 0] > r[:, 1], float(r[:, :2].std()), {}
@@ -1153,26 +1089,6 @@ ARMS = {"a": "two passes, padded", "b": "one batch of both, random order (as TRL
         "b'": "b, bucketed by length", "c": "packed tree, bucketed: plain BT", "tap": "c and its maps",
         "pool": "c, maps, pooling, loss; no teacher", "d": "the whole method with its teacher",
         "e": "maps by eager output_attentions, all layers", "trl": "TRL's RewardTrainer, no checkpointing"}
-
-
-def speed_examples(args, encoder: Encoder, vocabulary: tuple[int, int]) -> list[Example]:
-    """The first --pairs of --data; or random tokens, (prompt, chosen, rejected) of --lengths, each length drawn
-    from --spread around it, three words to four tokens, of which the teacher reads what it has room for.
-    vocabulary: sizes in student and teacher."""
-    if not args.lengths:
-        return encoder([p for some in read_files(args).values() for p in some][:args.pairs], progress="encoding")
-    rng, out, low, high = np.random.default_rng(args.seed), [], 1 - args.spread, 1 + args.spread
-    for _ in range(args.pairs):
-        lengths = [max(1, round(n * rng.uniform(low, high))) for n in args.lengths]
-        n, seg = sum(lengths), np.repeat([0, 1, 2], lengths)
-        word, share = np.arange(n) * 3 // 4, min(1.0, (encoder.teacher_length - 4) / n)
-        word_seg = np.zeros(word[-1] + 1, dtype=int)
-        word_seg[word] = seg
-        heads = [np.flatnonzero(seg == s)[:int(share * length)] for s, length in enumerate(lengths)]
-        word_seg[np.setdiff1d(word, word[np.concatenate(heads)])] = -1
-        runs = [(rng.integers(5, vocabulary[1], len(at)), word[at]) for at in heads]
-        out.append(Example(rng.integers(5, vocabulary[0], n), seg, word, word_seg, runs, None))
-    return out
 
 
 def training_step(arm: str, model: RewardModel, teacher: InteractionTeacher, examples: list[Example],
