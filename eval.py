@@ -27,6 +27,7 @@ import resource
 import sys
 import tempfile
 import time
+from bisect import bisect
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import nullcontext
@@ -475,18 +476,17 @@ def own_terms(source: str, pairs: list[Pair], margins: np.ndarray, groups: np.nd
     W = {name: w for name in names if (w := weight * [name in some for some in cells]).any()}  # (N,) each
     if not W:
         return {}
-    sums = resampled_means(np.stack([w * r for r in (right, 1) for w in W.values()], 1), groups, seed)
+    sums = np.stack([w * r for r in (right, 1) for w in W.values()], 1)
+    sums = np.vstack([sums.mean(0), resampled_means(sums, groups, seed)])
     with np.errstate(invalid="ignore"):  # a sample of prompts may miss a small cell
-        drawn = dict(zip(W, (sums[:, :len(W)] / sums[:, len(W):]).T))  # (rounds,) each
-    value = {name: w @ right / w.sum() for name, w in W.items()}
+        drawn = dict(zip(W, (sums[:, :len(W)] / sums[:, len(W):]).T))  # (1 + rounds,) each, first that of all pairs
     count = {name: int(np.count_nonzero(w)) for name, w in W.items()}
     for name, parts in means.items():
-        if all(k in value for k in parts):
-            value[name], count[name] = np.mean([value[k] for k in parts]), sum(count[k] for k in parts)
-            drawn[name] = np.mean([drawn[k] for k in parts], axis=0)
-    drawn = {name: d[np.isfinite(d)] for name, d in drawn.items()}
-    return {name: {"value": float(v), "interval": interval(drawn[name]) if len(drawn[name]) else None,
-                   "count": count[name]} for name, v in value.items()}
+        if all(k in drawn for k in parts):
+            drawn[name], count[name] = np.mean([drawn[k] for k in parts], axis=0), sum(count[k] for k in parts)
+    known = {name: d[1:][np.isfinite(d[1:])] for name, d in drawn.items()}
+    return {name: {"value": float(d[0]), "interval": interval(known[name]) if len(known[name]) else None,
+                   "count": count[name]} for name, d in drawn.items()}
 
 
 def print_accuracy(result: dict) -> None:
@@ -658,20 +658,20 @@ def read_stages(judge: Judge, examples: list[Example], groups: np.ndarray, args)
 
     seen = judge.end_attention(rows, args.layers, args.rollout, args.batch_size)
     plain, blank = right(0, 0), right(0, K)
-    from_start = [plain, *(right(0, k) for k in range(1, K)), blank]
-    from_end = [plain, *(right(K - k, K) for k in range(1, K)), blank]
-    density = np.array([stage_density(a, e) for a, e in zip(seen, edges)]).reshape(-1, 2, K).mean(1)
+    masked = {"start": [plain, *(right(0, k) for k in range(1, K)), blank],
+              "end": [plain, *(right(K - k, K) for k in range(1, K)), blank]}
     mass = np.array([[a[i:j].sum() for i, j in zip(e, e[1:])] for a, e in zip(seen, edges)]).cumsum(1)
-    cumulative = (mass / np.maximum(mass[:, -1:], 1e-12)).reshape(-1, 2, K).mean(1)
+    by_stage = {"density": np.array([stage_density(a, e) for a, e in zip(seen, edges)]),
+                "cumulative": mass / np.maximum(mass[:, -1:], 1e-12)}
     shares = {"first token": [a[0] for a in seen],
               "stages": [a[start:end].sum() for a, (start, end) in zip(seen, spans)],
               "before the stages": [a[first:start].sum() for a, (start, _) in zip(seen, spans)]}
-    out = {"masked_from_start": curve(np.stack(from_start, 1), groups, args.seed),
-           "masked_from_end": curve(np.stack(from_end, 1), groups, args.seed),
-           "shares": {k: float(np.mean(v)) for k, v in shares.items()}}
+    out = {f"masked_from_{k}": curve(np.stack(v, 1), groups, args.seed) for k, v in masked.items()}
+    out["shares"] = {k: float(np.mean(v)) for k, v in shares.items()}
     for k, those in (("right", plain == 1), ("wrong", plain == 0)):
-        for name, values in (("density", density), ("cumulative", cumulative)):
-            out[f"{name}_{k}"] = {"pairs": int(those.sum()), **curve(values[those], groups[those], args.seed)}
+        for name, values in by_stage.items():
+            values = values.reshape(-1, 2, K).mean(1)[those]
+            out[f"{name}_{k}"] = {"pairs": len(values), **curve(values, groups[those], args.seed)}
     return out
 
 
@@ -966,36 +966,28 @@ def bestofn(args) -> None:
 # -------------------------------------------------------------------------------------------- verb: stability
 
 def spearman(a: np.ndarray, b: np.ndarray) -> float | None:
-    """Rank correlation of (N,) and (N,), equal values with their average rank; None where one is constant."""
-    ranks = []
-    for x in (a, b):
+    """Rank correlation of (N,) and (N,) where both are known (not NaN), equal values with their average rank; None
+    where nothing is, or one is constant."""
+    both, ranks = ~np.isnan(a + b), []
+    if not both.any():
+        return None
+    for x in (a[both], b[both]):
         _, level, counts = np.unique(x, return_inverse=True, return_counts=True)
         ranks.append((np.cumsum(counts) - (counts - 1) / 2)[level])
     return None if min(r.std() for r in ranks) == 0 else float(np.corrcoef(*ranks)[0, 1])
 
 
-def rank_correlations(runs: list[np.ndarray], view) -> list[list[float | None]]:
-    """(runs, runs): of view(rewards) of every two runs, rewards (N, 2), over the pairs that both score."""
-    def of(a: np.ndarray, b: np.ndarray) -> float | None:
-        both = ~np.isnan(a + b).any(1)
-        return spearman(view(a[both]), view(b[both])) if both.any() else None
-
-    return [[of(a, b) for b in runs] for a in runs]
-
-
 def fitted_temperature(margins: np.ndarray) -> float | None:
-    """T > 0 with the least mean of -log sigma(margin / T), margins (N,), by bisection: the loss is convex
-    in 1 / T. None where no finite T is best: nothing is ranked wrong, or margins tell no more than chance."""
-    def slope(beta: float) -> float:
-        return float(-(margins * np.exp(-np.logaddexp(0, beta * margins))).mean())
+    """T > 0 with the least mean of -log sigma(margin / T), margins (N,): the loss is convex in 1 / T, so its slope has
+    one root. None where no finite T is best: nothing is ranked wrong, or margins tell no more than chance."""
+    def log_beta(k: int) -> float:
+        return 40 * k / 2**50 - 20
 
-    low, high = -20.0, 20.0  # of log(1 / T)
-    if slope(np.exp(low)) >= 0 or slope(np.exp(high)) <= 0:
-        return None
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if slope(np.exp(middle)) < 0 else (low, middle)
-    return float(np.exp(-low))
+    def slope(k: int) -> float:
+        return -(margins * np.exp(-np.logaddexp(0, np.exp(log_beta(k)) * margins))).mean()
+
+    k = bisect(range(2**50), 0, key=slope)
+    return float(np.exp(-log_beta(k))) if 0 < k < 2**50 else None
 
 
 def calibration(margins: np.ndarray, bins: int = 15) -> dict:
@@ -1045,8 +1037,8 @@ def stability(args) -> None:
         values = [m["accuracy"] for m in here["models"].values() if m["pairs"]]
         here["accuracy"] = {"mean": float(np.mean(values)) if values else None,
                             "std": float(np.std(values, ddof=1)) if len(values) > 1 else None}
-        here["rank_correlation_of_rewards"] = rank_correlations(kept[file], np.ravel)
-        here["rank_correlation_of_margins"] = rank_correlations(kept[file], lambda r: r @ [1, -1])
+        for what, runs in (("rewards", [r.ravel() for r in kept[file]]), ("margins", [r @ [1, -1] for r in kept[file]])):
+            here[f"rank_correlation_of_{what}"] = [[spearman(a, b) for b in runs] for a in runs]
     for file, r in result.items():
         rows, curves = [], {}
         for k, (name, m) in enumerate(r["models"].items()):
