@@ -373,31 +373,26 @@ def short(name: str) -> str:
     return "/".join(Path(name).parts[-3:])
 
 
-def low_high(intervals: list) -> np.ndarray:
-    """[low, high] or None for each point -> (2, n), NaN for None: what is not known is not drawn."""
-    return np.array([[np.nan] * 2 if i is None else i for i in intervals]).T
-
-
 def draw(path: str, grid: list[list[tuple]], **settings) -> None:
-    """Rows of panels, told apart without colour, each (title, x label, y label, {label: (x (n,), y (n,),
-    intervals (2, n) or None)}, heights to mark ...): lines with bands, or, where x are names, bars."""
+    """Rows of panels, told apart without colour, each (title, x label, y label, {label: (x, y, intervals)}, heights to
+    mark ...), n points each, None where not known: lines with bands, or, where x are names, bars with error bars."""
     size = (5 * len(grid[0]), 3.6 * len(grid))
     figure, all_axes = pyplot().subplots(len(grid), len(grid[0]), figsize=size, squeeze=False)
     for axes, (title, xlabel, ylabel, series, *heights) in zip(all_axes.flat, sum(grid, [])):
         for k, (label, (x, y, ends)) in enumerate(series.items()):
-            y, ends = np.array(y, dtype=float), None if ends is None else np.array(ends, dtype=float)
+            y = np.array(y, dtype=float)
+            low, high = np.array([[np.nan] * 2 if e is None else e for e in ends or [None] * len(y)]).T
             grey, label = 0.7 * k / max(1, len(series) - 1), short(label)
             if isinstance(x[0], str):
                 at = np.arange(len(x)) + 0.8 * ((k + 0.5) / len(series) - 0.5)
-                axes.bar(at, y, 0.8 / len(series), yerr=None if ends is None else np.abs(ends - y), capsize=2,
+                axes.bar(at, y, 0.8 / len(series), yerr=np.abs((low - y, high - y)), capsize=2,
                          label=label, color=str(0.95 - grey), hatch=["", "//", "..", "xx"][k % 4], edgecolor="black")
                 axes.margins(y=0.35)  # room for the legend
                 axes.set_xticks(range(len(x)), x, rotation=35 if max(map(len, x)) > 3 else 0, ha="right")
             else:
                 axes.plot(x, y, label=label, color=str(grey), linestyle=["-", "--", ":", "-."][k % 4],
                           marker="osD^vx"[k % 6], markersize=4)
-                if ends is not None:
-                    axes.fill_between(x, *ends, color=str(grey), alpha=0.15, linewidth=0)
+                axes.fill_between(x, low, high, color=str(grey), alpha=0.15, linewidth=0)
         for height in heights:
             axes.axhline(height, color="black", linewidth=0.7)
         axes.set(title=title, xlabel=xlabel, ylabel=ylabel, **settings)
@@ -524,9 +519,8 @@ def plot_accuracy(result: dict, path: str) -> None:
     series = {}
     for name in [*next(iter(result.values()))["models"], "longer response"]:
         rows = [{**r["baselines"], **r["models"]}[name] for r in result.values()]
-        shares = np.array([r.get("accuracy") for r in rows], dtype=float)
-        series[name] = list(result), 100 * shares, 100 * low_high([r.get("interval") for r in rows])
-    draw(path, [[("", "", "accuracy %, 95 % interval", series, 50)]])
+        series[name] = list(result), [r.get("accuracy") for r in rows], [r.get("interval") for r in rows]
+    draw(path, [[("", "", "accuracy, 95 % interval", series, 0.5)]])
 
 
 # -------------------------------------------------------------------------------------------- verb: attention
@@ -700,12 +694,13 @@ def plot_attention(result: dict, path: str) -> None:
         for name, r in models.items():
             for side in ("start", "end"):
                 c = r[f"masked_from_{side}"]
-                share, means = np.linspace(0, 100, len(c["mean"])), 100 * np.array(c["mean"])
-                curves[f"{name}, from the {side}"] = share, means, 100 * low_high(c["interval"])
-            bars = {f"ranked {side} ({c['pairs']})": ([str(k) for k in range(1, len(share))], c["mean"], low_high(c["interval"]))
-                    for side, c in (("right", r["density_right"]), ("wrong", r["density_wrong"]))}
+                curves[f"{name}, from the {side}"] = np.linspace(0, 1, len(c["mean"])), c["mean"], c["interval"]
+            bars, stages = {}, [str(k) for k in range(1, len(c["mean"]))]
+            for side in ("right", "wrong"):
+                c = r[f"density_{side}"]
+                bars[f"ranked {side} ({c['pairs']})"] = stages, c["mean"], c["interval"]
             panels.append((short(name), "stage", "attention density (1 = even)", bars, 1))
-        grid.append([(file, "share of the stages masked, %", "pair accuracy %, 95 % band", curves, 50), *panels])
+        grid.append([(file, "share of the stages masked", "pair accuracy, 95 % band", curves, 0.5), *panels])
     draw(path, grid)
 
 
@@ -871,7 +866,7 @@ def attack(args) -> None:
             rows.append([label, "", "", percent(m.get("accuracy"))])
             if m["pairs"]:
                 rates, ends = ([e[v] for e in m["edits"].values()] for v in ("flip_rate", "flip_interval"))
-                points[name] = list(edits), 100 * np.array(rates, dtype=float), 100 * low_high(ends)
+                points[name] = list(edits), rates, ends
         for edit in edits:
             rows.append([edit])
             for name, e in ((name, m["edits"][edit]) for name, m in models.items() if m["pairs"]):
@@ -880,7 +875,7 @@ def attack(args) -> None:
                              shown(e["shift"], e["shift_interval"], "+.2f")])
         print(f"\n{file}: {len(files[file])} pairs, only the rejected response is edited")
         print_rows(["", "flips % [95 %]", "of all %", "accuracy %", "shift [95 %]"], rows)
-        panels.append((file, "", "flips %, 95 % interval", points))
+        panels.append((file, "", "share of flips, 95 % interval", points))
     print("\n(flips: of the pairs ranked right before, ties after the edit count half; shift: of the reward, "
           "in standard\n deviations of the model's rewards of the unedited responses; the same pairs and "
           "prompts for every edit)")
@@ -951,7 +946,7 @@ def bestofn(args) -> None:
             gain = [shown(m[k], form="+.2f") for k in ("proxy_gain", "gold_gain", "gain_difference")]
             print(f"{name[-44:]}: gap {shown(m['gap'], m['gap_interval'])} below the best gold, at n = "
                   f"{m['best_n']}; proxy gain {gain[0]}, gold gain {gain[1]}, difference {gain[2]}")
-            curves[name] = (m["kl"], m["gold"], m["gold_interval"])
+            curves[name] = (m["kl"], m["gold"], list(zip(*m["gold_interval"])))
         m = next(iter(models.values()))
         if m["prompts"]:
             curves["oracle"] = (m["kl"], m["oracle"], None)
@@ -1062,7 +1057,7 @@ def stability(args) -> None:
         said = "no metrics.jsonl beside it, so no drift"
         if d:
             low, high = np.subtract(d["mean"], d["std"]), np.add(d["mean"], d["std"])
-            curves[name] = (d["steps"], d["mean"], [low, high])
+            curves[name] = (d["steps"], d["mean"], list(zip(low, high)))
             steps = [f"{step}: {mean:.2f} ± {std:.2f}" for step, mean, std in zip(*d.values())]
             said = "validation reward by step: " + ", ".join(steps)
         print(f"{name[-44:]}: {said}")
