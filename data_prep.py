@@ -1209,6 +1209,24 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def check_outputs(outputs: dict[str, str], inputs: dict[str, list[str]]) -> None:
+    """Before the long work, of flags and the files that they name: what is to be written can be, no two are the same, and
+    none is an input. Raises UserError."""
+    taken = {Path(file).resolve(): f"read as --{flag}" for flag, files in inputs.items() for file in files}
+    for flag, path in outputs.items():
+        try:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            if Path(path).is_dir():
+                raise OSError(0, "is a directory")
+            Path(f"{path}.tmp").touch()
+            Path(f"{path}.tmp").unlink()
+        except OSError as why:
+            raise UserError(f"--{flag} {path}: cannot be written ({why.strerror})") from None
+        if how := taken.get(Path(path).resolve()):
+            raise UserError(f"--{flag} {path}: is {how}; choose another file")
+        taken[Path(path).resolve()] = f"written by --{flag} too"
+
+
 def write_json(path: str | Path, obj) -> None:
     with written(path) as f:
         json.dump(obj, f, indent=1)
@@ -1482,6 +1500,23 @@ class Run:
                         keep.append(line + "\n")
             with written(path) as f:
                 f.writelines(keep)
+
+
+def drift(model: str) -> dict | None:
+    """For `eval.py stability`: validation rewards by step, from the metrics.jsonl beside a RUN/student; None for other models."""
+    folder = Path(model).resolve()
+    path = folder.parent / "metrics.jsonl"
+    if not folder.is_dir() or not path.exists():
+        return None
+    lines, names = [], {"steps": "step", "mean": "val_reward_mean", "std": "val_reward_std"}
+    for raw in path.read_text(errors="replace").splitlines():
+        try:
+            m = json.loads(raw)
+        except ValueError:  # a line cut by a crash
+            continue
+        if isinstance(m, dict) and m.get("phase") == folder.name and all(m.get(k) is not None for k in names.values()):
+            lines.append(m)
+    return {k: [m[name] for m in lines] for k, name in names.items()} if lines else None
 
 
 # ------------------------------------------------------------------------- edits of a response, for eval.py attack

@@ -46,10 +46,11 @@ import transformers
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from data_prep import (BENCHMARKS, Encoder, Example, Formatter, Pair, UserError, bar, collate, collate_teacher, edited,
-                       exit_codes, first_line, is_teacher, load_reward_model, load_student, load_teacher, load_tokenizer,
-                       longer_margins, own_cells, plan_epoch, prompt_key, read_candidates, read_edits, read_files,
-                       set_up_device, shrunk_student, speed_examples, write_json, write_pairs, written)
+from data_prep import (BENCHMARKS, Encoder, Example, Formatter, Pair, UserError, bar, check_outputs, collate,
+                       collate_teacher, drift, edited, exit_codes, first_line, is_teacher, load_reward_model,
+                       load_student, load_teacher, load_tokenizer, longer_margins, own_cells, plan_epoch, prompt_key,
+                       read_candidates, read_edits, read_files, set_up_device, shrunk_student, speed_examples,
+                       write_json, write_pairs, written)
 from idistill import (AttentionTap, Config, InteractionTeacher, RewardModel, alignment_loss, attention_layers,
                       attention_map, block_masks, bt_loss, distillation_losses, make_optimizer, outcomes, pool_words,
                       row_divergence, teacher_verdicts, tree_mask)
@@ -303,29 +304,6 @@ def summary(pairs: list[Pair], rewards: np.ndarray, first: np.ndarray | None, se
 # ----------------------------------------------------------------------------------------------------- output
 
 WRITTEN = ("json", "plot", "dump", "html", "strength")  # flags that name a file to be written
-
-
-def check_outputs(args) -> None:
-    """Before the long work: what is to be written can be, and is no input; --plot has its matplotlib. Raises UserError."""
-    taken = {Path(file).resolve(): "read as --data" for file in args.data}
-    if getattr(args, "edits", None):
-        taken[Path(args.edits).resolve()] = "read as --edits"
-    for flag, path in ((flag, getattr(args, flag)) for flag in WRITTEN if getattr(args, flag, None)):
-        try:
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-            if Path(path).is_dir():
-                raise OSError(0, "is a directory")
-            Path(f"{path}.tmp").touch()
-            Path(f"{path}.tmp").unlink()
-        except OSError as why:
-            raise UserError(f"--{flag} {path}: cannot be written ({why.strerror})") from None
-        if how := taken.get(Path(path).resolve()):
-            raise UserError(f"--{flag} {path}: is {how}; choose another file")
-        taken[Path(path).resolve()] = f"written by --{flag} too"
-    if args.plot:
-        pyplot()
-        if Path(args.plot).suffix.lower() not in (".png", ".pdf", ".svg"):
-            raise UserError(f"--plot {args.plot}: its name must end in .png, .pdf or .svg")
 
 
 def save_json(args, result: dict) -> None:
@@ -1002,23 +980,6 @@ def calibration(margins: np.ndarray, bins: int = 15) -> dict:
             "bins": filled}
 
 
-def drift(model: str) -> dict | None:
-    """Validation rewards by step, from the metrics.jsonl beside a RUN/student; None for other models."""
-    folder = Path(model).resolve()
-    path = folder.parent / "metrics.jsonl"
-    if not folder.is_dir() or not path.exists():
-        return None
-    lines, names = [], {"steps": "step", "mean": "val_reward_mean", "std": "val_reward_std"}
-    for raw in path.read_text(errors="replace").splitlines():
-        try:
-            m = json.loads(raw)
-        except ValueError:  # a line cut by a crash
-            continue
-        if isinstance(m, dict) and m.get("phase") == folder.name and all(m.get(k) is not None for k in names.values()):
-            lines.append(m)
-    return {k: [m[name] for m in lines] for k, name in names.items()} if lines else None
-
-
 def stability(args) -> None:
     """Several runs of one recipe (their RUN/student): do they agree, and is sigma(margin) a probability?"""
     files, drifts, panels = read_files(args), {m: drift(m) for m in args.models}, []
@@ -1369,8 +1330,14 @@ def main(argv: list[str] | None = None) -> None:
     """Checks what can be checked at once, then runs the verb; exits with 2 and one line for a UserError."""
     args = parse_args(argv)
     quiet()
+    edits = getattr(args, "edits", None)
     with exit_codes():
-        check_outputs(args)
+        check_outputs({flag: path for flag in WRITTEN if (path := getattr(args, flag, None))},
+                      {"data": args.data, "edits": [edits] if edits else []})
+        if args.plot:
+            pyplot()
+            if Path(args.plot).suffix.lower() not in (".png", ".pdf", ".svg"):
+                raise UserError(f"--plot {args.plot}: its name must end in .png, .pdf or .svg")
         for name in args.models if args.verb != "speed" else ():  # all of them, before any long work
             if is_teacher(name) and args.verb not in ("accuracy", "stability"):
                 given = "; give it as --teacher" if args.verb in ("attention", "show") else ""
