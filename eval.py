@@ -85,7 +85,7 @@ class Judge:
         loose = 0.05 if plain.dtype == torch.bfloat16 else 1e-3
         return len(eager), all((a - b).abs().max() <= loose for a, b in zip(eager, taps))
 
-    def layer_maps(self, inputs: dict[str, torch.Tensor], layers: list[int] | None) -> tuple[list[torch.Tensor], torch.Tensor]:
+    def layer_maps(self, inputs: dict[str, torch.Tensor], layers: list[int] | None):
         """Maps (B, n, n) of some layers by the tap, or (None) of all by eager attention, mean over heads; the last
         hidden state."""
         n, before = inputs["input_ids"].shape[1], self.model.config._attn_implementation
@@ -110,11 +110,12 @@ class Judge:
         if isinstance(self.model, InteractionTeacher):  # always of pairs
             examples = self.encoder(items, progress="encoding")
             if len(examples) < len(items):
-                raise UserError(f"{self.name}: its chat template refuses the roles of {len(items) - len(examples)} pairs")
+                refused = len(items) - len(examples)
+                raise UserError(f"{self.name}: its chat template refuses the roles of {refused} pairs")
             verdict = teacher_verdicts(self.model, examples, batch_size, self.device, self.amp, self.name)
             self.check(verdict)
             return np.stack([verdict / 2, -verdict / 2], 1), [responses(p) for p in items]
-        texts, rows, k = [], {}, len(responses(items[0]))  # rows: equal strings are scored once, RM-Bench has each three times
+        texts, rows, k = [], {}, len(responses(items[0]))  # rows: equal strings are scored once (RM-Bench has many)
         for fitted in chain.from_iterable(self.encoder.fit(items, responses, "encoding")):
             if fitted is None:
                 texts.append(None)
@@ -162,8 +163,8 @@ class Judge:
 
     def check(self, rewards: np.ndarray) -> None:
         if not np.isfinite(rewards).all():
-            raise UserError(f"{self.name}: {(~np.isfinite(rewards)).sum()} of {rewards.size} rewards are no numbers; its "
-                            "weights are damaged, or need --dtype fp32")
+            raise UserError(f"{self.name}: {(~np.isfinite(rewards)).sum()} of {rewards.size} rewards are no numbers; "
+                            "its weights are damaged, or need --dtype fp32")
 
     @torch.no_grad()
     def end_attention(self, rows: list[list[int]], layers: str, rollout: bool, batch_size: int):
@@ -993,7 +994,8 @@ def stability(args) -> None:
         values = [m["accuracy"] for m in here["models"].values() if m["pairs"]]
         here["accuracy"] = {"mean": float(np.mean(values)) if values else None,
                             "std": float(np.std(values, ddof=1)) if len(values) > 1 else None}
-        for what, runs in (("rewards", [r.ravel() for r in kept[file]]), ("margins", [r @ [1, -1] for r in kept[file]])):
+        for what, view in (("rewards", np.ravel), ("margins", lambda r: r @ [1, -1])):
+            runs = [view(r) for r in kept[file]]
             here[f"rank_correlation_of_{what}"] = [[spearman(a, b) for b in runs] for a in runs]
     for file, r in result.items():
         rows, curves = [], {}
@@ -1055,15 +1057,16 @@ def training_step(arm: str, model: RewardModel, teacher: InteractionTeacher, exa
     batch, swap = collate(examples, pad, device), np.zeros(B)
     if arm == "e":
         other = collate_teacher(examples, swap, teacher.tokenizer, device)
-        hidden_keys = ~tree_mask(batch["seg"])  # eager attention adds its mask: True would count as + 1
-        mask = torch.zeros_like(hidden_keys, dtype=torch.float32).masked_fill_(hidden_keys, torch.finfo(torch.float32).min)
-        out = stock.base_model(batch["ids"], attention_mask=mask, use_cache=False, position_ids=batch["pos"], output_attentions=True)
+        seen = tree_mask(batch["seg"])  # eager attention adds its mask: True would count as + 1
+        mask = torch.zeros_like(seen, dtype=torch.float32).masked_fill_(~seen, torch.finfo(torch.float32).min)
+        out = stock.base_model(batch["ids"], attention_mask=mask, position_ids=batch["pos"], use_cache=False,
+                               output_attentions=True)
         h = out.last_hidden_state
         r = stock.score(h.gather(1, batch["last"][:, :, None].expand(-1, -1, h.shape[-1])))[..., 0].float()
         with torch.no_grad():
             read = teacher.stock(other["ids"], attention_mask=other["mask"], output_attentions=True)
-        S, T = (pool_words(seen.attentions[-1].float().mean(1, keepdim=True), b["word"],
-                           batch["word_seg"].shape[1]) for seen, b in ((out, batch), (read, other)))
+        S, T = (pool_words(maps.attentions[-1].float().mean(1, keepdim=True), b["word"],
+                           batch["word_seg"].shape[1]) for maps, b in ((out, batch), (read, other)))
         loss = bt_loss(r[:, 0], r[:, 1]) + alignment_loss(T, S, block_masks(batch["word_seg"], "causal")[0])
     elif arm == "tap":
         r = model(batch)
@@ -1076,8 +1079,8 @@ def training_step(arm: str, model: RewardModel, teacher: InteractionTeacher, exa
 
 def time_arms(args) -> dict[str, dict]:
     """Every arm, round after round: median pairs a second, ratios to the first arm in the same round, tokens
-    a pair, share of padding; of a single arm the peak memory in bytes. With --steps a round takes as many of an arm's steps, spread
-    evenly from the shortest to the longest, and the next round others."""
+    a pair, share of padding; of a single arm the peak memory in bytes. With --steps a round takes as many of an
+    arm's steps, spread evenly from the shortest to the longest, and the next round others."""
     (device, amp), name, seed, k = set_up_device(args), args.models[0], args.seed, args.batch_size
     stock, tokenizer = shrunk_student(name, *args.shrink) if args.shrink else load_student(name, seed)
     reader, reader_tokenizer, room = load_teacher(args.teacher, seed)
@@ -1087,7 +1090,7 @@ def time_arms(args) -> dict[str, dict]:
     depths = [m.config.get_text_config().num_hidden_layers for m in (stock, reader)]
     order = np.random.default_rng(seed).permutation(len(examples))
     lengths = np.array([len(e.ids) for e in examples])
-    rows = np.array([max(((e.seg == 0) | (e.seg == s)).sum() for s in (1, 2)) for e in examples])  # the longer of its two rows
+    rows = np.array([max(((e.seg == 0) | (e.seg == s)).sum() for s in (1, 2)) for e in examples])  # its longer row
     shuffled, plans = [order[i:i + k] for i in range(0, len(order), k)], {}
     for arm in args.arms:  # bucketed as in training, by what the arm pads: two rows a pair, or one
         by = rows if arm in ("a", "b", "b'") else lengths
@@ -1199,9 +1202,10 @@ def speed(args) -> None:
     a, b, b': as most code does it; c: the packed tree mask; d: the whole method, teacher included; e: the
     naive way to get attention maps. tap and pool are c with a part of d: their differences say what each part
     costs. Data: --data, or random tokens (--lengths PROMPT CHOSEN REJECTED). --memory runs each arm again in
-    a process of its own, --grow N... runs it at each total length instead (half of it prompt), or, where --lengths
-    are given, at each batch size. The arm trl is TRL's own RewardTrainer, where TRL is installed (--peer trl adds it). Here
-    --batch-size counts pairs, --max-length is 1,024 unless given, and --dtype bf16 is autocast, as in training."""
+    a process of its own, --grow N... runs it at each total length instead (half of it prompt), or, where
+    --lengths are given, at each batch size. The arm trl is TRL's own RewardTrainer, where TRL is installed
+    (--peer trl adds it). Here --batch-size counts pairs, --max-length is 1,024 unless given, and --dtype bf16
+    is autocast, as in training."""
     if not args.teacher or not (args.data or args.lengths or args.grow):
         raise UserError("speed needs --teacher, and --data, --lengths or --grow")
     if args.plot and not args.grow:
@@ -1227,9 +1231,12 @@ def speed(args) -> None:
     device = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
     save_json(args, {"arms": rows, "device": torch.cuda.get_device_name() if torch.cuda.is_available() else device})
     if args.plot:
-        seconds, memory = ({f"{arm}: {ARMS[arm]}": (args.grow, [value(rows[f"{arm} {n}"]) for n in args.grow], None)
-                            for arm in args.arms} for value in (lambda r: 1 / r["pairs_per_s"], lambda r: r["peak_bytes"] / 1e9))
-        panels = [("", grown, "seconds a pair", seconds), ("", grown, "peak memory, GB", memory)]
+        panels = []
+        for label, value in (("seconds a pair", lambda r: 1 / r["pairs_per_s"]),
+                             ("peak memory, GB", lambda r: r["peak_bytes"] / 1e9)):
+            curves = {f"{arm}: {ARMS[arm]}": (args.grow, [value(rows[f"{arm} {n}"]) for n in args.grow], None)
+                      for arm in args.arms}
+            panels.append(("", grown, label, curves))
         draw(args.plot, [panels], xscale="log", yscale="log")
 
 
