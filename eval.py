@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import re
 import resource
@@ -162,6 +163,7 @@ class Judge:
         return rewards
 
     def check(self, rewards: np.ndarray) -> None:
+        """Raises UserError where rewards (any shape) hold NaN or infinity."""
         if not np.isfinite(rewards).all():
             raise UserError(f"{self.name}: {(~np.isfinite(rewards)).sum()} of {rewards.size} rewards are no numbers; "
                             "its weights are damaged, or need --dtype fp32")
@@ -1186,7 +1188,7 @@ def trl_trainer(stock, tokenizer, pairs: list[Pair], args, bf16: bool):
 def own_process(args, arm: str, **changes) -> dict:
     """One arm alone, a round, in a process of its own: what it really needs of memory. Raises UserError."""
     alone = argparse.Namespace(**{**vars(args), "arms": [arm], "rounds": 1, "run": None, **changes})
-    with ProcessPoolExecutor(1, get_context("spawn"), initializer=quiet) as process:
+    with ProcessPoolExecutor(1, get_context("spawn"), quiet, (True,)) as process:
         try:
             return process.submit(time_arms, alone).result()[arm]
         except BrokenProcessPool:
@@ -1326,11 +1328,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def quiet() -> None:
-    """No chatter of transformers; tqdm without its lock between processes, which would outlive a killed one."""
+def quiet(child: bool = False) -> None:
+    """No chatter of transformers; tqdm without its lock between processes, which would outlive a killed one. A child
+    prints nothing."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     tqdm.set_lock(RLock())
+    if child:
+        sys.stdout = open(os.devnull, "w")
 
 
 def main(argv: list[str] | None = None) -> None:
