@@ -338,15 +338,17 @@ def print_rows(header: list[str], rows: list[list[str]]) -> None:
         print("  ".join(c.rjust(w) if k else c.ljust(w) for k, (c, w) in enumerate(zip(row, widths))))
 
 
-def pyplot():
-    """matplotlib.pyplot, drawing to files alone. Raises UserError where it is not installed."""
+def canvas(high: int = 1, wide: int = 1, size: tuple[float, float] = (5, 3.6)):
+    """(a figure, its axes (high, wide)), panels of that size in inches, drawn to files alone. Raises UserError where
+    matplotlib is not installed."""
     try:
         import matplotlib
     except ImportError:
         raise UserError("--plot needs matplotlib: pip install matplotlib (all else works without)") from None
     matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    return plt
+    from matplotlib import pyplot
+    figsize = (wide * size[0], high * size[1])
+    return pyplot.subplots(high, wide, figsize=figsize, squeeze=False, layout="tight")
 
 
 def short(name: str) -> str:
@@ -357,8 +359,7 @@ def short(name: str) -> str:
 def draw(path: str, grid: list[list[tuple]], **settings) -> None:
     """Rows of panels, told apart without colour, each (title, x label, y label, {label: (x, y, intervals)}, heights to
     mark ...), n points each, None where not known: lines with bands, or, where x are names, bars with error bars."""
-    size = (5 * len(grid[0]), 3.6 * len(grid))
-    figure, all_axes = pyplot().subplots(len(grid), len(grid[0]), figsize=size, squeeze=False)
+    figure, all_axes = canvas(len(grid), len(grid[0]))
     for axes, (title, xlabel, ylabel, series, *heights) in zip(all_axes.flat, sum(grid, [])):
         for k, (label, (x, y, ends)) in enumerate(series.items()):
             y = np.array(y, dtype=float)
@@ -384,7 +385,6 @@ def draw(path: str, grid: list[list[tuple]], **settings) -> None:
             axes.yaxis.set_major_formatter("{x:g}")
             if np.divide(*axes.get_ylim()) > 1 / 30:
                 axes.yaxis.set_minor_formatter("{x:g}")
-    figure.tight_layout()
     save_plot(figure, path)
 
 
@@ -749,8 +749,7 @@ def print_page(page: dict) -> None:
 
 def plot_show(pages: list[dict], path: str) -> None:
     """A row a model, its maps side by side; lines between the segments."""
-    wide, high = len(pages[0]["maps"]), len(pages)
-    figure, grid = pyplot().subplots(high, wide, squeeze=False, figsize=(4 * wide, 4 * high))
+    figure, grid = canvas(len(pages), len(pages[0]["maps"]), (4, 4))
     for axes, page in zip(grid, pages):
         for panel, (name, values) in zip(axes, page["maps"].items()):
             values = np.sqrt(np.array(values))  # the root shows small shares too
@@ -763,7 +762,6 @@ def plot_show(pages: list[dict], path: str) -> None:
                 panel.set_xticks(range(len(values)), page["words"], rotation=90, fontsize=5)
                 panel.set_yticks(range(len(values)), page["words"], fontsize=5)
             panel.set(xlabel="attended word", ylabel="attending word")
-    figure.tight_layout()
     save_plot(figure, path)
 
 
@@ -1347,7 +1345,7 @@ def main(argv: list[str] | None = None) -> None:
         check_outputs({flag: path for flag in WRITTEN if (path := getattr(args, flag, None))},
                       {"data": args.data, "edits": [edits] if edits else []})
         if args.plot:
-            pyplot()
+            canvas()
             if Path(args.plot).suffix.lower() not in (".png", ".pdf", ".svg"):
                 raise UserError(f"--plot {args.plot}: its name must end in .png, .pdf or .svg")
         for name in args.models if args.verb != "speed" else ():  # all of them, before any long work
