@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What comes before the method: pairs (reading, splitting, converting), text to tokens to batches, models loaded and
+"""What comes before the method: pairs (reading, splitting, converting, editing), text to tokens to batches, models loaded and
 probed, the run directory, the generated language of the demo. On the command line it converts pairs:
 
     python data_prep.py hh-rlhf --subsets helpful-base harmless-base --out data/hh.jsonl       # from the hub
@@ -522,8 +522,8 @@ class Encoder:
             prompt[target]["content"] = prompt[target]["content"][max(cut, 1):].lstrip()
 
     def fit(self, items: list, responses, progress: str = "", chunk: int = 1024):
-        """Yields chunks of [(item, prompt, sides, tokens, starts) or None], one entry an item: its cleaned prompt and the k texts
-        of responses(item), the (ids (n,), offsets (n, 2)) of the k sequences, where their contents start.
+        """Yields chunks of [(item, prompt, sides, tokens, starts) or None], one entry an item: its cleaned prompt and the k
+        texts of responses(item), the (ids (n,), offsets (n, 2)) of the k sequences, where their contents start.
 
         Overlong items are cut, dropped (None) or raise UserError, as asked; items whose roles the chat template refuses are
         dropped, and raise it where none is left; all counted."""
@@ -885,9 +885,9 @@ def encode_all(encoder: Encoder, pairs: list[Pair], held_pairs: dict[str, list[P
 
 
 def speed_examples(args, encoder: Encoder, vocabulary: tuple[int, int]) -> list[Example]:
-    """Of `eval.py speed`: the first --pairs of --data; or random tokens, (prompt, chosen, rejected) of --lengths, each length drawn
-    from --spread around it, three words to four tokens, of which the teacher reads what it has room for.
-    vocabulary: sizes in student and teacher."""
+    """For `eval.py speed`: the first --pairs of --data; or random tokens, (prompt, chosen, rejected) of --lengths, each length
+    drawn from --spread around it, three words to four tokens, of which the teacher reads what it has room for. vocabulary:
+    sizes in student and teacher. Raises UserError."""
     if not args.lengths:
         return encoder([p for some in read_files(args).values() for p in some][:args.pairs], progress="encoding")
     rng, out, low, high = np.random.default_rng(args.seed), [], 1 - args.spread, 1 + args.spread

@@ -48,7 +48,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from data_prep import (BENCHMARKS, Encoder, Example, Formatter, Pair, UserError, bar, check_outputs, collate,
-                       collate_teacher, drift, edited, exit_codes, first_line, is_teacher, load_reward_model,
+                       collate_teacher, drift, edited, exit_codes, is_teacher, load_reward_model,
                        load_student, load_teacher, load_tokenizer, longer_margins, own_cells, plan_epoch, prompt_key,
                        read_candidates, read_edits, read_files, set_up_device, shrunk_student, speed_examples,
                        write_json, write_pairs, written)
@@ -1186,13 +1186,23 @@ def trl_trainer(stock, tokenizer, pairs: list[Pair], args, bf16: bool):
 def own_process(args, arm: str, **changes) -> dict:
     """One arm alone, a round, in a process of its own: what it really needs of memory. Raises UserError."""
     alone = argparse.Namespace(**{**vars(args), "arms": [arm], "rounds": 1, "run": None, **changes})
-    with ProcessPoolExecutor(1, get_context("spawn"), quiet, (True,)) as process:
+    with ProcessPoolExecutor(1, get_context("spawn")) as process:
         try:
-            return process.submit(time_arms, alone).result()[arm]
+            return process.submit(time_in_silence, alone).result()[arm]
         except BrokenProcessPool:
             raise UserError(f"arm {arm} {changes}: killed, probably for memory") from None
-        except Exception as why:
-            raise UserError(f"arm {arm} {changes}: {first_line(why)}") from None
+        except UserError as why:
+            raise UserError(f"arm {arm} {changes}: {why}") from None
+
+
+def time_in_silence(args) -> dict[str, dict]:
+    """time_arms without a word. Raises UserError for any error: not every kind can be sent from process to process."""
+    quiet()
+    sys.stdout = open(os.devnull, "w")
+    try:
+        return time_arms(args)
+    except Exception as why:
+        raise UserError((str(why).strip() or type(why).__name__).splitlines()[-1].strip()) from None
 
 
 def speed(args) -> None:
@@ -1319,6 +1329,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for name, low in least.items():
         if getattr(args, name, low) < low:
             ap.error(f"--{name.replace('_', '-')} must be at least {low}")
+    if min(getattr(args, "grow", None) or [1]) < 1:
+        ap.error("--grow must be at least 1")
     if not 0 <= getattr(args, "spread", 0) < 1:
         ap.error("--spread must be from 0 to under 1")
     if len(set(args.models)) < len(args.models):
@@ -1326,14 +1338,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def quiet(child: bool = False) -> None:
-    """No chatter of transformers; tqdm without its lock between processes, which would outlive a killed one. A child
-    prints nothing."""
+def quiet() -> None:
+    """No chatter of transformers; tqdm without its lock between processes, which would outlive a killed one."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     tqdm.set_lock(RLock())
-    if child:
-        sys.stdout = open(os.devnull, "w")
 
 
 def main(argv: list[str] | None = None) -> None:
