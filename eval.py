@@ -409,8 +409,7 @@ def accuracy(args) -> None:
     for name, file, pairs, r, texts, counts in scored(args, files, {"files": result}):
         rewards[file].append(r)
         here, first = result[file], rewards[file][0] if len(rewards[file]) > 1 else None
-        counts.pop("dropped", None)
-        here["models"][name] = {**summary(pairs, r, first, args.seed), **counts}
+        here["models"][name] = {**counts, **summary(pairs, r, first, args.seed)}
         subsets = sorted({p.subset for p in pairs} - {""})
         for subset in subsets if len(subsets) > 1 else ():
             index = [k for k, p in enumerate(pairs) if p.subset == subset]
@@ -483,8 +482,7 @@ def print_accuracy(result: dict) -> None:
     for subset, models in result["subsets"].items():
         rows.append([f"{subset} ({next(iter(models.values()))['pairs']})"])
         rows += [row("  " + name[-42:], r) for name, r in models.items()]
-    print_rows(["accuracy %", "all [95 %]", "- first", "equal length", "reward", "margin", "ties", "dropped"],
-               rows)
+    print_rows(["accuracy %", "all [95 %]", "- first", "equal length", "reward", "margin", "ties", "dropped"], rows)
     for source, models in result.get("benchmarks", {}).items():
         counts, rows = {k: r["count"] for m in [*models.values()][::-1] for k, r in m.items()}, []
         for k in (k for k in counts if not re.search(r" \d-\d$", k)):
