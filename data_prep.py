@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What comes before the method: pairs (reading, splitting, converting), text to tokens to batches, models loaded and
+"""What comes before the method: pairs (reading, splitting, converting, editing), text to tokens to batches, models loaded and
 probed, the run directory, the generated language of the demo. On the command line it converts pairs:
 
     python data_prep.py hh-rlhf --subsets helpful-base harmless-base --out data/hh.jsonl       # from the hub
@@ -525,40 +525,45 @@ class Encoder:
             cut = offsets[inside[excess], 0] - begin if len(inside) > excess else len(prompt[target]["content"])
             prompt[target]["content"] = prompt[target]["content"][max(cut, 1):].lstrip()
 
-    def __call__(self, pairs: list[Pair], chunk: int = 1024, progress: str = "") -> list[Example]:
-        """Encodes in chunks of pairs; overlong pairs are cut, dropped or raise UserError, as asked; pairs whose roles the
-        chat template refuses are dropped, and raise it where none is left; all counted."""
-        examples, refused = [], None
-        for start in bar(range(0, len(pairs), chunk), progress):
-            part = pairs[start:start + chunk]
-            clean = self.formatter.clean
-            todo, built = [], []
-            for number, p in enumerate(part, start + 1):
-                prompt, sides = [{**m, "content": clean(m["content"])} for m in p.prompt], [clean(p.chosen), clean(p.rejected)]
+    def fit(self, items: list, responses, progress: str = "", chunk: int = 1024):
+        """Yields chunks of [(item, prompt, sides, tokens, starts) or None], one entry an item: its cleaned prompt and the k
+        texts of responses(item), the (ids (n,), offsets (n, 2)) of the k sequences, where their contents start.
+
+        Overlong items are cut, dropped (None) or raise UserError, as asked; items whose roles the chat template refuses are
+        dropped, and raise it where none is left; all counted."""
+        refused, left, clean = None, 0, self.formatter.clean
+        for start in bar(range(0, len(items), chunk), progress):
+            todo, built, fitted = [], [], []
+            for item in items[start:start + chunk]:
+                prompt = [{**m, "content": clean(m["content"])} for m in item.prompt]
+                sides, first = [clean(y) for y in responses(item)], len(built)
                 try:
                     built += [self.formatter(prompt, y) for y in sides]
-                    todo.append((number, p, prompt, sides))
                 except UserError as why:
                     refused = why
                     self.counts[REFUSED] += 1
+                todo.append((item, prompt, sides, slice(first, len(built))))
             tokens = self.tokenise(self.tokenizer, [text for text, _ in built])
-            kept = []
-            for k, (number, pair, prompt, sides) in enumerate(todo):
-                two, starts = tokens[2 * k:2 * k + 2], [built[2 * k][1], built[2 * k + 1][1]]
-                if max(len(t[0]) for t in two) > self.max_length:
+            for number, (item, prompt, sides, own) in enumerate(todo, start + 1):
+                parts, starts = tokens[own], [at for _, at in built[own]]
+                longest = max((len(ids) for ids, _ in parts), default=0)
+                if longest > self.max_length:
                     if self.overlong == "error":
-                        raise UserError(f"pair {pair.id or number} has {max(len(t[0]) for t in two)} tokens, over "
+                        raise UserError(f"pair {item.id or number} has {longest} tokens, over "
                                         f"--max-length {self.max_length}; raise it, or use --overlong truncate or drop")
                     cut = self.shorten(prompt, sides) if self.overlong == "truncate" else None
                     self.counts["truncated" if cut else "dropped"] += 1
-                    if cut is None:
-                        continue
-                    prompt, two, starts = cut
-                kept.append((pair, prompt, sides, two, starts))
-            examples += self.pack(kept)
-        if refused and not examples:
+                    prompt, parts, starts = cut or (prompt, [], [])
+                fitted.append((item, prompt, sides, parts, starts) if parts else None)
+                left += bool(parts)
+            yield fitted
+        if refused and not left:
             raise refused
-        return examples
+
+    def __call__(self, pairs: list[Pair], progress: str = "") -> list[Example]:
+        """The Examples of the pairs that fit, see fit. Raises UserError."""
+        return [example for some in self.fit(pairs, lambda p: [p.chosen, p.rejected], progress)
+                for example in self.pack([kept for kept in some if kept])]
 
     def pack(self, kept: list) -> list[Example]:
         """Packed layout and words of each pair; the teacher's runs where there is a teacher."""
@@ -913,6 +918,26 @@ def read_all(cfg) -> tuple[list[Pair], dict[str, list[Pair]], Counter]:
     return pairs, held, counts
 
 
+def read_files(args, read=read_pairs) -> dict[str, list]:
+    """{file: its pairs (read_candidates: candidates)} of --data, --subset and --limit. Raises UserError."""
+    files, subsets = {}, set()
+    for path in args.data:
+        pairs, counts = read([path])
+        if left_out := [f"{v} ({k})" for k, v in counts.items() if k != "pairs" and v]:
+            print(f"{path}: left out " + ", ".join(left_out))
+        subsets |= {p.subset for p in pairs}
+        pairs = [p for p in pairs if not args.subset or p.subset in args.subset]
+        if 0 < args.limit < len(pairs):
+            some = np.random.default_rng(args.seed).choice(len(pairs), args.limit, replace=False)
+            pairs = [pairs[k] for k in np.sort(some)]
+        if pairs:
+            files[unused_name(path, files)] = pairs
+    if unknown := set(args.subset) - subsets:
+        raise UserError(f"--subset {' '.join(sorted(unknown))}: not in the data; there are: "
+                        f"{', '.join(sorted(subsets - {''})) or 'none'}")
+    return files
+
+
 def encode_all(encoder: Encoder, pairs: list[Pair], held_pairs: dict[str, list[Pair]], counts: Counter):
     """(examples of the training pairs, {name: examples} of the held-out ones); the counts, completed, are printed. Raises
     UserError where nothing is left."""
@@ -928,6 +953,26 @@ def encode_all(encoder: Encoder, pairs: list[Pair], held_pairs: dict[str, list[P
     counts.update({"training pairs": len(examples), **{f"pairs of {k}": len(v) for k, v in held.items()}})
     print("data: " + ", ".join(f"{v} {k}" for k, v in counts.items() if v))
     return examples, held
+
+
+def speed_examples(args, encoder: Encoder, vocabulary: tuple[int, int]) -> list[Example]:
+    """For `eval.py speed`: the first --pairs of --data; or random tokens, (prompt, chosen, rejected) of --lengths, each length
+    drawn from --spread around it, three words to four tokens, of which the teacher reads what it has room for. vocabulary:
+    sizes in student and teacher. Raises UserError."""
+    if not args.lengths:
+        return encoder([p for some in read_files(args).values() for p in some][:args.pairs], progress="encoding")
+    rng, out, low, high = np.random.default_rng(args.seed), [], 1 - args.spread, 1 + args.spread
+    for _ in range(args.pairs):
+        lengths = [max(1, round(n * rng.uniform(low, high))) for n in args.lengths]
+        n, seg = sum(lengths), np.repeat([0, 1, 2], lengths)
+        word, share = np.arange(n) * 3 // 4, min(1.0, (encoder.teacher_length - 4) / n)
+        word_seg = np.zeros(word[-1] + 1, dtype=int)
+        word_seg[word] = seg
+        heads = [np.flatnonzero(seg == s)[:int(share * length)] for s, length in enumerate(lengths)]
+        word_seg[np.setdiff1d(word, word[np.concatenate(heads)])] = -1
+        runs = [(rng.integers(5, vocabulary[1], len(at)), word[at]) for at in heads]
+        out.append(Example(rng.integers(5, vocabulary[0], n), seg, word, word_seg, runs, None))
+    return out
 
 
 def longer_margins(pairs: list[Pair]) -> np.ndarray:
@@ -1034,6 +1079,41 @@ def load_student(name: str, seed: int = 0, max_length: int = 0, tied: bool = Fal
         model.resize_token_embeddings(len(tokenizer))
     model.config.pad_token_id = text.pad_token_id = tokenizer.pad_token_id
     return model, tokenizer
+
+
+def shrunk_student(name: str, hidden: int, layers: int):
+    """(a model of the class of another, at this size and with random weights; the other's tokenizer)."""
+    tokenizer, own = load_tokenizer(name), load(AutoConfig, name, num_labels=1)
+    choose_pad(tokenizer)
+    small = dict(hidden_size=hidden, num_hidden_layers=layers, intermediate_size=4 * hidden,
+                 num_attention_heads=4, num_key_value_heads=4, head_dim=None, layer_types=None,
+                 max_position_embeddings=2**15, pad_token_id=tokenizer.pad_token_id, dtype=torch.float32)
+    return AutoModelForSequenceClassification.from_config(type(own)(**{**own.to_dict(), **small})), tokenizer
+
+
+def is_teacher(name: str) -> bool:
+    """Whether what eval.py is to score is an interaction teacher, not a reward model, by its config alone. Raises UserError
+    for what is neither."""
+    if (Path(name) / "student" / "config.json").exists():
+        raise UserError(f"{name}: is a run, not a model; give {name}/student (or {name}/teacher)")
+    config = load(AutoConfig, name)
+    kind = (getattr(config, "architectures", None) or ["a model without architecture"])[0]
+    if not kind.endswith(("ForSequenceClassification", "ForTokenClassification")):
+        raise UserError(f"{name}: {kind} has no reward head; a reward model is a sequence classifier with "
+                        "one label (train one: python idistill.py --model ...)")
+    if (labels := config.num_labels) != 1:
+        raise UserError(f"{name}: {kind} has {labels} labels, a reward model or interaction teacher has 1")
+    return kind.endswith("ForTokenClassification")
+
+
+def load_reward_model(name: str, dtype: torch.dtype, max_length: int = 0):
+    """(stock sequence-classification model, trained here or not, as it is; tokenizer; longest input). Raises UserError."""
+    tokenizer = load_tokenizer(name)
+    tokenizer.padding_side = "right"
+    model, info = load(AutoModelForSequenceClassification, name, output_loading_info=True, dtype=dtype)
+    refuse_missing(name, model, info["missing_keys"])
+    positions = positions_of(model, name, max_length)
+    return model, tokenizer, max_length or positions
 
 
 @torch.no_grad()
@@ -1198,6 +1278,24 @@ def sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def check_outputs(outputs: dict[str, str], inputs: dict[str, list[str]]) -> None:
+    """Before the long work, of flags and the files that they name: what is to be written can be, no two are the same, and
+    none is an input. Raises UserError."""
+    taken = {Path(file).resolve(): f"read as --{flag}" for flag, files in inputs.items() for file in files}
+    for flag, path in outputs.items():
+        try:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            if Path(path).is_dir():
+                raise OSError(0, "is a directory")
+            Path(f"{path}.tmp").touch()
+            Path(f"{path}.tmp").unlink()
+        except OSError as why:
+            raise UserError(f"--{flag} {path}: cannot be written ({why.strerror})") from None
+        if how := taken.get(Path(path).resolve()):
+            raise UserError(f"--{flag} {path}: is {how}; choose another file")
+        taken[Path(path).resolve()] = f"written by --{flag} too"
 
 
 def write_json(path: str | Path, obj) -> None:
@@ -1488,6 +1586,85 @@ class Run:
                 f.writelines(keep)
 
 
+def drift(model: str) -> dict | None:
+    """For `eval.py stability`: validation rewards by step, from the metrics.jsonl beside a RUN/student; None for other models."""
+    folder = Path(model).resolve()
+    path = folder.parent / "metrics.jsonl"
+    if not folder.is_dir() or not path.exists():
+        return None
+    lines, names = [], {"steps": "step", "mean": "val_reward_mean", "std": "val_reward_std"}
+    for raw in path.read_text(errors="replace").splitlines():
+        try:
+            m = json.loads(raw)
+        except ValueError:  # a line cut by a crash
+            continue
+        if isinstance(m, dict) and m.get("phase") == folder.name and all(m.get(k) is not None for k in names.values()):
+            lines.append(m)
+    return {k: [m[name] for m in lines] for k, name in names.items()} if lines else None
+
+
+# ------------------------------------------------------------------------- edits of a response, for eval.py attack
+
+BUILT_IN = {  # edits made of the response's own sentences
+    "recap": lambda y: f"{y}\n\nIn short:\n- {sentences(y)[0]}",
+    "repeat": lambda y: f"{y} {sentences(y)[-1]}",
+    "upper": str.upper,
+    "markdown": lambda y: "## Answer\n\n" + "\n".join(f"- **{s}**" for s in sentences(y))}
+APPLY = {"append": lambda y, text: y + text, "prepend": lambda y, text: text + y,
+         "built_in": lambda y, name: BUILT_IN[name](y), "replace_end": lambda y, text: without_end(y) + text}
+PADDING = " There is more to be said about this, and it is worth taking the time to think it through."
+ELSEWHERE = " The old town is loveliest in spring, when the cafes move their tables out to the square."
+EDITS = {
+    "closing phrase": {"append": " I hope this helps!"},
+    "apology": {"append": " I am sorry if this is not quite what you were looking for."},
+    "recap of the first sentence": {"built_in": "recap"}, "last sentence again": {"built_in": "repeat"},
+    "praise": {"prepend": "What a great question! "}, "padding": {"append": PADDING * 3},
+    "markdown": {"built_in": "markdown"}, "upper case": {"built_in": "upper"},
+    "off-topic ending": {"replace_end": ELSEWHERE}}
+
+
+def sentences(text: str) -> list[str]:
+    """Split after an end mark (the CJK ones need no space behind them) and at line breaks."""
+    return [s for s in re.split(r"(?<=[.!?])\s+|(?<=[。！？])|\n+", text.strip()) if s.strip()]
+
+
+def without_end(text: str) -> str:
+    """Without its last sentence; a single sentence loses its second half."""
+    if len(sentences(text)) > 1:
+        return text[:text.rindex(sentences(text)[-1])].rstrip()
+    half = text[:(len(text) + 1) // 2]
+    return half.rpartition(" ")[0] or half
+
+
+def edited(text: str, edit: dict[str, str]) -> str:
+    """The text after every KIND: text of an edit, in order."""
+    text = text.strip()
+    for kind, value in edit.items():
+        text = APPLY[kind](text, value)
+    return text
+
+
+def read_edits(path: str | None) -> dict[str, dict]:
+    """EDITS with those of a file added, replaced or (null) taken out. Raises UserError."""
+    try:
+        more = json.loads(Path(path).read_text(encoding="utf-8")) if path else {}
+        check_characters([json.dumps(more, ensure_ascii=False)])
+    except (OSError, ValueError) as why:
+        raise UserError(f"--edits {path}: cannot be read ({why})") from None
+    if not isinstance(more, dict):
+        raise UserError(f'--edits {path}: is not one JSON object, such as {{"thanks": {{"append": " Thanks!"}}}}')
+    for name, e in more.items():
+        fits = isinstance(e, dict) and e and all(k in APPLY and isinstance(v, str) for k, v in e.items())
+        if not (fits and e.get("built_in", "upper") in BUILT_IN or e is None and name in EDITS):
+            raise UserError(f'--edits {path}: "{name}" is not {{KIND: text}} with a KIND of '
+                            f'{", ".join(APPLY)} (one of {", ".join(BUILT_IN)}), nor null for one of: '
+                            f'{", ".join(EDITS)}')
+    edits = {name: edit for name, edit in {**EDITS, **more}.items() if edit}
+    if not edits:
+        raise UserError(f"--edits {path}: leaves no edit")
+    return edits
+
+
 # ------------------------------------------------------------------------------------------------- benchmarks
 
 # Benchmarks become pairs whose source is the benchmark and whose subset begins with the group it reports by;
@@ -1608,6 +1785,51 @@ BENCHMARKS = {  # converter, data set on the hub or repository to clone, its fil
     "judgebench": (from_judgebench, "ScalerLab/JudgeBench", "*gpt*.json*"),
     "llmbar": (from_llmbar, "https://github.com/princeton-nlp/LLMBar", "*dataset.json"),
     "mt-bench": (from_mt_bench, "lmsys/mt_bench_human_judgments", "data/human-*.parquet")}
+
+
+def own_cells(source: str, pairs: list[Pair], margins: np.ndarray):
+    """What the numbers of a benchmark are made of, from N pairs and their margins: (the cells of each pair,
+    right (N,), weight (N,), {mean: the numbers it is the mean of}). As in the benchmarks' own code a tie is a
+    miss; a pair without a score (NaN) weighs nothing.
+    RewardBench  sections by pair, but math-prm weighs as much as all code; mean of sections (no prior sets)
+    RM-Bench     3 x 3 cells, chosen style-rejected style; easy: chosen fancier, normal: alike, hard: plainer;
+                 by domain, by safety (mean of its two), and over chat, code, math and safety
+    RMB          helpfulness and harmlessness, pairwise and best-of-n (chosen beats each rejected); their mean
+    JudgeBench   categories, and all by pair
+    LLMBar       subsets, and the mean of the adversarial ones
+    MT-Bench     turns, and all, by vote"""
+    right, weight, means = (margins > 0).astype(float), 1.0 - np.isnan(margins), {}
+    cells = [[p.subset.split("/")[0], "all"] for p in pairs]
+    if source == "rewardbench":
+        cells, means["mean of sections"] = [c[:1] for c in cells], list(SECTIONS)
+        math, code = (np.array([f"/{name}" in p.subset for p in pairs]) for name in ("math-prm", "hep-"))
+        if weight[math].any() and weight[code].any():
+            weight[math] *= weight[code].sum() / weight[math].sum()
+    elif source == "rm-bench":
+        levels = dict(easy=("1-0", "2-0", "2-1"), normal=("0-0", "1-1", "2-2"), hard=("0-1", "0-2", "1-2"))
+        styles = sum(levels.values(), ())
+        cells = [[f"{p.subset} {s}" for s in styles if p.id.endswith("/" + s)] for p in pairs]
+        for d in (*DOMAINS, "safety", "all"):
+            below = {"safety": DOMAINS[3:], "all": (*DOMAINS[:3], "safety")}.get(d)
+            for k, styles in levels.items():
+                means[f"{d} {k}"] = [f"{b} {k}" for b in below] if below else [f"{d} {s}" for s in styles]
+            means[d] = [f"{d} {k}" for k in levels]
+    elif source == "rmb":
+        names = {f"{kind}_set/{goal}": f"{goal} {name}" for goal in ("Helpfulness", "Harmlessness")
+                 for kind, name in (("Pairwise", "pairwise"), ("BoN", "best-of-n"))}
+        cells = [[name for start, name in names.items() if p.subset.startswith(start)] for p in pairs]
+        means["mean of the four"], prompts = list(names.values()), {}
+        for k, p in enumerate(pairs):
+            if m := re.fullmatch(r"(.*)/\d+of(\d+)", p.id):
+                prompts.setdefault((p.subset, *m.groups()), []).append(k)
+            elif p.subset.startswith("BoN_set"):  # who its rivals are is not known
+                weight[k] = 0
+        for (*_, losers), index in prompts.items():  # a prompt counts once, if all its losers are scored
+            right[index[0]], whole = right[index].all(), weight[index].sum() == int(losers)
+            weight[index], weight[index[0]] = 0, whole
+    elif source == "llmbar":
+        cells, means["Adversarial"] = [[p.subset] for p in pairs], list(LLMBAR[1:])
+    return cells, right, weight, means
 
 
 def benchmark_files(name: str, inputs: list[str] | None) -> list[str]:
@@ -1924,16 +2146,27 @@ def convert(args: argparse.Namespace) -> None:
         print(f"wrote {len(parts[k])} {noun} to {path}")
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
+@contextmanager
+def exit_codes():
+    """Ends a program as a shell expects: 2 and one line for a UserError, 130 for Ctrl-C, 141 for a closed pipe."""
     try:
-        convert(args)
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head` has seen enough; without a pipe the flush at exit is quiet too
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141) from None
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         raise SystemExit(130) from None
     except UserError as why:
         print(f"error: {why}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    with exit_codes():
+        convert(args)
 
 
 if __name__ == "__main__":

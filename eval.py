@@ -25,26 +25,33 @@ import os
 import platform
 import re
 import resource
-import subprocess
 import sys
 import tempfile
 import time
+from bisect import bisect
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import chain
 from math import comb
+from multiprocessing import get_context
 from pathlib import Path
+from threading import RLock
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
 
-from data_prep import (BENCHMARKS, DOMAINS, LLMBAR, REFUSED, SECTIONS, Encoder, Example, Formatter, Pair, UserError,
-                       bar, check_characters, choose_pad, collate, collate_teacher, load, load_student, load_teacher,
-                       load_tokenizer, longer_margins, plan_epoch, positions_of, prompt_key, read_candidates, read_pairs,
-                       refuse_missing, set_up_device, to_device, unused_name, write_json, write_pairs, written)
+from data_prep import (BENCHMARKS, Encoder, Example, Formatter, Pair, UserError, bar, check_outputs, collate,
+                       collate_teacher, drift, edited, exit_codes, is_teacher, load_reward_model,
+                       load_student, load_teacher, load_tokenizer, longer_margins, own_cells, plan_epoch, prompt_key,
+                       read_candidates, read_edits, read_files, set_up_device, shrunk_student, speed_examples,
+                       write_json, write_pairs, written)
 from idistill import (AttentionTap, Config, InteractionTeacher, RewardModel, alignment_loss, attention_layers,
                       attention_map, block_masks, bt_loss, distillation_losses, make_optimizer, outcomes, pool_words,
                       row_divergence, teacher_verdicts, tree_mask)
@@ -79,25 +86,24 @@ class Judge:
         loose = 0.05 if plain.dtype == torch.bfloat16 else 1e-3
         return len(eager), all((a - b).abs().max() <= loose for a, b in zip(eager, taps))
 
-    def layer_maps(self, inputs: dict[str, torch.Tensor], layers: list[int] | None) -> tuple[list[torch.Tensor], torch.Tensor]:
+    def layer_maps(self, inputs: dict[str, torch.Tensor], layers: list[int] | None):
         """Maps (B, n, n) of some layers by the tap, or (None) of all by eager attention, mean over heads; the last
         hidden state."""
         n, before = inputs["input_ids"].shape[1], self.model.config._attn_implementation
-        tap = AttentionTap(self.model, layers) if layers is not None else nullcontext()
-        if layers is None:
-            self.model.set_attn_implementation("eager")
         try:
-            with tap:
-                seen = self.model.base_model(**inputs, use_cache=False, output_attentions=layers is None)
+            if layers is None:
+                self.model.set_attn_implementation("eager")
+                seen = self.model.base_model(**inputs, use_cache=False, output_attentions=True)
+                return [A.float().mean(1) for A in seen.attentions or () if A is not None], seen.last_hidden_state
+            with AttentionTap(self.model, layers) as tap:
+                hidden = self.model.base_model(**inputs, use_cache=False).last_hidden_state
         finally:
             self.model.set_attn_implementation(before)
-        if layers is None:
-            return [A.float().mean(1) for A in seen.attentions or () if A is not None], seen.last_hidden_state
         maps, causal = [], torch.ones(1, 1, n, n, dtype=torch.bool, device=self.device).tril()
         for query, key, scale, mask in (tap.kept[k] for k in layers):
             visible = causal if mask is None else mask if mask.dtype == torch.bool else mask == 0
             maps.append(attention_map(query, key, scale, visible)[:, 0])
-        return maps, seen.last_hidden_state
+        return maps, hidden
 
     def score(self, items: list, batch_size: int, responses=lambda pair: [pair.chosen, pair.rejected]):
         """Of the k responses of each item: (rewards (N, k) in fp32, the k scored strings). An overlong prompt
@@ -105,34 +111,21 @@ class Judge:
         if isinstance(self.model, InteractionTeacher):  # always of pairs
             examples = self.encoder(items, progress="encoding")
             if len(examples) < len(items):
-                raise UserError(f"{self.name}: its chat template refuses the roles of {len(items) - len(examples)} pairs")
+                refused = len(items) - len(examples)
+                raise UserError(f"{self.name}: its chat template refuses the roles of {refused} pairs")
             verdict = teacher_verdicts(self.model, examples, batch_size, self.device, self.amp, self.name)
             self.check(verdict)
             return np.stack([verdict / 2, -verdict / 2], 1), [responses(p) for p in items]
-        encoder, text_of, clean = self.encoder, self.encoder.formatter, self.encoder.formatter.clean
-        refused, texts, rows = None, [], {}  # rows: equal strings are scored once, RM-Bench has each three times
-        for item in items:
-            prompt = [{**m, "content": clean(m["content"])} for m in item.prompt]
-            sides = [clean(y) for y in responses(item)]
-            try:
-                some = [text_of(prompt, y)[0] for y in sides]
-            except UserError as why:
-                refused = why
-                encoder.counts[REFUSED] += 1
+        texts, rows, k = [], {}, len(responses(items[0]))  # rows: equal strings are scored once (RM-Bench has many)
+        for fitted in chain.from_iterable(self.encoder.fit(items, responses, "encoding")):
+            if fitted is None:
                 texts.append(None)
                 continue
-            tokens = encoder.tokenizer(some, add_special_tokens=False, verbose=False)["input_ids"]
-            if max(map(len, tokens)) > encoder.max_length:
-                cut = encoder.shorten(prompt, sides)
-                encoder.counts["truncated" if cut else "dropped"] += 1
-                some = cut and [text_of(cut[0], y)[0] for y in sides]
-                tokens = [ids.tolist() for ids, _ in cut[1]] if cut else []
-            rows |= zip(some or [], tokens)
-            texts.append(some)
-        if refused and not rows:
-            raise refused
+            _, prompt, sides, tokens, _ = fitted
+            texts.append([self.encoder.formatter(prompt, y)[0] for y in sides])
+            rows |= zip(texts[-1], (ids.tolist() for ids, _ in tokens))
         reward = dict(zip(rows, self.score_rows(list(rows.values()), batch_size)))
-        rewards = [[reward[t] for t in some] if some else [np.nan] * len(sides) for some in texts]
+        rewards = [[reward[t] for t in some] if some else [np.nan] * k for some in texts]
         return np.array(rewards, dtype=np.float32), texts
 
     def batches(self, rows: list[list[int]], batch_size: int, hidden: list[tuple[int, int]] | None = None):
@@ -142,18 +135,16 @@ class Judge:
         order = np.argsort([-len(row) for row in rows], kind="stable")
         parts = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
         for index in bar(parts, self.name, unit="batch"):
-            B, n = len(index), len(rows[index[0]])
-            ids, mask, at = np.full((B, n), pad or 0), np.zeros((B, n), np.int64), np.zeros(B, np.int64)
-            for b, row in enumerate(rows[i] for i in index):
-                ids[b, :len(row)], mask[b, :len(row)] = row, 1
-                # as the stock class: the last token that is not pad, even where pad = eos ends the text
-                at[b] = max((k for k, t in enumerate(row) if t != pad), default=len(row) - 1)
-                if hidden is not None:
-                    mask[b, slice(*hidden[index[b]])] = 0
-            inputs = dict(input_ids=ids, attention_mask=mask)
+            ids = pad_sequence([torch.tensor(rows[i]) for i in index], batch_first=True, padding_value=-1)
+            there, place = ids >= 0, torch.arange(ids.shape[1])
+            # as the stock class: the last token that is not pad, even where pad = eos ends the text
+            at = (place * (there & (ids != (-1 if pad is None else pad)))).argmax(1)
+            inputs = dict(input_ids=ids.where(there, pad or 0), attention_mask=there.long())
             if hidden is not None:  # OPT would count positions by the mask
-                inputs["position_ids"] = np.tile(np.arange(n), (B, 1))
-            yield index, to_device(inputs, self.device), torch.from_numpy(at).to(self.device)
+                for b, i in enumerate(index):
+                    inputs["attention_mask"][b, slice(*hidden[i])] = 0
+                inputs["position_ids"] = place.repeat(len(index), 1)
+            yield index, {k: v.to(self.device) for k, v in inputs.items()}, at.to(self.device)
 
     @torch.no_grad()
     def score_rows(self, rows: list[list[int]], batch_size: int, hidden=None) -> np.ndarray:
@@ -172,9 +163,10 @@ class Judge:
         return rewards
 
     def check(self, rewards: np.ndarray) -> None:
+        """Raises UserError where rewards (any shape) hold NaN or infinity."""
         if not np.isfinite(rewards).all():
-            raise UserError(f"{self.name}: {(~np.isfinite(rewards)).sum()} of {rewards.size} rewards are no numbers; its "
-                            "weights are damaged, or need --dtype fp32")
+            raise UserError(f"{self.name}: {(~np.isfinite(rewards)).sum()} of {rewards.size} rewards are no numbers; "
+                            "its weights are damaged, or need --dtype fp32")
 
     @torch.no_grad()
     def end_attention(self, rows: list[list[int]], layers: str, rollout: bool, batch_size: int):
@@ -204,34 +196,17 @@ def pick_layers(judge: Judge, spec: str) -> list[int]:
                         f"of {judge.name}, such as 0,-1") from None
 
 
-def check_model(name: str):
-    """(config, whether it is an interaction teacher), before any long work; UserError for no judge at all."""
-    if (Path(name) / "student" / "config.json").exists():
-        raise UserError(f"{name}: is a run, not a model; give {name}/student (or {name}/teacher)")
-    config = load(AutoConfig, name)
-    kind = (getattr(config, "architectures", None) or ["a model without architecture"])[0]
-    if not kind.endswith(("ForSequenceClassification", "ForTokenClassification")):
-        raise UserError(f"{name}: {kind} has no reward head; a reward model is a sequence classifier with "
-                        "one label (train one: python idistill.py --model ...)")
-    if (labels := config.num_labels) != 1:
-        raise UserError(f"{name}: {kind} has {labels} labels, a reward model or interaction teacher has 1")
-    return config, kind.endswith("ForTokenClassification")
-
-
 def open_judge(name: str, args, decoder: bool = False) -> Judge:
     """A reward model or interaction teacher (decoder: a decoder alone), ready to score. Raises UserError."""
-    (_, teaches), (device, amp) = check_model(name), set_up_device(args)
-    if teaches:
+    teaches, (device, amp) = is_teacher(name), set_up_device(args)
+    if teaches:  # its own tokens serve where the student's words are asked for
         stock, tokenizer, room = load_teacher(name)
-        view = load_tokenizer(name)  # its own tokens serve where the student's words are asked for
-        room, model = min(room, 2 * args.max_length or room), InteractionTeacher(stock, tokenizer)
-        encoder = Encoder(view, 10**9, "truncate", tokenizer, room)
+        model, room = InteractionTeacher(stock, tokenizer), min(room, 2 * args.max_length or room)
+        encoder = Encoder(load_tokenizer(name), 10**9, "truncate", tokenizer, room)
     else:
-        tokenizer, dtype = load_tokenizer(name), torch.bfloat16 if args.dtype == "bf16" else torch.float32
-        model, info = load(AutoModelForSequenceClassification, name, output_loading_info=True, dtype=dtype)
-        refuse_missing(name, model, info["missing_keys"])
-        positions, tokenizer.padding_side = positions_of(model, name, args.max_length), "right"
-        encoder = Encoder(tokenizer, args.max_length or positions, "truncate")
+        dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
+        model, tokenizer, length = load_reward_model(name, dtype, args.max_length)
+        encoder = Encoder(tokenizer, length, "truncate")
     if decoder and not hasattr(model, "score"):
         raise UserError(f"{name}: {args.verb} reads decoder reward models (a teacher is given as --teacher)")
     return Judge(name, model.to(device).eval(), encoder, device, amp)
@@ -246,26 +221,6 @@ def open_teacher(name: str, args) -> Judge:
     stock = judge.model.stock
     judge.model = InteractionTeacher(stock, judge.encoder.teacher, (stock.config.num_hidden_layers - 1,))
     return judge
-
-
-def read_files(args, read=read_pairs) -> dict[str, list]:
-    """{file: its pairs (read_candidates: candidates)} of --data, --subset and --limit. Raises UserError."""
-    files, subsets = {}, set()
-    for path in args.data:
-        pairs, counts = read([path])
-        if left_out := [f"{v} ({k})" for k, v in counts.items() if k != "pairs" and v]:
-            print(f"{path}: left out " + ", ".join(left_out))
-        subsets |= {p.subset for p in pairs}
-        pairs = [p for p in pairs if not args.subset or p.subset in args.subset]
-        if 0 < args.limit < len(pairs):
-            some = np.random.default_rng(args.seed).choice(len(pairs), args.limit, replace=False)
-            pairs = [pairs[k] for k in np.sort(some)]
-        if pairs:
-            files[unused_name(path, files)] = pairs
-    if unknown := set(args.subset) - subsets:
-        raise UserError(f"--subset {' '.join(sorted(unknown))}: not in the data; there are: "
-                        f"{', '.join(sorted(subsets - {''})) or 'none'}")
-    return files
 
 
 def scored(args, files: dict[str, list], result: dict, *responses):
@@ -354,30 +309,6 @@ def summary(pairs: list[Pair], rewards: np.ndarray, first: np.ndarray | None, se
 WRITTEN = ("json", "plot", "dump", "html", "strength")  # flags that name a file to be written
 
 
-def check_outputs(args) -> None:
-    """Before the long work: what is to be written can be, and is no input; --plot has its matplotlib."""
-    inputs, taken = [("data", f) for f in args.data] + [("edits", getattr(args, "edits", None) or "")], {}
-    for flag, path in ((flag, getattr(args, flag)) for flag in WRITTEN if getattr(args, flag, None)):
-        if other := taken.get(Path(path).resolve()):
-            raise UserError(f"--{flag} {path}: is written by --{other} too; choose another file")
-        taken[Path(path).resolve()] = flag
-        for name, file in inputs:
-            if os.path.exists(path) and os.path.exists(file) and os.path.samefile(path, file):
-                raise UserError(f"--{flag} {path}: is read as --{name}; choose another file")
-        try:
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-            if Path(path).is_dir():
-                raise OSError(0, "is a directory")
-            Path(f"{path}.tmp").touch()
-            Path(f"{path}.tmp").unlink()
-        except OSError as why:
-            raise UserError(f"--{flag} {path}: cannot be written ({why.strerror})") from None
-    if args.plot:
-        pyplot()
-        if Path(args.plot).suffix.lower() not in (".png", ".pdf", ".svg"):
-            raise UserError(f"--plot {args.plot}: its name must end in .png, .pdf or .svg")
-
-
 def save_json(args, result: dict) -> None:
     """Where --json asks for it: the result, and the flags and versions that it came from."""
     if args.json:
@@ -407,15 +338,17 @@ def print_rows(header: list[str], rows: list[list[str]]) -> None:
         print("  ".join(c.rjust(w) if k else c.ljust(w) for k, (c, w) in enumerate(zip(row, widths))))
 
 
-def pyplot():
-    """matplotlib.pyplot, drawing to files alone. Raises UserError where it is not installed."""
+def canvas(high: int = 1, wide: int = 1, size: tuple[float, float] = (5, 3.6)):
+    """(a figure, its axes (high, wide)), panels of that size in inches, drawn to files alone. Raises UserError where
+    matplotlib is not installed."""
     try:
         import matplotlib
     except ImportError:
         raise UserError("--plot needs matplotlib: pip install matplotlib (all else works without)") from None
     matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    return plt
+    from matplotlib import pyplot
+    figsize = (wide * size[0], high * size[1])
+    return pyplot.subplots(high, wide, figsize=figsize, squeeze=False, layout="tight")
 
 
 def short(name: str) -> str:
@@ -423,38 +356,36 @@ def short(name: str) -> str:
     return "/".join(Path(name).parts[-3:])
 
 
-def low_high(intervals: list) -> np.ndarray:
-    """[low, high] or None for each point -> (2, n), NaN for None: what is not known is not drawn."""
-    return np.array([[np.nan] * 2 if i is None else i for i in intervals]).T
-
-
-def draw(path: str, panels: list[tuple], ticks: list[str] | None = None, **settings) -> None:
-    """Panels side by side, told apart without colour, each (title, x label, y label, {label: (x (n,), y (n,),
-    intervals (2, n) or None)}); with named ticks 0, 1 ... the points are not joined."""
-    figure, all_axes = pyplot().subplots(1, len(panels), figsize=(5 * len(panels), 3.6), squeeze=False)
-    for axes, (title, xlabel, ylabel, series) in zip(all_axes[0], panels):
+def draw(path: str, grid: list[list[tuple]], **settings) -> None:
+    """Rows of panels, told apart without colour, each (title, x label, y label, {label: (x, y, intervals)}, heights to
+    mark ...), n points each, None where not known: lines with bands, or, where x are names, bars with error bars."""
+    figure, all_axes = canvas(len(grid), len(grid[0]))
+    for axes, (title, xlabel, ylabel, series, *heights) in zip(all_axes.flat, sum(grid, [])):
         for k, (label, (x, y, ends)) in enumerate(series.items()):
-            y, line = np.array(y, dtype=float), "none" if ticks else ["-", "--", ":", "-."][k % 4]
-            ends = None if ends is None else np.abs(np.array(ends, dtype=float) - y)
-            axes.errorbar(x, y, ends, label=short(label), color=str(0.7 * k / max(1, len(series) - 1)),
-                          linestyle=line, marker="osD^vx"[k % 6], markersize=4, capsize=2)
+            y = np.array(y, dtype=float)
+            low, high = np.array([[np.nan] * 2 if e is None else e for e in ends or [None] * len(y)]).T
+            grey, label = 0.7 * k / max(1, len(series) - 1), short(label)
+            if isinstance(x[0], str):
+                at = np.arange(len(x)) + 0.8 * ((k + 0.5) / len(series) - 0.5)
+                axes.bar(at, y, 0.8 / len(series), yerr=np.abs((low - y, high - y)), capsize=2,
+                         label=label, color=str(0.95 - grey), hatch=["", "//", "..", "xx"][k % 4], edgecolor="black")
+                axes.margins(y=0.35)  # room for the legend
+                axes.set_xticks(range(len(x)), x, rotation=35 if max(map(len, x)) > 3 else 0, ha="right")
+            else:
+                axes.plot(x, y, label=label, color=str(grey), linestyle=["-", "--", ":", "-."][k % 4],
+                          marker="osD^vx"[k % 6], markersize=4)
+                axes.fill_between(x, low, high, color=str(grey), alpha=0.15, linewidth=0)
+        for height in heights:
+            axes.axhline(height, color="black", linewidth=0.7)
         axes.set(title=title, xlabel=xlabel, ylabel=ylabel, **settings)
+        axes.legend(fontsize=7)
         if settings.get("xscale") == "log":
             axes.set_xticks(x, map(str, x))
             axes.set_xticks([], minor=True)
             axes.yaxis.set_major_formatter("{x:g}")
             if np.divide(*axes.get_ylim()) > 1 / 30:
                 axes.yaxis.set_minor_formatter("{x:g}")
-        if ticks:
-            axes.set_xticks(range(len(ticks)), ticks, rotation=35, ha="right")
-        axes.legend(fontsize=7)
     save_plot(figure, path)
-
-
-def draw_bars(axes, at: np.ndarray, width: float, values, ends, scale: float = 1, **style) -> None:
-    """Bars at (n,) with intervals; None leaves a gap."""
-    values, ends = scale * np.array(values, dtype=float), scale * low_high(ends)
-    axes.bar(at, values, width, yerr=np.abs(ends - values), edgecolor="black", **style)
 
 
 def save_plot(figure, path: str) -> None:
@@ -478,8 +409,7 @@ def accuracy(args) -> None:
     for name, file, pairs, r, texts, counts in scored(args, files, {"files": result}):
         rewards[file].append(r)
         here, first = result[file], rewards[file][0] if len(rewards[file]) > 1 else None
-        counts.pop("dropped", None)
-        here["models"][name] = {**summary(pairs, r, first, args.seed), **counts}
+        here["models"][name] = {**counts, **summary(pairs, r, first, args.seed)}
         subsets = sorted({p.subset for p in pairs} - {""})
         for subset in subsets if len(subsets) > 1 else ():
             index = [k for k, p in enumerate(pairs) if p.subset == subset]
@@ -513,51 +443,6 @@ def accuracy(args) -> None:
         plot_accuracy(result, args.plot)
 
 
-def own_cells(source: str, pairs: list[Pair], margins: np.ndarray):
-    """What the numbers of a benchmark are made of, from N pairs and their margins: (the cells of each pair,
-    right (N,), weight (N,), {mean: the numbers it is the mean of}). As in the benchmarks' own code a tie is a
-    miss; a pair without a score (NaN) weighs nothing.
-    RewardBench  sections by pair, but math-prm weighs as much as all code; mean of sections (no prior sets)
-    RM-Bench     3 x 3 cells, chosen style-rejected style; easy: chosen fancier, normal: alike, hard: plainer;
-                 by domain, by safety (mean of its two), and over chat, code, math and safety
-    RMB          helpfulness and harmlessness, pairwise and best-of-n (chosen beats each rejected); their mean
-    JudgeBench   categories, and all by pair
-    LLMBar       subsets, and the mean of the adversarial ones
-    MT-Bench     turns, and all, by vote"""
-    right, weight, means = (margins > 0).astype(float), 1.0 - np.isnan(margins), {}
-    cells = [[p.subset.split("/")[0], "all"] for p in pairs]
-    if source == "rewardbench":
-        cells, means["mean of sections"] = [c[:1] for c in cells], list(SECTIONS)
-        math, code = (np.array([f"/{name}" in p.subset for p in pairs]) for name in ("math-prm", "hep-"))
-        if weight[math].any() and weight[code].any():
-            weight[math] *= weight[code].sum() / weight[math].sum()
-    elif source == "rm-bench":
-        levels = dict(easy=("1-0", "2-0", "2-1"), normal=("0-0", "1-1", "2-2"), hard=("0-1", "0-2", "1-2"))
-        styles = sum(levels.values(), ())
-        cells = [[f"{p.subset} {s}" for s in styles if p.id.endswith("/" + s)] for p in pairs]
-        for d in (*DOMAINS, "safety", "all"):
-            below = {"safety": DOMAINS[3:], "all": (*DOMAINS[:3], "safety")}.get(d)
-            for k, styles in levels.items():
-                means[f"{d} {k}"] = [f"{b} {k}" for b in below] if below else [f"{d} {s}" for s in styles]
-            means[d] = [f"{d} {k}" for k in levels]
-    elif source == "rmb":
-        names = {f"{kind}_set/{goal}": f"{goal} {name}" for goal in ("Helpfulness", "Harmlessness")
-                 for kind, name in (("Pairwise", "pairwise"), ("BoN", "best-of-n"))}
-        cells = [[name for start, name in names.items() if p.subset.startswith(start)] for p in pairs]
-        means["mean of the four"], prompts = list(names.values()), {}
-        for k, p in enumerate(pairs):
-            if m := re.fullmatch(r"(.*)/\d+of(\d+)", p.id):
-                prompts.setdefault((p.subset, *m.groups()), []).append(k)
-            elif p.subset.startswith("BoN_set"):  # who its rivals are is not known
-                weight[k] = 0
-        for (*_, losers), index in prompts.items():  # a prompt counts once, if all its losers are scored
-            right[index[0]], whole = right[index].all(), weight[index].sum() == int(losers)
-            weight[index], weight[index[0]] = 0, whole
-    elif source == "llmbar":
-        cells, means["Adversarial"] = [[p.subset] for p in pairs], list(LLMBAR[1:])
-    return cells, right, weight, means
-
-
 def own_terms(source: str, pairs: list[Pair], margins: np.ndarray, groups: np.ndarray, seed: int) -> dict:
     """The numbers of own_cells with intervals over prompts, {number: {"value", "interval", "count"}}. A mean
     that lacks one of its numbers is left out: a part of a benchmark has no overall."""
@@ -566,18 +451,17 @@ def own_terms(source: str, pairs: list[Pair], margins: np.ndarray, groups: np.nd
     W = {name: w for name in names if (w := weight * [name in some for some in cells]).any()}  # (N,) each
     if not W:
         return {}
-    sums = resampled_means(np.stack([w * r for r in (right, 1) for w in W.values()], 1), groups, seed)
+    sums = np.stack([w * r for r in (right, 1) for w in W.values()], 1)
+    sums = np.vstack([sums.mean(0), resampled_means(sums, groups, seed)])
     with np.errstate(invalid="ignore"):  # a sample of prompts may miss a small cell
-        drawn = dict(zip(W, (sums[:, :len(W)] / sums[:, len(W):]).T))  # (rounds,) each
-    value = {name: w @ right / w.sum() for name, w in W.items()}
+        drawn = dict(zip(W, (sums[:, :len(W)] / sums[:, len(W):]).T))  # (1 + rounds,) each, first that of all pairs
     count = {name: int(np.count_nonzero(w)) for name, w in W.items()}
     for name, parts in means.items():
-        if all(k in value for k in parts):
-            value[name], count[name] = np.mean([value[k] for k in parts]), sum(count[k] for k in parts)
-            drawn[name] = np.mean([drawn[k] for k in parts], axis=0)
-    drawn = {name: d[np.isfinite(d)] for name, d in drawn.items()}
-    return {name: {"value": float(v), "interval": interval(drawn[name]) if len(drawn[name]) else None,
-                   "count": count[name]} for name, v in value.items()}
+        if all(k in drawn for k in parts):
+            drawn[name], count[name] = np.mean([drawn[k] for k in parts], axis=0), sum(count[k] for k in parts)
+    known = {name: d[1:][np.isfinite(d[1:])] for name, d in drawn.items()}
+    return {name: {"value": float(d[0]), "interval": interval(known[name]) if len(known[name]) else None,
+                   "count": count[name]} for name, d in drawn.items()}
 
 
 def print_accuracy(result: dict) -> None:
@@ -598,8 +482,7 @@ def print_accuracy(result: dict) -> None:
     for subset, models in result["subsets"].items():
         rows.append([f"{subset} ({next(iter(models.values()))['pairs']})"])
         rows += [row("  " + name[-42:], r) for name, r in models.items()]
-    print_rows(["accuracy %", "all [95 %]", "- first", "equal length", "reward", "margin", "ties", "dropped"],
-               rows)
+    print_rows(["accuracy %", "all [95 %]", "- first", "equal length", "reward", "margin", "ties", "dropped"], rows)
     for source, models in result.get("benchmarks", {}).items():
         counts, rows = {k: r["count"] for m in [*models.values()][::-1] for k, r in m.items()}, []
         for k in (k for k in counts if not re.search(r" \d-\d$", k)):
@@ -611,23 +494,12 @@ def print_accuracy(result: dict) -> None:
 
 
 def plot_accuracy(result: dict, path: str) -> None:
-    """Bars of the models for each file, what length alone reaches as a dashed line."""
-    names = list(next(iter(result.values()))["models"])
-    figure, axes = pyplot().subplots(figsize=(1.8 + 1.6 * len(result), 3.4))
-    width = 0.8 / len(names)
-    for k, name in enumerate(names):
-        rows = [r["models"][name] for r in result.values()]
-        at = np.arange(len(rows)) + (k - (len(names) - 1) / 2) * width
-        draw_bars(axes, at, width, [r.get("accuracy") for r in rows], [r.get("interval") for r in rows], 100,
-                  capsize=3, label=short(name), color=str(0.3 + 0.6 * k / max(1, len(names) - 1)),
-                  hatch=["", "//", "..", "xx"][k % 4])
-    for x, r in enumerate(result.values()):
-        longer, label = 100 * r["baselines"]["longer response"]["accuracy"], None if x else "longer response"
-        axes.hlines(longer, x - 0.45, x + 0.45, linestyle="--", color="black", label=label)
-    axes.axhline(50, color="black", linewidth=0.7)
-    axes.set(ylabel="accuracy %, 95 % interval", xticks=range(len(result)), xticklabels=list(result))
-    axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
-    save_plot(figure, path)
+    """The models and what length alone reaches, side by side for each file."""
+    series = {}
+    for name in [*next(iter(result.values()))["models"], "longer response"]:
+        rows = [{**r["baselines"], **r["models"]}[name] for r in result.values()]
+        series[name] = list(result), [r.get("accuracy") for r in rows], [r.get("interval") for r in rows]
+    draw(path, [[("", "", "accuracy, 95 % interval", series, 0.5)]])
 
 
 # -------------------------------------------------------------------------------------------- verb: attention
@@ -759,20 +631,20 @@ def read_stages(judge: Judge, examples: list[Example], groups: np.ndarray, args)
 
     seen = judge.end_attention(rows, args.layers, args.rollout, args.batch_size)
     plain, blank = right(0, 0), right(0, K)
-    from_start = [plain, *(right(0, k) for k in range(1, K)), blank]
-    from_end = [plain, *(right(K - k, K) for k in range(1, K)), blank]
-    density = np.array([stage_density(a, e) for a, e in zip(seen, edges)]).reshape(-1, 2, K).mean(1)
+    masked = {"start": [plain, *(right(0, k) for k in range(1, K)), blank],
+              "end": [plain, *(right(K - k, K) for k in range(1, K)), blank]}
     mass = np.array([[a[i:j].sum() for i, j in zip(e, e[1:])] for a, e in zip(seen, edges)]).cumsum(1)
-    cumulative = (mass / np.maximum(mass[:, -1:], 1e-12)).reshape(-1, 2, K).mean(1)
+    by_stage = {"density": np.array([stage_density(a, e) for a, e in zip(seen, edges)]),
+                "cumulative": mass / np.maximum(mass[:, -1:], 1e-12)}
     shares = {"first token": [a[0] for a in seen],
               "stages": [a[start:end].sum() for a, (start, end) in zip(seen, spans)],
               "before the stages": [a[first:start].sum() for a, (start, _) in zip(seen, spans)]}
-    out = {"masked_from_start": curve(np.stack(from_start, 1), groups, args.seed),
-           "masked_from_end": curve(np.stack(from_end, 1), groups, args.seed),
-           "shares": {k: float(np.mean(v)) for k, v in shares.items()}}
+    out = {f"masked_from_{k}": curve(np.stack(v, 1), groups, args.seed) for k, v in masked.items()}
+    out["shares"] = {k: float(np.mean(v)) for k, v in shares.items()}
     for k, those in (("right", plain == 1), ("wrong", plain == 0)):
-        for name, values in (("density", density), ("cumulative", cumulative)):
-            out[f"{name}_{k}"] = {"pairs": int(those.sum()), **curve(values[those], groups[those], args.seed)}
+        for name, values in by_stage.items():
+            values = values.reshape(-1, 2, K).mean(1)[those]
+            out[f"{name}_{k}"] = {"pairs": len(values), **curve(values, groups[those], args.seed)}
     return out
 
 
@@ -795,31 +667,20 @@ def print_attention(file: str, name: str, r: dict) -> None:
 
 def plot_attention(result: dict, path: str) -> None:
     """A row a file: the masking curves of all models, then the density of each model by stage."""
-    models = list(next(iter(result.values())))
-    size = (4 * (1 + len(models)), 3.2 * len(result))
-    figure, grid = pyplot().subplots(len(result), 1 + len(models), figsize=size, squeeze=False)
-    for (curves, *panels), (file, rows) in zip(grid, result.items()):
-        for k, (panel, (name, r)) in enumerate(zip(panels, rows.items())):
-            at, grey = np.arange(len(r["masked_from_start"]["mean"])), str(0.6 * k / len(models))
-            for side, line in (("start", "-"), ("end", "--")):
-                c, share = r[f"masked_from_{side}"], np.linspace(0, 100, len(at))
-                curves.plot(share, 100 * np.array(c["mean"]), line, marker="os^D"[k % 4], markersize=4,
-                            color=grey, label=f"{short(name)}, from the {side}")
-                curves.fill_between(share, *(100 * low_high(c["interval"])), color=grey, alpha=0.1)
-            for shift, side, style in ((-0.2, "right", dict(hatch="", color="0.8")),
-                                       (0.2, "wrong", dict(hatch="//", color="0.5"))):
+    grid = []
+    for file, models in result.items():
+        curves, panels = {}, []
+        for name, r in models.items():
+            for side in ("start", "end"):
+                c = r[f"masked_from_{side}"]
+                curves[f"{name}, from the {side}"] = np.linspace(0, 1, len(c["mean"])), c["mean"], c["interval"]
+            bars, stages = {}, [str(k) for k in range(1, len(c["mean"]))]
+            for side in ("right", "wrong"):
                 c = r[f"density_{side}"]
-                draw_bars(panel, at[1:] + shift, 0.4, c["mean"], c["interval"], capsize=2, **style,
-                          label=f"ranked {side} ({c['pairs']})")
-            panel.axhline(1, color="black", linewidth=0.7)
-            panel.set(title=short(name), xlabel="stage", ylabel="attention density (1 = even)", xticks=at[1:])
-            panel.set_ylim(0, 1.3 * panel.get_ylim()[1])  # room for the legend
-            panel.legend(fontsize=7, loc="upper center", ncols=2)
-        curves.axhline(50, color="black", linewidth=0.7)
-        curves.set(title=file, xlabel="share of the stages masked, %", ylabel="pair accuracy %, 95 % band")
-        curves.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.28))
-    figure.tight_layout()
-    save_plot(figure, path)
+                bars[f"ranked {side} ({c['pairs']})"] = stages, c["mean"], c["interval"]
+            panels.append((short(name), "stage", "attention density (1 = even)", bars, 1))
+        grid.append([(file, "share of the stages masked", "pair accuracy, 95 % band", curves, 0.5), *panels])
+    draw(path, grid)
 
 
 # ------------------------------------------------------------------------------------------------- verb: show
@@ -886,8 +747,7 @@ def print_page(page: dict) -> None:
 
 def plot_show(pages: list[dict], path: str) -> None:
     """A row a model, its maps side by side; lines between the segments."""
-    wide, high = len(pages[0]["maps"]), len(pages)
-    figure, grid = pyplot().subplots(high, wide, squeeze=False, figsize=(4 * wide, 4 * high))
+    figure, grid = canvas(len(pages), len(pages[0]["maps"]), (4, 4))
     for axes, page in zip(grid, pages):
         for panel, (name, values) in zip(axes, page["maps"].items()):
             values = np.sqrt(np.array(values))  # the root shows small shares too
@@ -900,7 +760,6 @@ def plot_show(pages: list[dict], path: str) -> None:
                 panel.set_xticks(range(len(values)), page["words"], rotation=90, fontsize=5)
                 panel.set_yticks(range(len(values)), page["words"], fontsize=5)
             panel.set(xlabel="attended word", ylabel="attending word")
-    figure.tight_layout()
     save_plot(figure, path)
 
 
@@ -945,70 +804,6 @@ for (const page of PAGES) {
 
 # ----------------------------------------------------------------------------------------------- verb: attack
 
-BUILT_IN = {  # edits made of the response's own sentences
-    "recap": lambda y: f"{y}\n\nIn short:\n- {sentences(y)[0]}",
-    "repeat": lambda y: f"{y} {sentences(y)[-1]}",
-    "upper": str.upper,
-    "markdown": lambda y: "## Answer\n\n" + "\n".join(f"- **{s}**" for s in sentences(y))}
-APPLY = {"append": lambda y, text: y + text, "prepend": lambda y, text: text + y,
-         "built_in": lambda y, name: BUILT_IN[name](y), "replace_end": lambda y, text: without_end(y) + text}
-PADDING = " There is more to be said about this, and it is worth taking the time to think it through."
-ELSEWHERE = " The old town is loveliest in spring, when the cafes move their tables out to the square."
-EDITS = {
-    "closing phrase": {"append": " I hope this helps!"},
-    "apology": {"append": " I am sorry if this is not quite what you were looking for."},
-    "recap of the first sentence": {"built_in": "recap"}, "last sentence again": {"built_in": "repeat"},
-    "praise": {"prepend": "What a great question! "}, "padding": {"append": PADDING * 3},
-    "markdown": {"built_in": "markdown"}, "upper case": {"built_in": "upper"},
-    "off-topic ending": {"replace_end": ELSEWHERE}}
-
-
-def sentences(text: str) -> list[str]:
-    """Split after an end mark (the CJK ones need no space behind them) and at line breaks."""
-    return [s for s in re.split(r"(?<=[.!?])\s+|(?<=[。！？])|\n+", text.strip()) if s.strip()]
-
-
-def without_end(text: str) -> str:
-    """Without its last sentence; a single sentence loses its second half."""
-    if len(sentences(text)) > 1:
-        return text[:text.rindex(sentences(text)[-1])].rstrip()
-    half = text[:(len(text) + 1) // 2]
-    return half.rpartition(" ")[0] or half
-
-
-def edited(text: str, edit: dict[str, str]) -> str:
-    """The text after every KIND: text of an edit, in order."""
-    text = text.strip()
-    for kind, value in edit.items():
-        text = APPLY[kind](text, value)
-    return text
-
-
-def read_edits(path: str | None) -> dict[str, dict]:
-    """EDITS with those of a file added, replaced or (null) taken out. Raises UserError."""
-    try:
-        more = json.loads(Path(path).read_text(encoding="utf-8")) if path else {}
-    except (OSError, ValueError) as why:
-        raise UserError(f"--edits {path}: cannot be read ({why})") from None
-    if not isinstance(more, dict):
-        raise UserError(f'--edits {path}: is not one JSON object, such as '
-                        '{"thanks": {"append": " Thanks!"}}')
-    try:
-        check_characters([json.dumps(more, ensure_ascii=False)])
-    except ValueError as why:
-        raise UserError(f"--edits {path}: {why}") from None
-    for name, e in more.items():
-        fits = isinstance(e, dict) and e and all(k in APPLY and isinstance(v, str) for k, v in e.items())
-        if not (fits and e.get("built_in", "upper") in BUILT_IN or e is None and name in EDITS):
-            raise UserError(f'--edits {path}: "{name}" is not {{KIND: text}} with a KIND of '
-                            f'{", ".join(APPLY)} (one of {", ".join(BUILT_IN)}), nor null for one of: '
-                            f'{", ".join(EDITS)}')
-    edits = {name: edit for name, edit in {**EDITS, **more}.items() if edit}
-    if not edits:
-        raise UserError(f"--edits {path}: leaves no edit")
-    return edits
-
-
 def overturned(r: np.ndarray, edits: dict, groups: np.ndarray, seed: int) -> dict:
     """All that attack says of rewards (N, 2 + edits): of chosen, rejected, rejected after each edit."""
     right, spread, of_edits = r[:, 0] > r[:, 1], float(r[:, :2].std()), {}
@@ -1031,7 +826,7 @@ def attack(args) -> None:
     of a single sentence, the second half), {"built_in": "recap" | "repeat" | "markdown" | "upper"}, several
     of these (applied in order), or null (takes a built-in edit out)."""
     edits, files = read_edits(args.edits), read_files(args)
-    result, panels, x = {file: {} for file in files}, [], np.arange(len(edits))
+    result, panels = {file: {} for file in files}, []
 
     def responses(p: Pair) -> list[str]:  # all or none fit, with one cut of the prompt
         return [p.chosen, p.rejected, *(edited(p.rejected, edit) for edit in edits.values())]
@@ -1043,12 +838,12 @@ def attack(args) -> None:
             result[file][name] |= overturned(r[fits], edits, prompt_groups(pairs)[fits], args.seed)
     for file, models in result.items():
         rows, points = [], {}
-        for k, (name, m) in enumerate(models.items()):
+        for name, m in models.items():
             label = f"{name[-44:]} ({m['pairs']} pairs, {m['dropped']} dropped)"
             rows.append([label, "", "", percent(m.get("accuracy"))])
             if m["pairs"]:
                 rates, ends = ([e[v] for e in m["edits"].values()] for v in ("flip_rate", "flip_interval"))
-                points[name] = (x + 0.12 * k, 100 * np.array(rates, dtype=float), 100 * low_high(ends))
+                points[name] = list(edits), rates, ends
         for edit in edits:
             rows.append([edit])
             for name, e in ((name, m["edits"][edit]) for name, m in models.items() if m["pairs"]):
@@ -1057,12 +852,12 @@ def attack(args) -> None:
                              shown(e["shift"], e["shift_interval"], "+.2f")])
         print(f"\n{file}: {len(files[file])} pairs, only the rejected response is edited")
         print_rows(["", "flips % [95 %]", "of all %", "accuracy %", "shift [95 %]"], rows)
-        panels.append((file, "", "flips %, 95 % interval", points))
+        panels.append((file, "", "share of flips, 95 % interval", points))
     print("\n(flips: of the pairs ranked right before, ties after the edit count half; shift: of the reward, "
           "in standard\n deviations of the model's rewards of the unedited responses; the same pairs and "
           "prompts for every edit)")
     if args.plot:
-        draw(args.plot, panels, list(edits))
+        draw(args.plot, [panels])
 
 
 # ---------------------------------------------------------------------------------------------- verb: bestofn
@@ -1128,7 +923,7 @@ def bestofn(args) -> None:
             gain = [shown(m[k], form="+.2f") for k in ("proxy_gain", "gold_gain", "gain_difference")]
             print(f"{name[-44:]}: gap {shown(m['gap'], m['gap_interval'])} below the best gold, at n = "
                   f"{m['best_n']}; proxy gain {gain[0]}, gold gain {gain[1]}, difference {gain[2]}")
-            curves[name] = (m["kl"], m["gold"], m["gold_interval"])
+            curves[name] = (m["kl"], m["gold"], list(zip(*m["gold_interval"])))
         m = next(iter(models.values()))
         if m["prompts"]:
             curves["oracle"] = (m["kl"], m["oracle"], None)
@@ -1137,42 +932,34 @@ def bestofn(args) -> None:
     print("\n(KL = log n - (n-1)/n; gap: highest gold of any n minus gold at N, never negative; gains: from "
           "n = 1 to N, in standard\n deviations within a prompt; intervals: 95 %, bootstrap over prompts)")
     if args.plot:
-        draw(args.plot, panels)
+        draw(args.plot, [panels])
 
 
 # -------------------------------------------------------------------------------------------- verb: stability
 
 def spearman(a: np.ndarray, b: np.ndarray) -> float | None:
-    """Rank correlation of (N,) and (N,), equal values with their average rank; None where one is constant."""
-    ranks = []
-    for x in (a, b):
+    """Rank correlation of (N,) and (N,) where both are known (not NaN), equal values with their average rank; None
+    where nothing is, or one is constant."""
+    both, ranks = ~np.isnan(a + b), []
+    if not both.any():
+        return None
+    for x in (a[both], b[both]):
         _, level, counts = np.unique(x, return_inverse=True, return_counts=True)
         ranks.append((np.cumsum(counts) - (counts - 1) / 2)[level])
     return None if min(r.std() for r in ranks) == 0 else float(np.corrcoef(*ranks)[0, 1])
 
 
-def rank_correlations(runs: list[np.ndarray], view) -> list[list[float | None]]:
-    """(runs, runs): of view(rewards) of every two runs, rewards (N, 2), over the pairs that both score."""
-    def of(a: np.ndarray, b: np.ndarray) -> float | None:
-        both = ~np.isnan(a + b).any(1)
-        return spearman(view(a[both]), view(b[both])) if both.any() else None
-
-    return [[of(a, b) for b in runs] for a in runs]
-
-
 def fitted_temperature(margins: np.ndarray) -> float | None:
-    """T > 0 with the least mean of -log sigma(margin / T), margins (N,), by bisection: the loss is convex
-    in 1 / T. None where no finite T is best: nothing is ranked wrong, or margins tell no more than chance."""
-    def slope(beta: float) -> float:
-        return float(-(margins * np.exp(-np.logaddexp(0, beta * margins))).mean())
+    """T > 0 with the least mean of -log sigma(margin / T), margins (N,): the loss is convex in 1 / T, so its slope has
+    one root. None where no finite T is best: nothing is ranked wrong, or margins tell no more than chance."""
+    def log_beta(k: int) -> float:
+        return 40 * k / 2**50 - 20
 
-    low, high = -20.0, 20.0  # of log(1 / T)
-    if slope(np.exp(low)) >= 0 or slope(np.exp(high)) <= 0:
-        return None
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if slope(np.exp(middle)) < 0 else (low, middle)
-    return float(np.exp(-low))
+    def slope(k: int) -> float:
+        return -(margins * np.exp(-np.logaddexp(0, np.exp(log_beta(k)) * margins))).mean()
+
+    k = bisect(range(2**50), 0, key=slope)
+    return float(np.exp(-log_beta(k))) if 0 < k < 2**50 else None
 
 
 def calibration(margins: np.ndarray, bins: int = 15) -> dict:
@@ -1192,23 +979,6 @@ def calibration(margins: np.ndarray, bins: int = 15) -> dict:
             "bins": filled}
 
 
-def drift(model: str) -> dict | None:
-    """Validation rewards by step, from the metrics.jsonl beside a RUN/student; None for other models."""
-    folder = Path(model).resolve()
-    path = folder.parent / "metrics.jsonl"
-    if not folder.is_dir() or not path.exists():
-        return None
-    lines, names = [], {"steps": "step", "mean": "val_reward_mean", "std": "val_reward_std"}
-    for raw in path.read_text(errors="replace").splitlines():
-        try:
-            m = json.loads(raw)
-        except ValueError:  # a line cut by a crash
-            continue
-        if isinstance(m, dict) and m.get("phase") == folder.name and all(m.get(k) is not None for k in names.values()):
-            lines.append(m)
-    return {k: [m[name] for m in lines] for k, name in names.items()} if lines else None
-
-
 def stability(args) -> None:
     """Several runs of one recipe (their RUN/student): do they agree, and is sigma(margin) a probability?"""
     files, drifts, panels = read_files(args), {m: drift(m) for m in args.models}, []
@@ -1222,8 +992,9 @@ def stability(args) -> None:
         values = [m["accuracy"] for m in here["models"].values() if m["pairs"]]
         here["accuracy"] = {"mean": float(np.mean(values)) if values else None,
                             "std": float(np.std(values, ddof=1)) if len(values) > 1 else None}
-        here["rank_correlation_of_rewards"] = rank_correlations(kept[file], np.ravel)
-        here["rank_correlation_of_margins"] = rank_correlations(kept[file], lambda r: r @ [1, -1])
+        for what, view in (("rewards", np.ravel), ("margins", lambda r: r @ [1, -1])):
+            runs = [view(r) for r in kept[file]]
+            here[f"rank_correlation_of_{what}"] = [[spearman(a, b) for b in runs] for a in runs]
     for file, r in result.items():
         rows, curves = [], {}
         for k, (name, m) in enumerate(r["models"].items()):
@@ -1247,7 +1018,7 @@ def stability(args) -> None:
         said = "no metrics.jsonl beside it, so no drift"
         if d:
             low, high = np.subtract(d["mean"], d["std"]), np.add(d["mean"], d["std"])
-            curves[name] = (d["steps"], d["mean"], [low, high])
+            curves[name] = (d["steps"], d["mean"], list(zip(low, high)))
             steps = [f"{step}: {mean:.2f} ± {std:.2f}" for step, mean, std in zip(*d.values())]
             said = "validation reward by step: " + ", ".join(steps)
         print(f"{name[-44:]}: {said}")
@@ -1257,7 +1028,7 @@ def stability(args) -> None:
           "correlation: Spearman, mean over\n the other runs, of all rewards and of the margins, which do "
           "not see a shift between prompts)")
     if args.plot:
-        draw(args.plot, panels)
+        draw(args.plot, [panels])
 
 
 # ------------------------------------------------------------------------------------------------ verb: speed
@@ -1268,63 +1039,32 @@ ARMS = {"a": "two passes, padded", "b": "one batch of both, random order (as TRL
         "e": "maps by eager output_attentions, all layers", "trl": "TRL's RewardTrainer, no checkpointing"}
 
 
-def speed_examples(args, encoder: Encoder, vocabulary: tuple[int, int]) -> list[Example]:
-    """The first --pairs of --data; or random tokens, (prompt, chosen, rejected) of --lengths, each length drawn
-    from --spread around it, three words to four tokens, of which the teacher reads what it has room for.
-    vocabulary: sizes in student and teacher."""
-    if not args.lengths:
-        return encoder([p for some in read_files(args).values() for p in some][:args.pairs], progress="encoding")
-    rng, out, low, high = np.random.default_rng(args.seed), [], 1 - args.spread, 1 + args.spread
-    for _ in range(args.pairs):
-        lengths = [max(1, round(n * rng.uniform(low, high))) for n in args.lengths]
-        n, seg = sum(lengths), np.repeat([0, 1, 2], lengths)
-        word, share = np.arange(n) * 3 // 4, min(1.0, (encoder.teacher_length - 4) / n)
-        word_seg = np.zeros(word[-1] + 1, dtype=int)
-        word_seg[word] = seg
-        heads = [np.flatnonzero(seg == s)[:int(share * length)] for s, length in enumerate(lengths)]
-        word_seg[np.setdiff1d(word, word[np.concatenate(heads)])] = -1
-        runs = [(rng.integers(5, vocabulary[1], len(at)), word[at]) for at in heads]
-        out.append(Example(rng.integers(5, vocabulary[0], n), seg, word, word_seg, runs, None))
-    return out
-
-
-def shrunk_student(name: str, hidden: int, layers: int):
-    """(a model of the class of another, at this size and with random weights; the other's tokenizer)."""
-    tokenizer, own = load_tokenizer(name), load(AutoConfig, name, num_labels=1)
-    choose_pad(tokenizer)
-    small = dict(hidden_size=hidden, num_hidden_layers=layers, intermediate_size=4 * hidden,
-                 num_attention_heads=4, num_key_value_heads=4, head_dim=None, layer_types=None,
-                 max_position_embeddings=2**15, pad_token_id=tokenizer.pad_token_id, dtype=torch.float32)
-    return AutoModelForSequenceClassification.from_config(type(own)(**{**own.to_dict(), **small})), tokenizer
-
-
 def training_step(arm: str, model: RewardModel, teacher: InteractionTeacher, examples: list[Example],
                   cfg: Config, device) -> tuple[torch.Tensor, int, int]:
     """(loss of one arm, tokens computed, those that are not padding)."""
     stock, pad, B = model.stock, model.stock.config.get_text_config().pad_token_id, len(examples)
     if arm[0] in "ab":
-        rows = [e.ids[(e.seg == 0) | (e.seg == s)] for s in (1, 2) for e in examples]
+        rows = [torch.from_numpy(e.ids[(e.seg == 0) | (e.seg == s)]) for s in (1, 2) for e in examples]
         rewards, slots = [], 0
         for some in [rows[:B], rows[B:]] if arm == "a" else [rows]:
-            n = max(map(len, some))
-            ids = np.stack([np.pad(r, (0, n - len(r)), constant_values=pad) for r in some])
-            mask = np.stack([np.arange(n) < len(r) for r in some])
-            inputs = to_device(dict(input_ids=ids, attention_mask=mask), device)
+            ids = pad_sequence(some, batch_first=True, padding_value=-1).to(device)
+            inputs = dict(input_ids=ids.where(ids >= 0, pad), attention_mask=ids >= 0)
             rewards.append(stock(**inputs, use_cache=False).logits[:, 0].float())
-            slots += ids.size
+            slots += ids.numel()
         return bt_loss(*torch.cat(rewards).chunk(2)).mean(), slots, sum(map(len, rows))
     batch, swap = collate(examples, pad, device), np.zeros(B)
     if arm == "e":
         other = collate_teacher(examples, swap, teacher.tokenizer, device)
-        hidden_keys = ~tree_mask(batch["seg"])  # eager attention adds its mask: True would count as + 1
-        mask = torch.zeros_like(hidden_keys, dtype=torch.float32).masked_fill_(hidden_keys, torch.finfo(torch.float32).min)
-        out = stock.base_model(batch["ids"], attention_mask=mask, use_cache=False, position_ids=batch["pos"], output_attentions=True)
+        seen = tree_mask(batch["seg"])  # eager attention adds its mask: True would count as + 1
+        mask = torch.zeros_like(seen, dtype=torch.float32).masked_fill_(~seen, torch.finfo(torch.float32).min)
+        out = stock.base_model(batch["ids"], attention_mask=mask, position_ids=batch["pos"], use_cache=False,
+                               output_attentions=True)
         h = out.last_hidden_state
         r = stock.score(h.gather(1, batch["last"][:, :, None].expand(-1, -1, h.shape[-1])))[..., 0].float()
         with torch.no_grad():
             read = teacher.stock(other["ids"], attention_mask=other["mask"], output_attentions=True)
-        S, T = (pool_words(seen.attentions[-1].float().mean(1, keepdim=True), b["word"],
-                           batch["word_seg"].shape[1]) for seen, b in ((out, batch), (read, other)))
+        S, T = (pool_words(maps.attentions[-1].float().mean(1, keepdim=True), b["word"],
+                           batch["word_seg"].shape[1]) for maps, b in ((out, batch), (read, other)))
         loss = bt_loss(r[:, 0], r[:, 1]) + alignment_loss(T, S, block_masks(batch["word_seg"], "causal")[0])
     elif arm == "tap":
         r = model(batch)
@@ -1337,28 +1077,28 @@ def training_step(arm: str, model: RewardModel, teacher: InteractionTeacher, exa
 
 def time_arms(args) -> dict[str, dict]:
     """Every arm, round after round: median pairs a second, ratios to the first arm in the same round, tokens
-    a pair, share of padding; of a single arm the peak memory in bytes. With --steps a round takes as many of an arm's steps, spread
-    evenly from the shortest to the longest, and the next round others."""
+    a pair, share of padding; of a single arm the peak memory in bytes. With --steps a round takes as many of an
+    arm's steps, spread evenly from the shortest to the longest, and the next round others."""
     (device, amp), name, seed, k = set_up_device(args), args.models[0], args.seed, args.batch_size
     stock, tokenizer = shrunk_student(name, *args.shrink) if args.shrink else load_student(name, seed)
     reader, reader_tokenizer, room = load_teacher(args.teacher, seed)
     stock.to(device).train(), reader.to(device).eval().requires_grad_(False)
     encoder = Encoder(tokenizer, args.max_length or 1024, "truncate", reader_tokenizer, room)
     examples = speed_examples(args, encoder, (stock.config.vocab_size, len(reader_tokenizer)))
-    N, depths = len(examples), [m.config.get_text_config().num_hidden_layers for m in (stock, reader)]
-    order = np.random.default_rng(seed).permutation(N)
+    depths = [m.config.get_text_config().num_hidden_layers for m in (stock, reader)]
+    order = np.random.default_rng(seed).permutation(len(examples))
     lengths = np.array([len(e.ids) for e in examples])
-    rows = np.array([max(((e.seg == 0) | (e.seg == s)).sum() for s in (1, 2)) for e in examples])  # the longer of its two rows
-    shuffled, plans = [order[i:i + k] for i in range(0, N, k)], {}
+    rows = np.array([max(((e.seg == 0) | (e.seg == s)).sum() for s in (1, 2)) for e in examples])  # its longer row
+    shuffled, plans = [order[i:i + k] for i in range(0, len(order), k)], {}
     for arm in args.arms:  # bucketed as in training, by what the arm pads: two rows a pair, or one
         by = rows if arm in ("a", "b", "b'") else lengths
         plan = shuffled if arm in ("a", "b") else plan_epoch(by, k, seed, 0)
         plans[arm] = sorted(plan, key=lambda index: by[index].max())
     optimizer, sdpa = make_optimizer(stock, 0.0, 0.0), stock.config._attn_implementation  # rate 0: no change
-    rates, tokens, peer = {arm: [] for arm in args.arms}, {arm: [] for arm in args.arms}, None
+    passes, rates, out, peer = {arm: [] for arm in args.arms}, {}, {}, None
 
-    def one_pass(arm: str, batches: list[np.ndarray]) -> float:
-        """Trains on the batches: pairs a second."""
+    def one_pass(arm: str, batches: list[np.ndarray]) -> list[float]:
+        """Trains on the batches: seconds, tokens computed, those that are not padding, pairs."""
         last = [(depth - 1,) if arm in ("tap", "pool", "d") else () for depth in depths]
         model = RewardModel(stock, "packed", last[0])
         teacher = InteractionTeacher(reader, reader_tokenizer, last[1])
@@ -1375,8 +1115,7 @@ def time_arms(args) -> dict[str, dict]:
             done += [*counts, len(index)]
         if device.type == "cuda":
             torch.cuda.synchronize()
-        tokens[arm].append(done)
-        return done[2] / (time.perf_counter() - started)
+        return [time.perf_counter() - started, *done]
 
     for round in bar(range(args.rounds + 1), "rounds"):
         for arm in args.arms:
@@ -1384,20 +1123,21 @@ def time_arms(args) -> dict[str, dict]:
                 m.set_attn_implementation("eager" if arm == "e" else sdpa)
             if arm == "trl":
                 peer = peer or trl_trainer(stock, tokenizer, [e.pair for e in examples], args, amp is not nullcontext)
-                rate = N / peer()
-            else:
-                plan = plans[arm]
-                steps = min(args.steps or len(plan), len(plan))
-                at = (np.arange(steps) + (round - 0.5) / args.rounds) * len(plan) / steps
-                rate = one_pass(arm, [plan[int(i)] for i in at] if round else plan[-1:])
-            rates[arm].append(rate)
-    out, peak = {}, torch.cuda.max_memory_allocated() if device.type == "cuda" else peak_memory()
-    for arm in args.arms:  # round 0 warmed up
-        rate, (slots, real, pairs) = rates[arm][1:], np.sum([[0, 0, 0], *tokens[arm][1:]], axis=0)  # TRL's are not known
-        ratios = np.divide(rate, rates[args.arms[0]][1:])
-        out[arm] = {"pairs_per_s": float(np.median(rate)), "ratio": float(np.median(ratios)),
-                    "ratios": ratios.tolist(), "tokens_per_pair": real / pairs if pairs else None,
-                    "padding": 1 - real / slots if pairs else None, **({"peak_bytes": peak} if len(args.arms) == 1 else {})}
+                passes[arm].append([peer(), np.nan, np.nan, len(examples)])
+                continue
+            plan = plans[arm]
+            steps = min(args.steps or len(plan), len(plan))
+            at = (np.arange(steps) + (round - 0.5) / args.rounds) * len(plan) / steps
+            passes[arm].append(one_pass(arm, [plan[int(i)] for i in at] if round else plan[-1:]))  # round 0 warms up
+    for arm in args.arms:
+        seconds, slots, real, pairs = np.array(passes[arm][1:]).T
+        rates[arm] = pairs / seconds
+        ratios, known = rates[arm] / rates[args.arms[0]], arm != "trl"
+        out[arm] = {"pairs_per_s": float(np.median(rates[arm])), "ratio": float(np.median(ratios)),
+                    "ratios": ratios.tolist(), "tokens_per_pair": real.sum() / pairs.sum() if known else None,
+                    "padding": 1 - real.sum() / slots.sum() if known else None}
+    if len(out) == 1:
+        out[arm]["peak_bytes"] = torch.cuda.max_memory_allocated() if device.type == "cuda" else peak_memory()
     return out
 
 
@@ -1441,19 +1181,26 @@ def trl_trainer(stock, tokenizer, pairs: list[Pair], args, bf16: bool):
     return epoch
 
 
-def own_process(args, arm: str, *flags: str) -> dict:
+def own_process(args, arm: str, **changes) -> dict:
     """One arm alone, a round, in a process of its own: what it really needs of memory. Raises UserError."""
-    changes = {"models": None, "verb": None, "run": None, "plot": None, "memory": None, "grow": None, "peer": None}
-    command = [sys.executable, __file__, "speed", args.models[0]]
-    for k, v in {**vars(args), **changes, "arms": arm, "rounds": 1}.items():
-        if v not in (None, False, []):
-            command += ["--" + k.replace("_", "-"), *map(str, v if isinstance(v, list) else [v])]
-    with tempfile.TemporaryDirectory() as folder:
-        done = subprocess.run([*command, *flags, "--json", f"{folder}/out"], capture_output=True, text=True)
-        if done.returncode:
-            why = (done.stderr.strip() or "killed, probably for memory").splitlines()[-1]
-            raise UserError(f"arm {arm} {' '.join(flags)}: {why}")
-        return json.loads(Path(f"{folder}/out").read_text())["arms"][arm]
+    alone = argparse.Namespace(**{**vars(args), "arms": [arm], "rounds": 1, "run": None, **changes})
+    with ProcessPoolExecutor(1, get_context("spawn")) as process:
+        try:
+            return process.submit(time_in_silence, alone).result()[arm]
+        except BrokenProcessPool:
+            raise UserError(f"arm {arm} {changes}: killed, probably for memory") from None
+        except UserError as why:
+            raise UserError(f"arm {arm} {changes}: {why}") from None
+
+
+def time_in_silence(args) -> dict[str, dict]:
+    """time_arms without a word. Raises UserError for any error: not every kind can be sent from process to process."""
+    quiet()
+    sys.stdout = open(os.devnull, "w")
+    try:
+        return time_arms(args)
+    except Exception as why:
+        raise UserError((str(why).strip() or type(why).__name__).splitlines()[-1].strip()) from None
 
 
 def speed(args) -> None:
@@ -1463,9 +1210,10 @@ def speed(args) -> None:
     a, b, b': as most code does it; c: the packed tree mask; d: the whole method, teacher included; e: the
     naive way to get attention maps. tap and pool are c with a part of d: their differences say what each part
     costs. Data: --data, or random tokens (--lengths PROMPT CHOSEN REJECTED). --memory runs each arm again in
-    a process of its own, --grow N... runs it at each total length instead (half of it prompt), or, where --lengths
-    are given, at each batch size. The arm trl is TRL's own RewardTrainer, where TRL is installed (--peer trl adds it). Here
-    --batch-size counts pairs, --max-length is 1,024 unless given, and --dtype bf16 is autocast, as in training."""
+    a process of its own, --grow N... runs it at each total length instead (half of it prompt), or, where
+    --lengths are given, at each batch size. The arm trl is TRL's own RewardTrainer, where TRL is installed
+    (--peer trl adds it). Here --batch-size counts pairs, --max-length is 1,024 unless given, and --dtype bf16
+    is autocast, as in training."""
     if not args.teacher or not (args.data or args.lengths or args.grow):
         raise UserError("speed needs --teacher, and --data, --lengths or --grow")
     if args.plot and not args.grow:
@@ -1476,9 +1224,9 @@ def speed(args) -> None:
         raise UserError("the arm trl reads text: give --data")
     rows, cells, grown = {} if args.grow else time_arms(args), [], "pairs a batch" if args.lengths else "tokens a pair"
     for n in bar(args.grow or [], "sizes"):
-        flags = ("--batch-size", n, "--pairs", 2 * n) if args.lengths else ("--lengths", n // 2, n // 4, n // 4)
+        size = dict(batch_size=n, pairs=2 * n) if args.lengths else dict(lengths=[n // 2, n // 4, n // 4])
         for arm in args.arms:
-            rows[f"{arm} {n}"] = {"arm": arm, grown.split()[0]: n, **own_process(args, arm, *map(str, flags))}
+            rows[f"{arm} {n}"] = {"arm": arm, grown.split()[0]: n, **own_process(args, arm, **size)}
     for arm in args.arms if args.memory and not args.grow else ():
         rows[arm]["peak_bytes"] = own_process(args, arm)["peak_bytes"]
     for k, r in rows.items():
@@ -1489,17 +1237,15 @@ def speed(args) -> None:
     print_rows(["", "pairs/s", f"ratio to {args.arms[0]} [min, max]", "tokens a pair", "padding",
                 "peak memory"], cells)
     device = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
-    if torch.cuda.is_available():
-        device = torch.cuda.get_device_name()
-    save_json(args, {"arms": rows, "device": device})
-    if args.plot and args.grow:
+    save_json(args, {"arms": rows, "device": torch.cuda.get_device_name() if torch.cuda.is_available() else device})
+    if args.plot:
         panels = []
         for label, value in (("seconds a pair", lambda r: 1 / r["pairs_per_s"]),
                              ("peak memory, GB", lambda r: r["peak_bytes"] / 1e9)):
             curves = {f"{arm}: {ARMS[arm]}": (args.grow, [value(rows[f"{arm} {n}"]) for n in args.grow], None)
                       for arm in args.arms}
             panels.append(("", grown, label, curves))
-        draw(args.plot, panels, xscale="log", yscale="log")
+        draw(args.plot, [panels], xscale="log", yscale="log")
 
 
 # ----------------------------------------------------------------------------------------------- command line
@@ -1581,6 +1327,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for name, low in least.items():
         if getattr(args, name, low) < low:
             ap.error(f"--{name.replace('_', '-')} must be at least {low}")
+    if min(getattr(args, "grow", None) or [1]) < 1:
+        ap.error("--grow must be at least 1")
     if not 0 <= getattr(args, "spread", 0) < 1:
         ap.error("--spread must be from 0 to under 1")
     if len(set(args.models)) < len(args.models):
@@ -1588,29 +1336,31 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def quiet() -> None:
+    """No chatter of transformers; tqdm without its lock between processes, which would outlive a killed one."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    tqdm.set_lock(RLock())
+
+
 def main(argv: list[str] | None = None) -> None:
     """Checks what can be checked at once, then runs the verb; exits with 2 and one line for a UserError."""
     args = parse_args(argv)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    try:
-        check_outputs(args)
+    quiet()
+    edits = getattr(args, "edits", None)
+    with exit_codes():
+        check_outputs({flag: path for flag in WRITTEN if (path := getattr(args, flag, None))},
+                      {"data": args.data, "edits": [edits] if edits else []})
+        if args.plot:
+            canvas()
+            if Path(args.plot).suffix.lower() not in (".png", ".pdf", ".svg"):
+                raise UserError(f"--plot {args.plot}: its name must end in .png, .pdf or .svg")
         for name in args.models if args.verb != "speed" else ():  # all of them, before any long work
-            if check_model(name)[1] and args.verb not in ("accuracy", "stability"):
+            if is_teacher(name) and args.verb not in ("accuracy", "stability"):
                 given = "; give it as --teacher" if args.verb in ("attention", "show") else ""
                 raise UserError(f"{name}: is a teacher, which compares two responses; {args.verb} needs a "
                                 f"reward for each alone{given}")
         args.run(args)
-        sys.stdout.flush()
-    except BrokenPipeError:  # `| head` has seen enough; without a pipe the flush at exit is quiet too
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(141) from None  # as a shell reports SIGPIPE
-    except KeyboardInterrupt:
-        print("\nstopped", file=sys.stderr)
-        raise SystemExit(130) from None
-    except UserError as why:
-        print(f"error: {why}", file=sys.stderr)
-        raise SystemExit(2) from None
 
 
 if __name__ == "__main__":

@@ -2165,14 +2165,14 @@ def test_speed_as_a_user_runs_it(zoo, argv, tmp_path, capsys):
 
 def test_edits_change_the_rejected_response_alone(judges, tmp_path, capsys):
     """Flips and shifts beside the stock class scoring each edited string; chosen and the input file stay as they are."""
-    assert evaluation.sentences("A b. C d! E\nF。G") == ["A b.", "C d!", "E", "F。", "G"]
+    assert data_prep.sentences("A b. C d! E\nF。G") == ["A b.", "C d!", "E", "F。", "G"]
     by_hand = {"closing phrase": "One. Two two. I hope this helps!", "last sentence again": "One. Two two. Two two.",
                "recap of the first sentence": "One. Two two.\n\nIn short:\n- One.", "praise": "What a great question! One. Two two.",
                "markdown": "## Answer\n\n- **One.**\n- **Two two.**", "upper case": "ONE. TWO TWO.",
-               "off-topic ending": "One." + evaluation.ELSEWHERE}
+               "off-topic ending": "One." + data_prep.ELSEWHERE}
     for name, text in by_hand.items():
-        assert evaluation.edited(" One. Two two. ", evaluation.EDITS[name]) == text
-    assert evaluation.without_end("one two three four") == "one two" and evaluation.without_end("abcd") == "ab"
+        assert evaluation.edited(" One. Two two. ", data_prep.EDITS[name]) == text
+    assert data_prep.without_end("one two three four") == "one two" and data_prep.without_end("abcd") == "ab"
     pairs, name = make_pairs(9), judges()
     data = write_pairs(tmp_path / "d.jsonl", pairs)
     before = Path(data).read_bytes()
@@ -2181,7 +2181,7 @@ def test_edits_change_the_rejected_response_alone(judges, tmp_path, capsys):
     assert Path(data).read_bytes() == before and "padding" not in capsys.readouterr().out
     got = json.loads((tmp_path / "o").read_text())
     r = naive_scores(name, pairs)
-    assert got["edits"]["mine"] == {"prepend": "good ", "append": " sorry"} and len(got["edits"]) == len(evaluation.EDITS)
+    assert got["edits"]["mine"] == {"prepend": "good ", "append": " sorry"} and len(got["edits"]) == len(data_prep.EDITS)
     for edit, found in got["files"]["d"][name]["edits"].items():
         texts = [evaluation.edited(p.rejected, got["edits"][edit]) for p in pairs]
         after = naive_scores(name, [Pair(p.prompt, p.chosen, y) for p, y in zip(pairs, texts)])
