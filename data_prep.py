@@ -847,28 +847,43 @@ def barrier() -> None:
 
 
 @contextmanager
+def exit_codes():
+    """Ends a program as a shell expects: 2 and one line for a UserError, 130 for Ctrl-C, 141 for a closed pipe."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head` has seen enough; without a pipe the flush at exit is quiet too
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141) from None
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        raise SystemExit(130) from None
+    except UserError as why:
+        print(f"error: {why}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+@contextmanager
 def errors_in_one_line(output_dir: str):
     """Around a training run: what a person can mend, or the death of another process, ends it with one line; only the
     first process speaks of what goes well."""
     warnings.filterwarnings("ignore", "FSDP2-wrapped module")  # its outputs are never written to in place
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")
-    try:
-        yield
-    except KeyboardInterrupt:  # before the training loop, which saves first
-        print("\nstopped", file=sys.stderr)
-        raise SystemExit(130) from None
-    except UserError as why:
-        if RANK > 0:  # torchrun ends this process in here, if the first one says the same
-            time.sleep(5)
-        print(f"error: {why}" + (f" (process {RANK} of {WORLD})" if RANK > 0 else ""), file=sys.stderr)
-        raise SystemExit(2) from None
-    except RuntimeError as why:  # another process died: this one must not wait for it
-        if WORLD == 1:
-            raise
-        saved = any(Path(output_dir).glob("checkpoints/*.pt"))
-        raise SystemExit(f"error: process {RANK} of {WORLD} cannot go on ({first_line(why)})" + (
-            "; the last checkpoint is whole, go on with --resume" if saved else "; nothing was saved yet")) from None
+    with exit_codes():
+        try:
+            yield
+        except UserError as why:
+            if RANK == 0:
+                raise
+            time.sleep(5)  # torchrun ends this process in here, if the first one says the same
+            raise UserError(f"{why} (process {RANK} of {WORLD})") from None
+        except RuntimeError as why:  # another process died: this one must not wait for it
+            if WORLD == 1:
+                raise
+            saved = any(Path(output_dir).glob("checkpoints/*.pt"))
+            raise SystemExit(f"error: process {RANK} of {WORLD} cannot go on ({first_line(why)})" + (
+                "; the last checkpoint is whole, go on with --resume" if saved else "; nothing was saved yet")) from None
 
 
 def labelled(counts: Counter, name: str) -> dict[str, int]:
@@ -1289,8 +1304,9 @@ def check_outputs(outputs: dict[str, str], inputs: dict[str, list[str]]) -> None
             Path(path).parent.mkdir(parents=True, exist_ok=True)
             if Path(path).is_dir():
                 raise OSError(0, "is a directory")
-            Path(f"{path}.tmp").touch()
-            Path(f"{path}.tmp").unlink()
+            if not (aside := Path(f"{path}.tmp")).exists():
+                aside.touch()
+                aside.unlink()
         except OSError as why:
             raise UserError(f"--{flag} {path}: cannot be written ({why.strerror})") from None
         if how := taken.get(Path(path).resolve()):
@@ -2144,23 +2160,6 @@ def convert(args: argparse.Namespace) -> None:
     for k, path in files.items():
         write_pairs(path, parts[k], args.overwrite)
         print(f"wrote {len(parts[k])} {noun} to {path}")
-
-
-@contextmanager
-def exit_codes():
-    """Ends a program as a shell expects: 2 and one line for a UserError, 130 for Ctrl-C, 141 for a closed pipe."""
-    try:
-        yield
-        sys.stdout.flush()
-    except BrokenPipeError:  # `| head` has seen enough; without a pipe the flush at exit is quiet too
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(141) from None
-    except KeyboardInterrupt:
-        print("\nstopped", file=sys.stderr)
-        raise SystemExit(130) from None
-    except UserError as why:
-        print(f"error: {why}", file=sys.stderr)
-        raise SystemExit(2) from None
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -35,7 +35,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
-from math import comb
+from math import lgamma
 from multiprocessing import get_context
 from pathlib import Path
 from threading import RLock
@@ -609,6 +609,7 @@ def attention(args) -> None:
             result.setdefault(file, {})[name] = row
             print_attention(file, name, row)
         save_json(args, {"files": result})  # after each model: a failure later loses nothing
+        del judge
     if args.plot:
         plot_attention(result, args.plot)
 
@@ -866,9 +867,11 @@ def best_of_n(proxy: np.ndarray, values: np.ndarray) -> np.ndarray:
     """Expected value of the candidate with the highest proxy among n drawn without replacement: (P, N) and
     (P, N) -> (P, N), column n - 1 for n. The k-th lowest of N is the highest of n in C(k-1, n-1) of C(N, n)
     draws; candidates of equal proxy share the mean of their values, as if ties were broken at random."""
-    N = proxy.shape[1]
-    weights = np.array([[comb(k - 1, n - 1) / comb(N, n) for k in range(1, N + 1)] for n in range(1, N + 1)])
-    out = np.zeros(proxy.shape)
+    N, out = proxy.shape[1], np.zeros(proxy.shape)
+    log_f = np.array([lgamma(k + 1) for k in range(N + 1)])  # log k!; C(k-1, n-1) / C(N, n) in logarithms
+    k, n = np.arange(1, N + 1), np.arange(1, N + 1)[:, None]
+    logs = log_f[k - 1] - log_f[n - 1] - log_f[np.maximum(k - n, 0)] - log_f[N] + log_f[n] + log_f[N - n]
+    weights = np.where(k >= n, np.exp(logs), 0.0)
     for row, p, v in zip(out, proxy, values):
         level = np.unique(p, return_inverse=True)[1]
         shared = np.bincount(level, v) / np.bincount(level)
@@ -1170,9 +1173,10 @@ def trl_trainer(stock, tokenizer, pairs: list[Pair], args, bf16: bool):
         stock.train()
         return clock.total
 
-    clock, text = Clock(), Formatter(tokenizer).text
+    clock, text, folder = Clock(), Formatter(tokenizer).text, tempfile.TemporaryDirectory()
+    clock.folder = folder  # lives as long as the trainer
     rows = [{"chosen": text(p.prompt, p.chosen), "rejected": text(p.prompt, p.rejected)} for p in pairs]
-    config = RewardConfig(output_dir=tempfile.mkdtemp(), per_device_train_batch_size=args.batch_size,
+    config = RewardConfig(output_dir=folder.name, per_device_train_batch_size=args.batch_size,
                           num_train_epochs=1, learning_rate=1e-12, max_length=args.max_length or 1024,
                           report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True,
                           bf16=bf16, gradient_checkpointing=False, use_cpu=not torch.cuda.is_available())
@@ -1220,8 +1224,8 @@ def speed(args) -> None:
         raise UserError("speed draws what --grow measures: give --grow, or leave --plot out")
     if args.peer and args.peer not in args.arms:
         args.arms.append(args.peer)
-    if "trl" in args.arms and not args.data:
-        raise UserError("the arm trl reads text: give --data")
+    if "trl" in args.arms and (args.lengths or args.grow or not args.data):
+        raise UserError("the arm trl reads text: give --data, and neither --lengths nor --grow")
     rows, cells, grown = {} if args.grow else time_arms(args), [], "pairs a batch" if args.lengths else "tokens a pair"
     for n in bar(args.grow or [], "sizes"):
         size = dict(batch_size=n, pairs=2 * n) if args.lengths else dict(lengths=[n // 2, n // 4, n // 4])
@@ -1327,8 +1331,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for name, low in least.items():
         if getattr(args, name, low) < low:
             ap.error(f"--{name.replace('_', '-')} must be at least {low}")
-    if min(getattr(args, "grow", None) or [1]) < 1:
-        ap.error("--grow must be at least 1")
+    for name in ("grow", "lengths", "shrink"):
+        if min(getattr(args, name, None) or [1]) < 1:
+            ap.error(f"--{name} must be at least 1")
+    if getattr(args, "shrink", None) and args.shrink[0] % 8:
+        ap.error("--shrink HIDDEN must be a multiple of 8: four heads, each of an even size")
     if not 0 <= getattr(args, "spread", 0) < 1:
         ap.error("--spread must be from 0 to under 1")
     if len(set(args.models)) < len(args.models):
