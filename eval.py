@@ -374,7 +374,7 @@ def draw(path: str, grid: list[list[tuple]], **settings) -> None:
             else:
                 axes.plot(x, y, label=label, color=str(grey), linestyle=["-", "--", ":", "-."][k % 4],
                           marker="osD^vx"[k % 6], markersize=4)
-                axes.fill_between(x, low, high, color=str(grey), alpha=0.15, linewidth=0)
+                axes.fill_between(x, low, high, color=str(grey), alpha=0.08, linewidth=0)
         for height in heights:
             axes.axhline(height, color="black", linewidth=0.7)
         axes.set(title=title, xlabel=xlabel, ylabel=ylabel, **settings)
