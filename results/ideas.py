@@ -7,6 +7,7 @@ Arms in one process, round after round, as in `eval.py speed`: pairs a second as
 """
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +16,10 @@ import transformers
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import eval as evaluation  # noqa: E402
-from data_prep import Encoder, collate, collate_teacher, load_student, load_teacher, plan_epoch, set_up_device  # noqa: E402
+from data_prep import (Encoder, bar, collate, collate_teacher, load_student, load_teacher, plan_epoch,  # noqa: E402
+                       set_up_device, shrunk_student, speed_examples)
 from idistill import (AttentionTap, Config, InteractionTeacher, RewardModel, alignment_loss, block_masks, bt_loss,  # noqa: E402
-                      distillation_losses, make_optimizer, pool_words)
+                      distillation_losses, make_optimizer, pool_words, tree_mask)
 
 IDEAS = {  # arm -> (what it is measured against, what it is)
     "c": ("c", "plain BT as it is: packed tree, the same number of pairs a step, bucketed in windows of 64 steps"),
@@ -65,11 +67,11 @@ def main() -> None:
     args = evaluation.parse_args(["speed", *sys.argv[1:]])
     transformers.logging.set_verbosity_error()
     (device, amp), k = set_up_device(args), args.batch_size
-    stock, tokenizer = evaluation.shrunk_student(args.models[0], *args.shrink) if args.shrink else load_student(args.models[0], args.seed)
+    stock, tokenizer = shrunk_student(args.models[0], *args.shrink) if args.shrink else load_student(args.models[0], args.seed)
     reader, reader_tokenizer, room = load_teacher(args.teacher, args.seed)
     stock.to(device).train(), reader.to(device).eval().requires_grad_(False)
     encoder = Encoder(tokenizer, args.max_length or 1024, "truncate", reader_tokenizer, room)
-    examples = evaluation.speed_examples(args, encoder, (stock.config.vocab_size, len(reader_tokenizer)))
+    examples = speed_examples(args, encoder, (stock.config.vocab_size, len(reader_tokenizer)))
     lengths, pad, cfg = np.array([len(e.ids) for e in examples]), stock.config.pad_token_id, Config()
     last = stock.config.num_hidden_layers - 1, reader.config.num_hidden_layers - 1
     tapped = RewardModel(stock, "packed", last[:1])
@@ -124,7 +126,7 @@ def main() -> None:
             hooks = [mlp.register_forward_pre_hook(lambda _, inputs: (inputs[0].gather(1, at),)),
                      mlp.register_forward_hook(lambda _, inputs, out: out.new_zeros(*batch["ids"].shape, out.shape[-1]).scatter(1, at, out))]
         run = compiled if arm == "compile" else base
-        inputs = dict(attention_mask=evaluation.tree_mask(batch["seg"]), position_ids=batch["pos"], use_cache=False)
+        inputs = dict(attention_mask=tree_mask(batch["seg"]), position_ids=batch["pos"], use_cache=False)
         h = run(batch["ids"], **inputs).last_hidden_state
         for hook in hooks:
             hook.remove()
@@ -155,11 +157,11 @@ def main() -> None:
     with amp():  # the ideas compute what they are measured against
         for arm, (against, _) in IDEAS.items():
             one, two = loss_of(arm, plans["d"][0]), loss_of(against, plans["d"][0])
-            if not torch.allclose(one, two, atol=0.02 if amp is not evaluation.nullcontext else 2e-3):
+            if not torch.allclose(one, two, atol=0.02 if amp is not nullcontext else 2e-3):
                 raise SystemExit(f"{arm}: loss {one.tolist()}, {against}: {two.tolist()}")
 
     rates = {arm: [] for arm in IDEAS}
-    for round in evaluation.bar(range(args.rounds + 1), "rounds"):
+    for round in bar(range(args.rounds + 1), "rounds"):
         for arm, plan in plans.items():
             steps = min(args.steps or len(plan), len(plan))
             at = (np.arange(steps) + max(0.5, round - 0.5) / args.rounds) * len(plan) / steps
