@@ -162,8 +162,9 @@ class AttentionTap:
     """Keeps Q and K of chosen layers while it is entered: `with tap: model(...)`, then tap.kept[layer].
 
     Fused attention stays on everywhere; an n x n map is built for tapped layers only (output_attentions=True would
-    force eager attention in all: half the speed at 512 tokens). Calls inside the with block are counted: the k-th is
-    layer k, so a recomputation under gradient checkpointing, outside the block, is never taken for a forward pass.
+    force eager attention in all: 0.8 of the speed, 1.7 times the memory at 512 tokens). Calls inside the with block
+    are counted: the k-th is layer k, so a recomputation under gradient checkpointing, outside the block, is never
+    taken for a forward pass.
     remove() undoes it all.
 
     Raises UserError where the model does not call transformers' attention interface."""
@@ -255,7 +256,7 @@ def tree_mask(seg: Tensor) -> Tensor:
 
 class RewardModel(nn.Module):
     """A stock decoder for sequence classification with one label, read at the last token of each response (E1). Packed
-    rows encode x once: 1.6 times the pairs a second of two bucketed rows a pair (HH-RLHF).
+    rows encode x once: 1.5 times the pairs a second of two bucketed rows a pair (HH-RLHF).
 
     forward(batch of collate) -> rewards (B, 2) = (r_c, r_r) in fp32. Afterwards self.hidden is the last hidden
     state (B, n, hidden); with `layers` and gradients, self.maps lists their simulated token maps (B, G, m, n)."""
@@ -569,6 +570,7 @@ def make_optimizer(model: nn.Module, lr: float, decay: float) -> torch.optim.Ada
     params = [p for p in model.parameters() if p.requires_grad]
     groups = [{"params": [p for p in params if p.ndim >= 2], "weight_decay": decay},
               {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0}]
+    # fused: a step over 17 million weights takes 10 ms in place of 62 (two CPU cores)
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=(0.9, 0.95), fused=True)
 
 

@@ -77,7 +77,7 @@ def main() -> None:
     tapped = RewardModel(stock, "packed", last[:1])
     teacher = InteractionTeacher(reader, reader_tokenizer, last[1:])
     base, optimizer = stock.base_model, make_optimizer(stock, 0.0, 0.0)
-    unfused = torch.optim.AdamW([{**g} for g in optimizer.param_groups], lr=0.0, betas=(0.9, 0.95), fused=False)
+    unfused = torch.optim.AdamW([{**g, "fused": False} for g in optimizer.param_groups], lr=0.0, betas=(0.9, 0.95))
     compiled = torch.compile(base, dynamic=True)
     if len(examples) <= 64 * k:
         raise SystemExit(f"--pairs: over {64 * k} are needed, or the bucketing of c is that of a whole epoch")
