@@ -2157,11 +2157,22 @@ def test_speed_as_a_user_runs_it(zoo, argv, tmp_path, capsys):
     assert evaluate(zoo("llama"), *common, "--lengths", 8, 4, 4, "--grow", 1, 4, "--arms", "c", "--json", tmp_path / "g", verb="speed") == 0
     assert [r["pairs"] for r in json.loads((tmp_path / "g").read_text())["arms"].values()] == [1, 4]
     for flags, mention in (((), "--data, --lengths or --grow"), (("--lengths", 4, 4, 4, "--arms", "trl"), "give --data"),
-                           (("--lengths", 4, 4, 4, "--plot", tmp_path / "x.png"), "give --grow")):
+                           (("--lengths", 4, 4, 4, "--plot", tmp_path / "x.png"), "give --grow"),
+                           (("--data", data, "--grow", 64, "--arms", "trl"), "neither --lengths nor --grow"),
+                           (("--lengths", -8, 4, 4), "--lengths must be at least 1"), (("--grow", 0), "--grow must be"),
+                           (("--lengths", 8, 4, 4, "--shrink", 30, 2), "a multiple of 8")):
         assert evaluate(zoo("llama"), *common, *flags, verb="speed") == 2 and mention in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------- attack, bestofn, stability
+
+def test_best_of_many_candidates_adds_up():
+    """Weights in logarithms hold at N = 900, where the binomials overflow a float."""
+    proxy = np.arange(900.0)[None]
+    got = evaluation.best_of_n(proxy, proxy)[0]
+    n = np.arange(1, 901)
+    assert np.allclose(got, (n * 901) / (n + 1) - 1, rtol=1e-9)  # the mean of the largest of n of 0 .. 899
+
 
 def test_edits_change_the_rejected_response_alone(judges, tmp_path, capsys):
     """Flips and shifts beside the stock class scoring each edited string; chosen and the input file stay as they are."""
