@@ -704,6 +704,13 @@ def plan_epoch(lengths: np.ndarray, batch_size: int, seed: int, epoch: int, wind
 
 # --------------------------------------------------------------------------------- flags, device, data of a training run
 
+class Parser(argparse.ArgumentParser):
+    """A command line whose mistakes are told in one line, exit code 2."""
+
+    def error(self, message: str):
+        self.exit(2, f"error: {message} (flags: {self.prog} --help)\n")
+
+
 def flag(default, help, choices=None, low=0, high=math.inf):
     """A field of Config: default, help text, and the values it takes."""
     kind = {"default_factory": lambda: list(default)} if isinstance(default, list) else {"default": default}
@@ -712,7 +719,7 @@ def flag(default, help, choices=None, low=0, high=math.inf):
 
 def parse_flags(config: type, about: str, argv: list[str] | None = None):
     """The command line, made from the dataclass config; argparse exits with 2 on a wrong flag."""
-    ap = argparse.ArgumentParser(description=about, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False)
+    ap = Parser(description=about, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False)
     for f in dataclasses.fields(config):
         default = getattr(config(), f.name)
         kw = {"action": "store_true"} if isinstance(default, bool) else {
@@ -1011,6 +1018,7 @@ def load(auto, name: str, **kwargs):
                         "use weights saved as safetensors") from None
     except Exception as why:  # the hub, the disk and every model class raise kinds of their own
         hint = "" if Path(name).is_dir() else " (no such local directory; as a hub id it could not be fetched)"
+        hint = " (it is a file, a model is a directory or a hub id)" if Path(name).is_file() else hint
         raise UserError(f"{name}: cannot be loaded{hint}: {first_line(why)}") from None
 
 
@@ -2088,7 +2096,7 @@ def demo(cfg, train) -> None:
 # ------------------------------------------------------------------------------------------------------ command line
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    ap = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     ap.add_argument("source", nargs="+", metavar="SOURCE", help="hh-rlhf, synthetic, JSONL files, plain or "
                     f".gz, or a benchmark: {', '.join(BENCHMARKS)}")
     ap.add_argument("--out", required=True, help="file to write; gzipped where it ends in .gz")
@@ -2153,7 +2161,10 @@ def convert(args: argparse.Namespace) -> None:
     parts, out = split_pairs(pairs, args.val_fraction, args.test_fraction), Path(args.out)
     stem, _, end = out.name.partition(".jsonl")
     files = {k: out.with_name(f"{stem}.{k}.jsonl{end}") if k else out for k in parts if parts[k] or not k}
+    read = {Path(p).resolve() for p in [*args.source, *(args.input or [])]}
     for path in files.values():  # all targets are checked before any is written
+        if path.resolve() in read:
+            raise UserError(f"{path}: is read too; choose another --out")
         if path.exists() and not args.overwrite:
             raise UserError(f"{path}: exists; choose another --out, or --overwrite")
     print("read: " + ", ".join(f"{v} {k}" for k, v in counts.items() if v or k == noun))

@@ -47,7 +47,7 @@ import transformers
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from data_prep import (BENCHMARKS, Encoder, Example, Formatter, Pair, UserError, bar, check_outputs, collate,
+from data_prep import (BENCHMARKS, Encoder, Example, Formatter, Pair, Parser, UserError, bar, check_outputs, collate,
                        collate_teacher, drift, edited, exit_codes, is_teacher, load_reward_model,
                        load_student, load_teacher, load_tokenizer, longer_margins, own_cells, plan_epoch, prompt_key,
                        read_candidates, read_edits, read_files, set_up_device, shrunk_student, speed_examples,
@@ -1256,8 +1256,8 @@ def speed(args) -> None:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """One sub-command a verb: flags of all verbs, of the two that read attention, of each verb alone."""
-    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    common, maps = (argparse.ArgumentParser(add_help=False) for _ in range(2))
+    ap = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    common, maps = (Parser(add_help=False) for _ in range(2))
     add = common.add_argument
     add("models", nargs="+", metavar="MODEL", help="reward model (or RUN/teacher): local directory or hub id")
     add("--data", nargs="+", default=[], metavar="FILE",
@@ -1330,7 +1330,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     least = dict(batch_size=1, max_length=0, limit=0, seed=0, pairs=1, rounds=1, steps=0, align_max_tokens=0, stages=2)
     for name, low in least.items():
         if getattr(args, name, low) < low:
-            ap.error(f"--{name.replace('_', '-')} must be at least {low}")
+            ap.error(f"--{name.replace('_', '-')} must be at least {low}, is {getattr(args, name)}")
     for name in ("grow", "lengths", "shrink"):
         if min(getattr(args, name, None) or [1]) < 1:
             ap.error(f"--{name} must be at least 1")

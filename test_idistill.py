@@ -2166,6 +2166,20 @@ def test_speed_as_a_user_runs_it(zoo, argv, tmp_path, capsys):
 
 # ------------------------------------------------------------------------------- attack, bestofn, stability
 
+def test_usage_and_output_onto_input_are_told_in_one_line(tmp_path, capsys):
+    data = write_pairs(tmp_path / "d.jsonl", make_pairs(3))
+    before = Path(data).read_bytes()
+    for run, argv, mention in ((idistill.main, ["--bogus"], "--bogus"), (evaluation.main, ["accuracy", "m"], "--data is needed"),
+                               (evaluation.main, ["accuracy", "m", "--data", data, "--limit", "-3"], "is -3"),
+                               (data_prep.main, [str(data), "--out", str(data), "--overwrite"], "is read too"),
+                               (evaluation.main, ["accuracy", str(data), "--data", str(data)], "it is a file")):
+        with pytest.raises(SystemExit) as end:
+            run(argv)
+        err = capsys.readouterr().err
+        assert end.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1 and mention in err, err
+    assert Path(data).read_bytes() == before
+
+
 def test_best_of_many_candidates_adds_up():
     """Weights in logarithms hold at N = 900, where the binomials overflow a float."""
     proxy = np.arange(900.0)[None]
