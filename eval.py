@@ -378,7 +378,8 @@ def draw(path: str, grid: list[list[tuple]], **settings) -> None:
         for height in heights:
             axes.axhline(height, color="black", linewidth=0.7)
         axes.set(title=title, xlabel=xlabel, ylabel=ylabel, **settings)
-        axes.legend(fontsize=7)
+        below = {} if isinstance(x[0], str) else dict(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
+        axes.legend(fontsize=7, **below)  # lines are not to be hidden
         if settings.get("xscale") == "log":
             axes.set_xticks(x, map(str, x))
             axes.set_xticks([], minor=True)
