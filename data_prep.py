@@ -1017,8 +1017,9 @@ def load(auto, name: str, **kwargs):
         raise UserError(f"{name}: refused: its pickled weights hold more than tensors, which could run code; "
                         "use weights saved as safetensors") from None
     except Exception as why:  # the hub, the disk and every model class raise kinds of their own
-        hint = "" if Path(name).is_dir() else " (no such local directory; as a hub id it could not be fetched)"
-        hint = " (it is a file, a model is a directory or a hub id)" if Path(name).is_file() else hint
+        hint = "" if Path(name).is_dir() else (
+            " (it is a file, a model is a directory or a hub id)" if Path(name).is_file() else
+            " (no such local directory; as a hub id it could not be fetched)")
         raise UserError(f"{name}: cannot be loaded{hint}: {first_line(why)}") from None
 
 

@@ -361,11 +361,12 @@ def draw(path: str, grid: list[list[tuple]], **settings) -> None:
     mark ...), n points each, None where not known: lines with bands, or, where x are names, bars with error bars."""
     figure, all_axes = canvas(len(grid), len(grid[0]))
     for axes, (title, xlabel, ylabel, series, *heights) in zip(all_axes.flat, sum(grid, [])):
+        named = any(isinstance(x[0], str) for x, *_ in series.values())
         for k, (label, (x, y, ends)) in enumerate(series.items()):
             y = np.array(y, dtype=float)
             low, high = np.array([[np.nan] * 2 if e is None else e for e in ends or [None] * len(y)]).T
             grey, label = 0.7 * k / max(1, len(series) - 1), short(label)
-            if isinstance(x[0], str):
+            if named:
                 at = np.arange(len(x)) + 0.8 * ((k + 0.5) / len(series) - 0.5)
                 axes.bar(at, y, 0.8 / len(series), yerr=np.abs((low - y, high - y)), capsize=2,
                          label=label, color=str(0.95 - grey), hatch=["", "//", "..", "xx"][k % 4], edgecolor="black")
@@ -378,8 +379,9 @@ def draw(path: str, grid: list[list[tuple]], **settings) -> None:
         for height in heights:
             axes.axhline(height, color="black", linewidth=0.7)
         axes.set(title=title, xlabel=xlabel, ylabel=ylabel, **settings)
-        below = {} if isinstance(x[0], str) else dict(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
-        axes.legend(fontsize=7, **below)  # lines are not to be hidden
+        below = {} if named else dict(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
+        if series:  # none where no pair could be scored
+            axes.legend(fontsize=7, **below)  # lines are not to be hidden
         if settings.get("xscale") == "log":
             axes.set_xticks(x, map(str, x))
             axes.set_xticks([], minor=True)
@@ -523,10 +525,15 @@ def stage_edges(start: int, end: int, stages: int) -> np.ndarray:
     return start + np.round(np.arange(stages + 1) / stages * (end - start)).astype(int)
 
 
+def stage_mass(attention: np.ndarray, edges: np.ndarray) -> np.ndarray:
+    """The attention (n,) inside each stage, edges (K + 1,) -> (K,)."""
+    return np.array([attention[a:b].sum() for a, b in zip(edges, edges[1:])])
+
+
 def stage_density(attention: np.ndarray, edges: np.ndarray) -> np.ndarray:
     """Each stage's share of the attention (n,) inside the edges (K + 1,), over its share of the tokens: (K,),
     1 where attention is even, NaN for a stage without token."""
-    mass = np.array([attention[a:b].sum() for a, b in zip(edges, edges[1:])])
+    mass = stage_mass(attention, edges)
     size = np.diff(edges).astype(float)
     size[size == 0] = np.nan
     return (mass / mass.sum()) / (size / np.nansum(size)) if mass.sum() > 0 else np.full(len(size), np.nan)
@@ -635,7 +642,7 @@ def read_stages(judge: Judge, examples: list[Example], groups: np.ndarray, args)
     plain, blank = right(0, 0), right(0, K)
     masked = {"start": [plain, *(right(0, k) for k in range(1, K)), blank],
               "end": [plain, *(right(K - k, K) for k in range(1, K)), blank]}
-    mass = np.array([[a[i:j].sum() for i, j in zip(e, e[1:])] for a, e in zip(seen, edges)]).cumsum(1)
+    mass = np.array([stage_mass(a, e) for a, e in zip(seen, edges)]).cumsum(1)
     by_stage = {"density": np.array([stage_density(a, e) for a, e in zip(seen, edges)]),
                 "cumulative": mass / np.maximum(mass[:, -1:], 1e-12)}
     shares = {"first token": [a[0] for a in seen],

@@ -2180,6 +2180,13 @@ def test_usage_and_output_onto_input_are_told_in_one_line(tmp_path, capsys):
     assert Path(data).read_bytes() == before
 
 
+def test_plot_where_no_pair_could_be_scored(judges, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    data = write_pairs(tmp_path / "d.jsonl", make_pairs(3))
+    assert evaluate(judges(), "--data", data, "--max-length", 2, "--plot", tmp_path / "p.png", verb="attack") == 0
+    assert (tmp_path / "p.png").stat().st_size > 1_000 and "0 pairs, 3 dropped" in capsys.readouterr().out
+
+
 def test_best_of_many_candidates_adds_up():
     """Weights in logarithms hold at N = 900, where the binomials overflow a float."""
     proxy = np.arange(900.0)[None]
