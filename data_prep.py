@@ -802,15 +802,19 @@ def set_up_device(cfg):
     return device, (lambda: torch.autocast(device.type, dtype=torch.bfloat16)) if bf16 else nullcontext
 
 
+def decoder_layers(model: torch.nn.Module) -> torch.nn.ModuleList:
+    """The layers of a transformer, in order."""
+    return max((m for m in model.modules() if isinstance(m, torch.nn.ModuleList)), key=len)
+
+
 def distribute(model: torch.nn.Module, device: torch.device, shard: bool, bf16: bool) -> None:
     """Under torchrun: gradients are averaged over the processes (shard: weights, gradients and optimizer are also split
     among them, FSDP2). One engine for both: without shard each process is a group of its own that holds all."""
     if WORLD == 1:
         return
     mesh = init_device_mesh(device.type, (1, WORLD) if shard else (WORLD, 1), mesh_dim_names=("replicate", "shard"))
-    layers = max((m for m in model.modules() if isinstance(m, torch.nn.ModuleList)), key=len)
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if shard and bf16 else None, reduce_dtype=torch.float32)
-    for layer in layers:
+    for layer in decoder_layers(model):
         fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=shard)
     fully_shard(model, mesh=mesh, reshard_after_forward=False)  # embeddings and head stay in fp32
 
@@ -1158,13 +1162,11 @@ def probe_student(model, name: str, max_length: int = 0) -> None:
     was, encoding = stock.training, model.encoding
     stock.eval()
     try:
-        if model.tap is not None:  # the tap must change nothing (attention sinks, say, are lost in it)
-            rows, scores, tapped = model.two_rows(batch)[0], [], stock.config._attn_implementation
-            for implementation in (model.tap.before, tapped):
-                stock.set_attn_implementation(implementation)
-                scores.append(stock.base_model(**rows, use_cache=False).last_hidden_state)
-            if not torch.allclose(*scores, atol=1e-3, rtol=1e-3, equal_nan=True):
+        if model.tap is not None and not tap_changes_nothing(model, batch):  # attention sinks, say, are lost in it
+            if model.layers:
                 raise UserError(f"{name}: {type(stock).__name__} attends in a way that the tap does not keep; use --method bt")
+            model.tap.remove()
+            model.tap = None
         model.encoding = "siamese"
         try:
             apart = model(batch)
@@ -1173,26 +1175,49 @@ def probe_student(model, name: str, max_length: int = 0) -> None:
         if not apart.isfinite().all():
             raise UserError(f"{name}: its rewards are not finite; the weights are damaged")
         other = dict(batch, ids=torch.where(torch.arange(8, device=device) == 4, (ids + 1) % (vocabulary // 2), ids))
-        hidden = [stock.base_model(model.two_rows(b)[0]["input_ids"][:1], use_cache=False).last_hidden_state[0, 2]
-                  for b in (batch, other)]
+        hidden = [stock.base_model(b["ids"][:, :5], use_cache=False).last_hidden_state[0, 2] for b in (batch, other)]
         if not torch.allclose(*hidden, atol=1e-4):
             raise UserError(f"{name}: {type(stock).__name__} is not causal: early tokens see late ones; an encoder serves as --teacher")
         if encoding == "packed":
-            model.encoding = encoding
-            try:
-                gap = (model(batch) - apart).abs().max().item()
-            except Exception as why:
-                gap = f"{type(why).__name__}"
-            if isinstance(gap, str) or not gap < 1e-3:
-                raise UserError(f"{name}: {type(stock).__name__} cannot take the tree mask (packed and separate "
-                                f"scores differ: {gap}); use --encoding siamese")
+            choose_shortcuts(model, batch, apart, name)
     finally:
         model.encoding = encoding
         stock.train(was)
-    if model.tap is not None:
+    if model.layers:
         with torch.enable_grad():
             model(batch)  # the tap raises where the model hides its attention
         model.maps = []
+
+
+def tap_changes_nothing(model, batch: dict[str, torch.Tensor]) -> bool:
+    """Whether the last hidden state of two padded rows is the same under the tap's attention as under the model's own."""
+    stock, seen = model.stock, []
+    _, source, mask = model.two_rows(batch)
+    tapped = stock.config._attn_implementation
+    for implementation in (model.tap.before, tapped):
+        stock.set_attn_implementation(implementation)
+        try:
+            seen.append(stock.base_model(batch["ids"].flatten()[source], attention_mask=mask, use_cache=False).last_hidden_state)
+        except ValueError:  # Gemma 2 caps its logits
+            return False
+    return torch.allclose(*seen, atol=1e-3, rtol=1e-3, equal_nan=True)
+
+
+def choose_shortcuts(model, batch: dict[str, torch.Tensor], apart: torch.Tensor, name: str) -> None:
+    """Tries the packed row with both shortcuts of RewardModel, with the final layer at two tokens, and whole; the first to
+    give the rewards (1, 2) of two rows stands. Raises UserError where none does."""
+    long, whole = model.long, model.whole
+    model.encoding = "packed"
+    for model.long, model.whole in ((0, whole), (math.inf, whole), (math.inf, True)):
+        try:
+            gap = (model(batch) - apart).abs().max().item()
+        except Exception as why:
+            gap = type(why).__name__
+        if not isinstance(gap, str) and gap < 1e-3:
+            model.long = max(model.long, long)
+            return
+    raise UserError(f"{name}: {type(model.stock).__name__} cannot take the tree mask (packed and separate scores differ: "
+                    f"{gap}); use --encoding siamese")
 
 
 def check_teacher(cfg, model, teacher) -> None:

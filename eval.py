@@ -49,8 +49,8 @@ from tqdm import tqdm
 
 from data_prep import (BENCHMARKS, Encoder, Example, Formatter, Pair, Parser, UserError, bar, check_outputs, collate,
                        collate_teacher, drift, edited, exit_codes, is_teacher, load_reward_model,
-                       load_student, load_teacher, load_tokenizer, longer_margins, own_cells, plan_epoch, prompt_key,
-                       read_candidates, read_edits, read_files, set_up_device, shrunk_student, speed_examples,
+                       load_student, load_teacher, load_tokenizer, longer_margins, own_cells, plan_epoch, probe_student,
+                       prompt_key, read_candidates, read_edits, read_files, set_up_device, shrunk_student, speed_examples,
                        write_json, write_pairs, written)
 from idistill import (AttentionTap, Config, InteractionTeacher, RewardModel, alignment_loss, attention_layers,
                       attention_map, block_masks, bt_loss, distillation_losses, make_optimizer, outcomes, pool_words,
@@ -1111,7 +1111,8 @@ def time_arms(args) -> dict[str, dict]:
     def one_pass(arm: str, batches: list[np.ndarray]) -> list[float]:
         """Trains on the batches: seconds, tokens computed, those that are not padding, pairs."""
         last = [(depth - 1,) if arm in ("tap", "pool", "d") else () for depth in depths]
-        model = RewardModel(stock, "packed", last[0])
+        model = RewardModel(stock, "siamese" if arm[0] in "abe" else "packed", last[0])
+        probe_student(model, name)
         teacher = InteractionTeacher(reader, reader_tokenizer, last[1])
         cfg = Config(align_target="teacher" if arm == "d" else "uniform")
         cfg.align_max_tokens = args.align_max_tokens

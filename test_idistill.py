@@ -270,6 +270,30 @@ def test_tap_sees_the_attention_of_the_student(zoo, family):
         assert stock.config._attn_implementation == before and torch.equal(stock(ids).logits, plain)
 
 
+@pytest.mark.parametrize("family", [f for f in STUDENTS if f != "gemma2"])
+def test_shortcuts_of_the_packed_row_change_nothing(zoo, family):
+    """Rewards, maps and gradients with two causal rows in the attention, and with the final layer at two tokens."""
+    model, tokenizer, examples = student(zoo, family, layers=(0, 2))
+    probe_student(model, family)
+    assert not model.whole, "the final layer needs two tokens alone"
+    seen, calls, batch = [], [], collate(examples, tokenizer.pad_token_id)
+    counted = torch.nn.functional.scaled_dot_product_attention
+    for model.long, model.whole in ((math.inf, True), (0, True), (math.inf, False), (0, False)):
+        model.zero_grad()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.nn.functional, "scaled_dot_product_attention",
+                          lambda q, *args, **kw: calls.append(tuple(q.shape[::2])) or counted(q, *args, **kw))
+            rewards = model(batch)
+        assert (model.hidden is None) != model.whole
+        maps = [m[:, 0][batch["seg"] != 3] for m in model.maps]
+        (idistill.bt_loss(*rewards.T).sum() + sum(m.square().sum() for m in maps)).backward()
+        seen.append([rewards, *maps, *(p.grad for p in model.parameters() if p.grad is not None)])
+    assert all(len(some) == len(seen[0]) > 8 and all(map(close, some, seen[0])) for some in seen[1:])
+    B, n, m = len(examples), batch["ids"].shape[1], int(batch["pos"].max()) + 1
+    rows, whole, two = (2 * B, m), (B, n), (B, 2)
+    assert calls == [whole] * 3 + [rows] * 3 + [whole] * 2 + [two] + [rows] * 2 + [two]
+
+
 def test_hybrid_student_is_refused_or_sent_to_siamese(zoo):
     """Layers that are recurrent cannot skip y_c when they read y_r."""
     with pytest.raises(UserError, match="--encoding siamese"):
@@ -516,11 +540,12 @@ def test_a_layer_may_be_aligned_twice(zoo):
     assert close(losses[(0, 2), (1, 1)], (losses[(0,), (1,)] + losses[(2,), (1,)]) / 2)
 
 
-@pytest.mark.parametrize("encoding", ["packed", "siamese"])
-def test_gradient_checkpointing_changes_nothing(zoo, encoding):
+@pytest.mark.parametrize("encoding, long", [("packed", math.inf), ("packed", 0), ("siamese", math.inf)])
+def test_gradient_checkpointing_changes_nothing(zoo, encoding, long):
     grads = []
     for checkpointing in (False, True):
         model, tokenizer, _ = student(zoo, encoding=encoding, layers=(0, 2))
+        model.long, model.whole = long, checkpointing
         teacher, teacher_tokenizer, room = teacher_of(zoo, "bert", (0, 2))
         examples = Encoder(tokenizer, 100, "truncate", teacher_tokenizer, room)(make_pairs(5))
         if checkpointing:
@@ -1960,7 +1985,7 @@ def test_sft_loss_is_that_of_the_language_model(zoo, family, kind, encoding):
     stock, tokenizer = load_student(name)
     causal = transformers.AutoModelForCausalLM.from_pretrained(name).eval()
     examples = Encoder(tokenizer, 100, "truncate")(make_pairs(4))
-    model = RewardModel(stock, encoding)
+    model = RewardModel(stock, encoding, whole=True)
     got = term(model, examples, lambda_sft=0.5)
     for k, ex in enumerate(examples):
         ids = torch.from_numpy(ex.ids[ex.seg < 2])[None]
@@ -2094,7 +2119,7 @@ def test_every_arm_of_speed_computes_the_same_loss(zoo):
     assert all(close(loss[arm], loss["c"]) for arm in ("a", "b", "b'", "tap")) and loss["d"] > loss["c"] + 0.01
     assert tokens["c"][1] == sum(len(e.ids) for e in examples) < tokens["b"][1] < tokens["b"][0]
     eager, reader = (zoo(f) for f in ("llama", "modernbert"))
-    eager = RewardModel(AutoModelForSequenceClassification.from_pretrained(eager, num_labels=1, attn_implementation="eager"))
+    eager = RewardModel(AutoModelForSequenceClassification.from_pretrained(eager, num_labels=1, attn_implementation="eager"), "siamese")
     eager.stock.load_state_dict(model.stock.state_dict(), strict=False)
     reader = InteractionTeacher(transformers.AutoModelForTokenClassification.from_pretrained(
         reader, num_labels=1, attn_implementation="eager"), teacher_tokenizer)
