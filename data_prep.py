@@ -755,8 +755,18 @@ def check_config(cfg) -> bool:
     needed = bool(cfg.lambda_score > 0 or (maps and cfg.align_target != "uniform"))
     if needed and not cfg.teacher:
         raise UserError("--teacher is needed: --method id reads its attention (plain Bradley-Terry: --method bt)")
-    if cfg.teacher_co_train and not needed:
-        raise UserError("--teacher-co-train needs a teacher, and these flags use none")
+    for name in ("teacher_co_train", "cache_teacher"):
+        if getattr(cfg, name) and not needed:
+            raise UserError(f"--{name.replace('_', '-')} needs a teacher, and these flags use none")
+    if cfg.cache_teacher and (cfg.teacher_co_train or cfg.align_max_tokens):
+        raise UserError("--cache-teacher keeps whole maps of a frozen teacher: without --teacher-co-train and --align-max-tokens")
+    if cfg.cache_teacher:
+        try:
+            Path(cfg.cache_teacher).mkdir(parents=True, exist_ok=True)
+            if not os.access(cfg.cache_teacher, os.W_OK):
+                raise OSError(0, "cannot be written")
+        except OSError as why:
+            raise UserError(f"--cache-teacher {cfg.cache_teacher}: {why.strerror}") from None
     return needed
 
 
@@ -1346,6 +1356,78 @@ def check_outputs(outputs: dict[str, str], inputs: dict[str, list[str]]) -> None
         if how := taken.get(Path(path).resolve()):
             raise UserError(f"--{flag} {path}: is {how}; choose another file")
         taken[Path(path).resolve()] = f"written by --{flag} too"
+
+
+class TeacherCache:
+    """What a frozen teacher said of each pair, in folder/KEY/PAIR.npy, for further epochs and runs (--cache-teacher DIR).
+
+    KEY: the teacher's weights, configuration, layers, heads and number format; PAIR: its tokens in the order read, and
+    their words. A file holds the verdict and the word maps (L, G, W, W) as fp16, and they are used as such even when new,
+    so that a run does not depend on what is kept."""
+
+    def __init__(self, folder: str, teacher, bf16: bool):
+        stock, tokenizer = teacher.stock, teacher.tokenizer
+        config = {k: v for k, v in stock.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
+        marks = [tokenizer.cls_token_id, tokenizer.bos_token_id, tokenizer.sep_token_id, tokenizer.eos_token_id]
+        key = hashlib.sha256(repr((sorted(config.items(), key=str), teacher.layers, teacher.matched, bf16, marks)).encode())
+        for name, weight in sorted(stock.state_dict().items()):
+            key.update(name.encode() + weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        self.folder, self.found, self.written = Path(folder) / key.hexdigest()[:16], 0, 0
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def path(self, e: Example, swap: bool) -> Path:
+        """The file of a pair that is read in this order."""
+        pair = hashlib.sha256(repr((bool(swap), len(e.word_seg), [len(ids) for ids, _ in e.runs])).encode())
+        for ids, word in e.runs:
+            pair.update(ids.tobytes() + word.tobytes())
+        return self.folder / f"{pair.hexdigest()[:32]}.npy"
+
+    def read(self, teacher, examples: list[Example], swap: np.ndarray, W: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """As InteractionTeacher.read: verdict (B,), word maps (B, G, W, W) of each layer."""
+        device, G = teacher.stock.device, teacher.stock.config.num_attention_heads if teacher.matched else 1
+        sizes = [1 + len(teacher.layers) * G * len(e.word_seg) ** 2 for e in examples]
+        kept = [self.load(self.path(e, s), size) for e, s, size in zip(examples, swap, sizes)]
+        missing = [b for b, one in enumerate(kept) if one is None]
+        self.found += len(kept) - len(missing)
+        if summed({"missing": len(missing)}, device)["missing"]:  # a sharded teacher computes only in all processes together
+            lacking = missing or [0]
+            some = [examples[b] for b in lacking]
+            verdict, maps = teacher.read(some, swap[lacking], W, fresh=True)
+            for k, b in enumerate(lacking):
+                n = len(examples[b].word_seg)
+                of_pair = [verdict[k:k + 1], *(T[k, :, :n, :n].flatten() for T in maps)]
+                kept[b] = torch.cat(of_pair).half().cpu().numpy()
+                if b in missing:
+                    self.keep(self.path(examples[b], swap[b]), kept[b])
+        T = np.zeros((len(teacher.layers), len(examples), G, W, W), dtype=np.float16)
+        for b, (e, one) in enumerate(zip(examples, kept)):
+            n = len(e.word_seg)
+            T[:, b, :, :n, :n] = one[1:].reshape(len(T), G, n, n)
+        verdict = torch.from_numpy(np.array([one[0] for one in kept], dtype=np.float32)).to(device)
+        return verdict, list(torch.from_numpy(T).to(device).float())
+
+    @staticmethod
+    def load(path: Path, size: int) -> np.ndarray | None:
+        """The numbers in the file; None without one, or where it is damaged."""
+        try:
+            values = np.load(path)
+            return values if values.shape == (size,) else None
+        except (OSError, ValueError, EOFError):
+            return None
+
+    def keep(self, path: Path, values: np.ndarray) -> None:
+        """Written aside, then renamed: other runs may read and write here."""
+        aside = path.with_suffix(f".{os.getpid()}.tmp")
+        with open(aside, "wb") as f:
+            np.save(f, values)
+        os.replace(aside, path)
+        self.written += 1
+
+    def report(self, device) -> None:
+        """Says how often the teacher was spared."""
+        found, written = map(int, summed({"found": self.found, "written": self.written}, device).values())
+        if RANK == 0:
+            print(f"maps of the teacher: {found} read from {self.folder}, {written} computed and kept there")
 
 
 def write_json(path: str | Path, obj) -> None:

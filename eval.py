@@ -47,7 +47,7 @@ import transformers
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from data_prep import (BENCHMARKS, Encoder, Example, Formatter, Pair, Parser, UserError, bar, check_outputs, collate,
+from data_prep import (BENCHMARKS, Encoder, Example, Formatter, Pair, Parser, TeacherCache, UserError, bar, check_outputs, collate,
                        collate_teacher, drift, edited, exit_codes, is_teacher, load_reward_model,
                        load_student, load_teacher, load_tokenizer, longer_margins, own_cells, plan_epoch, probe_student,
                        prompt_key, read_candidates, read_edits, read_files, set_up_device, shrunk_student, speed_examples,
@@ -1046,7 +1046,7 @@ def stability(args) -> None:
 
 ARMS = {"a": "two passes, padded", "b": "one batch of both, random order (as TRL)",
         "b'": "b, bucketed by length", "c": "packed tree, bucketed: plain BT", "tap": "c and its maps",
-        "pool": "c, maps, pooling, loss; no teacher", "d": "the whole method with its teacher",
+        "pool": "c, maps, pooling, loss; no teacher", "d": "the whole method with its teacher", "d'": "d, the teacher's maps from --cache-teacher",
         "e": "maps by eager output_attentions, all layers", "trl": "TRL's RewardTrainer, no checkpointing"}
 
 
@@ -1081,7 +1081,7 @@ def training_step(arm: str, model: RewardModel, teacher: InteractionTeacher, exa
         r = model(batch)
         loss = bt_loss(r[:, 0], r[:, 1]) + 0 * sum(m.sum() for m in model.maps)
     else:
-        reader = teacher if arm == "d" else None
+        reader = teacher if arm[0] == "d" else None
         loss = distillation_losses(model, reader, examples, swap, cfg, device, list(range(B)))["loss"]
     return loss.mean(), batch["ids"].numel(), sum(len(e.ids) for e in examples)
 
@@ -1107,15 +1107,21 @@ def time_arms(args) -> dict[str, dict]:
         plans[arm] = sorted(plan, key=lambda index: by[index].max())
     optimizer, sdpa = make_optimizer(stock, 0.0, 0.0), stock.config._attn_implementation  # rate 0: no change
     passes, rates, out, peer = {arm: [] for arm in args.arms}, {}, {}, None
+    folder = tempfile.TemporaryDirectory()  # of arm d'
 
     def one_pass(arm: str, batches: list[np.ndarray]) -> list[float]:
         """Trains on the batches: seconds, tokens computed, those that are not padding, pairs."""
-        last = [(depth - 1,) if arm in ("tap", "pool", "d") else () for depth in depths]
+        last = [(depth - 1,) if arm in ("tap", "pool", "d", "d'") else () for depth in depths]
         model = RewardModel(stock, "siamese" if arm[0] in "abe" else "packed", last[0])
         probe_student(model, name)
         teacher = InteractionTeacher(reader, reader_tokenizer, last[1])
-        cfg = Config(align_target="teacher" if arm == "d" else "uniform")
-        cfg.align_max_tokens = args.align_max_tokens
+        cfg = Config(align_target="teacher" if arm[0] == "d" else "uniform", align_max_tokens=args.align_max_tokens)
+        if arm == "d'":
+            teacher.cache = TeacherCache(folder.name, teacher, amp is not nullcontext)
+            with amp(), torch.no_grad():
+                for index in batches:  # a later epoch: all is there
+                    some = [examples[i] for i in index]
+                    teacher.read(some, np.zeros(len(some)), max(len(e.word_seg) for e in some))
         started, done = time.perf_counter(), np.zeros(3)
         for index in batches:
             with amp():
@@ -1221,7 +1227,7 @@ def speed(args) -> None:
     --arms.
 
     a, b, b': as most code does it; c: the packed tree mask; d: the whole method, teacher included; e: the
-    naive way to get attention maps. tap and pool are c with a part of d: their differences say what each part
+    naive way to get attention maps; d': d in a later epoch with --cache-teacher. tap and pool are c with a part of d: their differences say what each part
     costs. Data: --data, or random tokens (--lengths PROMPT CHOSEN REJECTED). --memory runs each arm again in
     a process of its own, --grow N... runs it at each total length instead (half of it prompt), or, where
     --lengths are given, at each batch size. The arm trl is TRL's own RewardTrainer, where TRL is installed

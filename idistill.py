@@ -57,7 +57,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from data_prep import (RANK, WORLD, Encoder, Example, Run, UserError, add_lora, bar, barrier, check_config,
+from data_prep import (RANK, WORLD, Encoder, Example, Run, TeacherCache, UserError, add_lora, bar, barrier, check_config,
                        check_teacher, collate, collate_teacher, decoder_layers, demo, distribute, encode_all, errors_in_one_line, flag,
                        load_student, load_teacher, longer_margins, parse_flags, parse_layers, plan_epoch, print_table,
                        probe_student, read_all, recompute_activations, report_teacher, sample_words, set_up_device,
@@ -94,6 +94,8 @@ class Config:
                               ["full", "causal"])
     align_max_tokens: int = flag(0, "in longer pairs, align only random words of about so many tokens; 0 = all")
     teacher_epochs: float = flag(1.0, "teacher fine-tuning, passes over the data; 0 = use it as it is")
+    cache_teacher: str = flag("", "folder that keeps the maps of the frozen teacher (fp16, a file for each pair and order) "
+                              "for further epochs and runs")
     teacher_co_train: bool = flag(False, "the teacher goes on learning (E4) beside the student, at the "
                                   "student's --lr (saved as RUN/teacher-co-trained)")
     encoding: str = flag("packed", "packed = one tree-masked row a pair, siamese = two rows (any causal model)",
@@ -377,7 +379,7 @@ class InteractionTeacher(nn.Module):
     def __init__(self, stock, tokenizer, layers: tuple[int, ...] = (), matched: bool = False):
         super().__init__()
         self.stock, self.tokenizer, self.layers, self.matched = stock, tokenizer, layers, matched
-        self.tap, self.maps = None, []
+        self.tap, self.maps, self.cache = None, [], None
         if layers:
             self.choose_tap()
 
@@ -412,6 +414,18 @@ class InteractionTeacher(nn.Module):
         scalars = out.logits[..., 0].float()
         means = [(scalars * (seg == k)).sum(1) / (seg == k).sum(1).clamp_min(1) for k in (1, 2)]
         return means[0] - means[1]
+
+    def read(self, examples: list[Example], swap: np.ndarray, W: int, attending: Tensor | None = None,
+             fresh: bool = False) -> tuple[Tensor, list[Tensor]]:
+        """Verdict (B,) and word maps T (B, G, R, W) of pairs, (b, a) being read for (a, b) where swap (B,); from the cache,
+        if there is one, unless fresh: 1.7 times the pairs a second where student and teacher are equally large."""
+        if self.cache is not None and not fresh:
+            return self.cache.read(self, examples, swap, W)
+        batch, R = collate_teacher(examples, swap, self.tokenizer, self.stock.device), 0
+        if attending is not None:
+            batch, R = with_rows(batch, attending), attending.shape[1]
+        verdict = self(batch, maps=True)
+        return verdict, [pool_words(A, batch["word"], W, batch.get("row_word"), R) for A in self.maps]
 
     @torch.no_grad()
     def token_map(self, layer: int, out, batch: dict[str, Tensor]) -> Tensor:
@@ -549,25 +563,22 @@ def distillation_losses(model: RewardModel, teacher: InteractionTeacher | None, 
                                             given.get(cfg.margin_field, 0.0), given["strength"],
                                             cfg.margin_field == "strength")
         out["loss"] = out["preference"]
-    teacher_maps = [None] * len(model.layers)
+    word_seg, W, R = batch["word_seg"], batch["word_seg"].shape[1], 0 if attending is None else attending.shape[1]
+    targets = [None] * len(model.layers)
     if teacher is not None:
-        teacher_batch = collate_teacher(examples, swap, teacher.tokenizer, device)
-        teacher_batch = teacher_batch if attending is None else with_rows(teacher_batch, attending)
         with torch.set_grad_enabled(cfg.teacher_co_train):
-            verdict = teacher(teacher_batch, maps=True)
-        teacher_maps = teacher.maps or teacher_maps
+            verdict, maps = teacher.read(examples, swap, W, attending)
+        targets = maps or targets
         if cfg.teacher_co_train:
             add("teacher", bt_loss(verdict, torch.zeros_like(verdict)), 1.0)
         if cfg.lambda_score:
             add("score", (rewards[:, 0] - rewards[:, 1] - verdict.detach()).square(), cfg.lambda_score)
     scale = {"constant": 1.0, "warmup": min(1.0, progress / 0.3), "decay": 1.0 - progress}[cfg.lambda_schedule]
-    word_seg, W, R = batch["word_seg"], batch["word_seg"].shape[1], 0 if attending is None else attending.shape[1]
     blocks = block_masks(word_seg, cfg.align_support, attending)
-    for simulated, target in zip(model.maps, teacher_maps):
+    for simulated, T in zip(model.maps, targets):
         with torch.autocast(torch.device(device).type, enabled=False):
             S = pool_words(simulated, batch["word"], W, batch.get("row_word"), R)
-            T = torch.ones_like(S) if cfg.align_target == "uniform" else pool_words(
-                target, teacher_batch["word"], W, teacher_batch.get("row_word"), R)
+            T = torch.ones_like(S) if cfg.align_target == "uniform" else T
             if cfg.align_target == "shuffled":
                 T = shuffle_rows(T, segments_of(word_seg, attending), seeds)
             for name, weight, block in zip(("intra", "inter"), (cfg.lambda_intra, cfg.lambda_inter), blocks):
@@ -802,6 +813,7 @@ def train_in(run: Run, cfg: Config, needs_teacher: bool, device, amp) -> dict:
             teacher_stock = load_teacher(str(run.dir / "teacher"))[0].to(home)  # the best, from disk
             teacher = InteractionTeacher(teacher_stock, reader_tokenizer, reads, matched)
         teacher.eval().requires_grad_(cfg.teacher_co_train)
+        teacher.cache = TeacherCache(cfg.cache_teacher, teacher, bf16) if cfg.cache_teacher else None
         distribute(teacher, device, cfg.fsdp, bf16)
         for name, part in held.items():
             v = teacher_verdicts(teacher, part, scored_at_once(cfg), device, amp, f"teacher: {name}")
@@ -809,6 +821,8 @@ def train_in(run: Run, cfg: Config, needs_teacher: bool, device, amp) -> dict:
         report_teacher(teacher_accuracy["validation"], len(held["validation"]), cfg.teacher_co_train)
     distribute(model, device, cfg.fsdp, bf16)
     train_student(run, model, tokenizer, teacher, examples, held["validation"], swaps, device, amp)
+    if needs_teacher and teacher.cache:
+        teacher.cache.report(device)
     stock = load_student(str(run.dir / "student"))[0].to(home)  # the best, from disk
     model = RewardModel(stock, cfg.encoding)
     distribute(model, device, cfg.fsdp, bf16)

@@ -813,10 +813,12 @@ def torchrun(code: str, *args: str, processes: int = 2) -> subprocess.CompletedP
 
 def test_several_processes_are_one(zoo, argv, tmp_path):
     """Two processes, data parallel and sharded, give the curve of one over 20 steps, uneven batches, accumulation and a
-    last batch too small to share included; a sharded run goes on in one process."""
+    last batch too small to share included; a sharded run goes on in one process. With a cache each process lacks other maps
+    in a step, and a sharded teacher computes only in all of them together."""
     common = dict(teacher=zoo("modernbert"), max_steps=20, batch_size=7, save_every=9, val_data=None)
     assert main(*argv(tmp_path / "one", **common)) == 0
-    runs = {"parallel": dict(grad_accum=2), "sharded": dict(fsdp=True, gradient_checkpointing=True, grad_accum=2)}
+    runs = {"parallel": dict(grad_accum=2), "sharded": dict(fsdp=True, gradient_checkpointing=True, grad_accum=2),
+            "cached": dict(fsdp=True, cache_teacher=tmp_path / "maps")}
     args = [json.dumps(argv(tmp_path / k, **common, **v)) for k, v in runs.items()]
     code = ("import json, sys, idistill\nreal, seen = idistill.distillation_losses, []\n"
             "def losses(model, *rest):\n    seen.append(rest[3].fsdp and any(p.grad is not None for p in model.parameters()))\n"
@@ -825,14 +827,64 @@ def test_several_processes_are_one(zoo, argv, tmp_path):
             "assert any(seen), 'between micro-batches the gradient lies unsharded in each process'")
     done = torchrun(code, *args)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("reward model:") == 2  # the first process alone speaks
+    assert done.stdout.count("reward model:") == 3  # the first process alone speaks
     (tmp_path / "sharded/checkpoints/1-00000020.pt").unlink()
     assert main(*argv(tmp_path / "sharded", **common, resume=True)) == 0
     for name in runs:
         assert len(lines_of(tmp_path / name)) == len(lines_of(tmp_path / "one"))
+        loose = 2e-3 if name == "cached" else 1e-4  # its maps are fp16
         for one, many in zip(lines_of(tmp_path / "one"), lines_of(tmp_path / name)):
             assert one.keys() == many.keys()
-            assert all(abs(one[k] - many[k]) < 1e-4 * max(1, abs(one[k])) for k in one if isinstance(one[k], float)), (one, many)
+            assert all(abs(one[k] - many[k]) < loose * max(1, abs(one[k])) for k in one if isinstance(one[k], float)), (one, many)
+
+
+@pytest.mark.parametrize("family, layers, matched", [("bert", (2,), False), ("modernbert", (0, 2), True), ("deberta", (), False)])
+def test_a_kept_map_is_the_map(zoo, tmp_path, family, layers, matched):
+    """Whatever the company of a pair: both orders, several layers and heads, the verdict alone; the teacher does not compute again."""
+    stock, tokenizer, room = load_teacher(zoo(family))
+    teacher = InteractionTeacher(stock.eval().requires_grad_(False), tokenizer, layers, matched)
+    examples = Encoder(load_student(zoo("llama"))[1], 100, "truncate", tokenizer, room)(make_pairs(6) + [Pair([], "good", "!")])
+    W, swap = max(len(e.word_seg) for e in examples), np.arange(7) % 2 == 0
+    verdict, maps = teacher.read(examples, swap, W)
+    teacher.cache = data_prep.TeacherCache(str(tmp_path / "maps"), teacher, False)
+    teacher.read(examples[:3], swap[:3], W + 2)
+    seen = []
+    stock.register_forward_hook(lambda _, given, __: seen.append(1))
+    for calls in (1, 1):  # four are missing, then none
+        again, kept = teacher.read(examples, swap, W)
+        assert len(seen) == calls and close(again, verdict, 1e-2) and len(kept) == len(maps)
+        assert all(T.shape == S.shape and T.dtype == torch.float32 and close(T, S, 1e-3) for T, S in zip(kept, maps))
+    assert (teacher.cache.found, teacher.cache.written) == (3 + 7, 7)
+    assert teacher.read(examples, ~swap, W)[0].shape == (7,) and teacher.cache.written == 14  # the other order is another map
+    path = teacher.cache.path(examples[0], swap[0])
+    for damaged in (b"", path.read_bytes()[:-2], path.read_bytes()[:40]):
+        path.write_bytes(damaged)
+        assert torch.equal(teacher.read(examples, swap, W)[0], again)
+    folders = {data_prep.TeacherCache(str(tmp_path / "maps"), t, bf16).folder for t, bf16 in (
+        (teacher, False), (teacher, True), (InteractionTeacher(stock, tokenizer, layers[:1] or (1,), not matched), False))}
+    with torch.no_grad():
+        next(stock.parameters()).view(-1)[0] += 1e-3
+    folders |= {data_prep.TeacherCache(str(tmp_path / "maps"), teacher, False).folder}
+    assert len(folders) == 4 and teacher.cache.folder in folders
+
+
+def test_a_second_run_reads_what_the_first_kept(zoo, argv, tmp_path, capsys):
+    """Other settings of the student, the same steps as without a cache but for the fp16 of the maps; a run does not depend on what is there."""
+    trained = dict(teacher_lr=1e-3, max_steps=8)
+    assert main(*argv(tmp_path / "plain", **trained)) == 0
+    for name in ("first", "second"):
+        capsys.readouterr()
+        assert main(*argv(tmp_path / name, **trained, cache_teacher=tmp_path / "maps")) == 0
+        said = re.search(r"maps of the teacher: (\d+) read .* (\d+) computed", capsys.readouterr().out)
+        assert (int(said[2]) > 0) == (name == "first") and sum(map(int, said.groups())) == 8 * 5
+    plain, first, second = ([{k: v for k, v in m.items() if k not in ("time", "pairs_per_s")} for m in lines_of(tmp_path / name)]
+                            for name in ("plain", "first", "second"))
+    assert first == second and all(abs(a[k] - b[k]) < 2e-3 * max(1, abs(a[k])) for a, b in zip(plain, first) for k in a if isinstance(a[k], float))
+    (tmp_path / "file").write_text("")
+    for flags, mention in ((dict(cache_teacher=tmp_path / "file"), "--cache-teacher"), (dict(cache_teacher="x", method="bt"), "use none"),
+                           (dict(cache_teacher="x", teacher_co_train=True), "frozen"), (dict(cache_teacher="x", align_max_tokens=9), "whole maps")):
+        refused(capsys, argv(tmp_path / "bad", **flags), mention)
+    assert not (tmp_path / "bad").exists()
 
 
 def test_sampled_rows_are_rows_of_the_whole_map(zoo):
@@ -2106,17 +2158,20 @@ def test_refusals_of_sft_and_strength(zoo, judges, argv, tmp_path, capsys):
 
 # ---------------------------------------------------------------------------------------------------- verb: speed
 
-def test_every_arm_of_speed_computes_the_same_loss(zoo):
+def test_every_arm_of_speed_computes_the_same_loss(zoo, tmp_path):
     """a, b, c and d differ in how, not in what: one Bradley-Terry loss; d adds the alignment."""
     model, tokenizer, _ = student(zoo, layers=(2,))
     teacher, teacher_tokenizer, room = teacher_of(zoo, "modernbert", (2,))
     examples = Encoder(tokenizer, 128, "truncate", teacher_tokenizer, room)(make_pairs(5))
     plain, loss, tokens = RewardModel(model.stock, "packed"), {}, {}
-    for arm in ("a", "b", "b'", "c", "tap", "pool", "d"):
-        cfg = Config(align_target="teacher" if arm == "d" else "uniform")
-        net = model if arm in ("tap", "pool", "d") else plain
+    for arm in ("a", "b", "b'", "c", "tap", "pool", "d", "d'"):
+        cfg = Config(align_target="teacher" if arm[0] == "d" else "uniform")
+        teacher.cache = data_prep.TeacherCache(str(tmp_path / "maps"), teacher, False) if arm == "d'" else None
+        net = model if arm in ("tap", "pool", "d", "d'") else plain
         loss[arm], *tokens[arm] = evaluation.training_step(arm, net, teacher, examples, cfg, "cpu")
     assert all(close(loss[arm], loss["c"]) for arm in ("a", "b", "b'", "tap")) and loss["d"] > loss["c"] + 0.01
+    assert close(loss["d'"], loss["d"], 1e-3) and teacher.cache.written == 5
+    teacher.cache = None
     assert tokens["c"][1] == sum(len(e.ids) for e in examples) < tokens["b"][1] < tokens["b"][0]
     eager, reader = (zoo(f) for f in ("llama", "modernbert"))
     eager = RewardModel(AutoModelForSequenceClassification.from_pretrained(eager, num_labels=1, attn_implementation="eager"), "siamese")

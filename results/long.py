@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""An idea for long pairs that is not in idistill.py: in the attention alone, a packed row [x | y_c | y_r] becomes the two
-causal rows [x | y_c] and [x | y_r], whose kernel skips what is masked, as it cannot under the tree mask; all else stays packed.
+"""What the two shortcuts of a packed row buy, by length: its attention as two causal rows, the final layer at two tokens.
 
     python results/long.py [--json results/speed_long.json]      # forward and backward, Llama 256 x 4, interleaved, five rounds
 """
 import argparse
+import math
 import sys
 import time
 from pathlib import Path
@@ -12,38 +12,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
-import torch.nn.functional as F
-from transformers import AttentionInterface, LlamaConfig, LlamaForSequenceClassification
-from transformers.masking_utils import AttentionMaskInterface
+from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from data_prep import bar, write_json
-from idistill import tree_mask
+from idistill import RewardModel, bt_loss
 
-LENGTHS = {(50, 50, 50): 16, (400, 100, 100): 8, (1024, 512, 512): 2, (2048, 1024, 1024): 1, (4096, 2048, 2048): 1}  # pairs
-
-
-def places(seg: torch.Tensor, pos: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """(where (B n,) each packed token lies in the two flat rows of its pair, source (2 B m,) the packed token at each
-    place, m the length of those rows)."""
-    (B, n), m, pair = seg.shape, int(pos.max()) + 1, torch.arange(len(seg))[:, None]
-    source, flat = torch.zeros(2 * B * m, dtype=torch.long), torch.arange(B * n).view(B, n)
-    for k, own in ((0, seg < 2), (1, (seg == 0) | (seg == 2))):
-        source[((pair + k * B) * m + pos)[own]] = flat[own]
-    return (torch.where(seg == 2, pair + B, pair) * m + pos).flatten(), source, m
-
-
-def causal_rows(module, query, key, value, attention_mask, scaling=None, **kwargs):
-    (B, H, n, d), (where, source, m) = query.shape, causal_rows.places
-
-    def rows(t):
-        return t.transpose(1, 2).reshape(B * n, -1, d).index_select(0, source).view(2 * B, m, -1, d).transpose(1, 2)
-
-    out = F.scaled_dot_product_attention(rows(query), rows(key), rows(value), is_causal=True, scale=scaling)
-    return out.transpose(1, 2).reshape(2 * B * m, H, d).index_select(0, where).view(B, n, H, d), None
-
-
-AttentionInterface.register("rows", causal_rows)
-AttentionMaskInterface.register("rows", lambda *args, **kwargs: None)
+LENGTHS = {(50, 50, 50): 16, (256, 128, 128): 8, (400, 100, 100): 8, (512, 256, 256): 4, (768, 384, 384): 2, (1024, 512, 512): 2,
+           (2048, 1024, 1024): 1, (4096, 2048, 2048): 1}  # tokens of x, y_c, y_r -> pairs
+ARMS = {"neither": (math.inf, True), "causal rows": (0, True), "final layer": (math.inf, False), "both": (0, False)}  # long, whole
 
 
 def main() -> None:
@@ -52,32 +28,27 @@ def main() -> None:
     ap.add_argument("--rounds", type=int, default=5)
     args, out = ap.parse_args(), {}
     torch.manual_seed(0)
-    model = LlamaForSequenceClassification(LlamaConfig(
+    model = RewardModel(LlamaForSequenceClassification(LlamaConfig(
         hidden_size=256, num_hidden_layers=4, intermediate_size=1024, num_attention_heads=4, vocab_size=49152,
-        max_position_embeddings=2**15, pad_token_id=0, num_labels=1))
+        max_position_embeddings=2**15, pad_token_id=0, num_labels=1)))
     for (x, c, r), B in LENGTHS.items():
-        seg = torch.repeat_interleave(torch.arange(3), torch.tensor([x, c, r])).expand(B, -1)
-        pos = torch.cat([torch.arange(x + c), torch.arange(x, x + r)]).expand(B, -1)
-        ids, causal_rows.places = torch.randint(5, 49152, seg.shape), places(seg, pos)
-
-        def hidden(arm: str) -> torch.Tensor:
-            model.set_attn_implementation({"mask": "sdpa", "rows": "rows"}[arm])
-            mask = tree_mask(seg) if arm == "mask" else None
-            return model.base_model(ids, attention_mask=mask, position_ids=pos, use_cache=False).last_hidden_state
-
-        with torch.no_grad():
-            if not torch.allclose(hidden("mask"), hidden("rows"), atol=1e-4):
-                raise SystemExit("the two do not compute the same")
-        seconds = {"mask": [], "rows": []}
+        batch = dict(seg=torch.repeat_interleave(torch.arange(3), torch.tensor([x, c, r])).expand(B, -1),
+                     pos=torch.cat([torch.arange(x + c), torch.arange(x, x + r)]).expand(B, -1),
+                     last=torch.tensor([x + c - 1, x + c + r - 1]).expand(B, -1))
+        batch["ids"], seconds, losses = torch.randint(5, 49152, batch["seg"].shape), {arm: [] for arm in ARMS}, []
         for _ in bar(range(args.rounds + 1), f"{x + c + r} tokens"):
-            for arm, times in seconds.items():
+            for arm, (model.long, model.whole) in ARMS.items():
                 began = time.perf_counter()
-                hidden(arm).square().sum().backward()
-                times.append(time.perf_counter() - began)
-        ratios = np.divide(seconds["mask"], seconds["rows"])[1:]  # round 0 warmed up
-        out[x + c + r] = {"ratio": float(np.median(ratios)), "ratios": ratios.tolist()}
-        print(f"{x + c + r} tokens a pair: causal rows {np.median(ratios):.2f} [{ratios.min():.2f}, {ratios.max():.2f}] "
-              "times as quick as the tree mask")
+                losses.append(bt_loss(*model(batch).T).sum())
+                losses[-1].backward()
+                seconds[arm].append(time.perf_counter() - began)
+        if max(losses) - min(losses) > 1e-3:
+            raise SystemExit("they do not compute the same")
+        out[x + c + r] = {}
+        for arm in list(ARMS)[1:]:
+            ratios = np.divide(seconds["neither"], seconds[arm])[1:]  # round 0 warmed up
+            out[x + c + r][arm] = {"ratio": float(np.median(ratios)), "ratios": ratios.tolist()}
+            print(f"{x + c + r} tokens a pair, {arm}: {np.median(ratios):.2f} [{ratios.min():.2f}, {ratios.max():.2f}] times as quick")
     if args.json:
         write_json(args.json, {"tokens": out, "threads": torch.get_num_threads()})
 
