@@ -54,6 +54,7 @@ from datetime import timedelta
 from fnmatch import fnmatch
 from itertools import product
 from pathlib import Path
+from threading import RLock
 from weakref import WeakSet
 
 import numpy as np
@@ -669,6 +670,25 @@ def to_device(batch: dict[str, np.ndarray], device) -> dict[str, torch.Tensor]:
     return {k: torch.from_numpy(v).to(device) for k, v in batch.items()}
 
 
+def two_rows(batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The pairs of a packed batch as two ordinary padded rows each, B of (x, y_c), then B of (x, y_r): where (B, n) each
+    packed token lies in them, source (2B, m) of each place, mask (2B, m): 1 where there is a token. See take."""
+    seg, pos = batch["seg"], batch["pos"]
+    B, m = len(seg), int(pos.max()) + 1
+    pair = torch.arange(B, device=seg.device)[:, None]
+    packed = torch.arange(seg.numel(), device=seg.device).view_as(seg)
+    source, mask = seg.new_zeros(2 * B * m), seg.new_zeros(2 * B * m)
+    for k, mine in ((0, seg < 2), (1, (seg == 0) | (seg == 2))):
+        at = ((pair + k * B) * m + pos)[mine]
+        source[at], mask[at] = packed[mine], 1
+    return torch.where(seg == 2, pair + B, pair) * m + pos, source.view(2 * B, m), mask.view(2 * B, m)
+
+
+def take(t: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """t (B, n, ...), flat numbers (R, m) of its B n tokens -> (R, m, ...)."""
+    return t.flatten(0, 1).index_select(0, index.flatten()).unflatten(0, index.shape)
+
+
 def sample_words(examples: list[Example], limit: int, seeds: list) -> torch.Tensor:
     """Words of each pair, drawn at random until their tokens number `limit`: (B, R) word numbers, -2 = padding. Longer
     words than that (texts without spaces) are left out."""
@@ -867,6 +887,13 @@ def barrier() -> None:
         dist.barrier()
 
 
+def quiet() -> None:
+    """No chatter of transformers; tqdm without its lock between processes, which would outlive a killed one."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    tqdm.set_lock(RLock())
+
+
 @contextmanager
 def exit_codes():
     """Ends a program as a shell expects: 2 and one line for a UserError, 130 for Ctrl-C, 141 for a closed pipe."""
@@ -991,26 +1018,6 @@ def encode_all(encoder: Encoder, pairs: list[Pair], held_pairs: dict[str, list[P
     return examples, held
 
 
-def speed_examples(args, encoder: Encoder, vocabulary: tuple[int, int]) -> list[Example]:
-    """For `eval.py speed`: the first --pairs of --data; or random tokens, (prompt, chosen, rejected) of --lengths, each length
-    drawn from --spread around it, three words to four tokens, of which the teacher reads what it has room for. vocabulary:
-    sizes in student and teacher. Raises UserError."""
-    if not args.lengths:
-        return encoder([p for some in read_files(args).values() for p in some][:args.pairs], progress="encoding")
-    rng, out, low, high = np.random.default_rng(args.seed), [], 1 - args.spread, 1 + args.spread
-    for _ in range(args.pairs):
-        lengths = [max(1, round(n * rng.uniform(low, high))) for n in args.lengths]
-        n, seg = sum(lengths), np.repeat([0, 1, 2], lengths)
-        word, share = np.arange(n) * 3 // 4, min(1.0, (encoder.teacher_length - 4) / n)
-        word_seg = np.zeros(word[-1] + 1, dtype=int)
-        word_seg[word] = seg
-        heads = [np.flatnonzero(seg == s)[:int(share * length)] for s, length in enumerate(lengths)]
-        word_seg[np.setdiff1d(word, word[np.concatenate(heads)])] = -1
-        runs = [(rng.integers(5, vocabulary[1], len(at)), word[at]) for at in heads]
-        out.append(Example(rng.integers(5, vocabulary[0], n), seg, word, word_seg, runs, None))
-    return out
-
-
 def longer_margins(pairs: list[Pair]) -> np.ndarray:
     """The length baseline: characters of chosen minus characters of rejected, (N,)."""
     return np.array([len(p.chosen.strip()) - len(p.rejected.strip()) for p in pairs])
@@ -1119,16 +1126,6 @@ def load_student(name: str, seed: int = 0, max_length: int = 0, tied: bool = Fal
     return model, tokenizer
 
 
-def shrunk_student(name: str, hidden: int, layers: int):
-    """(a model of the class of another, at this size and with random weights; the other's tokenizer)."""
-    tokenizer, own = load_tokenizer(name), load(AutoConfig, name, num_labels=1)
-    choose_pad(tokenizer)
-    small = dict(hidden_size=hidden, num_hidden_layers=layers, intermediate_size=4 * hidden,
-                 num_attention_heads=4, num_key_value_heads=4, head_dim=None, layer_types=None,
-                 max_position_embeddings=2**15, pad_token_id=tokenizer.pad_token_id, dtype=torch.float32)
-    return AutoModelForSequenceClassification.from_config(type(own)(**{**own.to_dict(), **small})), tokenizer
-
-
 def is_teacher(name: str) -> bool:
     """Whether what eval.py is to score is an interaction teacher, not a reward model, by its config alone. Raises UserError
     for what is neither."""
@@ -1202,12 +1199,12 @@ def probe_student(model, name: str, max_length: int = 0) -> None:
 def tap_changes_nothing(model, batch: dict[str, torch.Tensor]) -> bool:
     """Whether the last hidden state of two padded rows is the same under the tap's attention as under the model's own."""
     stock, seen = model.stock, []
-    _, source, mask = model.two_rows(batch)
+    _, source, mask = two_rows(batch)
     tapped = stock.config._attn_implementation
     for implementation in (model.tap.before, tapped):
         stock.set_attn_implementation(implementation)
         try:
-            seen.append(stock.base_model(batch["ids"].flatten()[source], attention_mask=mask, use_cache=False).last_hidden_state)
+            seen.append(stock.base_model(take(batch["ids"], source), attention_mask=mask, use_cache=False).last_hidden_state)
         except ValueError:  # Gemma 2 caps its logits
             return False
     return torch.allclose(*seen, atol=1e-3, rtol=1e-3, equal_nan=True)

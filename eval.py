@@ -9,7 +9,7 @@
     attack     Is it fooled by the surface? Edits of the rejected response alone; more of them by --edits
     bestofn    Does choosing harder choose better? Reward and gold score of the best of n candidates
     stability  Do several runs agree? Spread, rank correlation, calibration of sigma(margin), drift
-    speed      What does a training step cost? Ways to train as ratios of pairs a second, --memory
+    speed      What does a training step cost? Ways to train as ratios of pairs a second, --memory (results/speed.py)
 
 Every verb but speed shows several models side by side. A model is scored as its stock class scores it: the
 string of data_prep.Formatter, tokenised with add_special_tokens=False, read at the right-most token that is
@@ -21,40 +21,30 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import re
-import resource
 import sys
-import tempfile
-import time
 from bisect import bisect
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
 from math import lgamma
-from multiprocessing import get_context
 from pathlib import Path
-from threading import RLock
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
 from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
 
-from data_prep import (BENCHMARKS, Encoder, Example, Formatter, Pair, Parser, TeacherCache, UserError, bar, check_outputs, collate,
-                       collate_teacher, drift, edited, exit_codes, is_teacher, load_reward_model,
-                       load_student, load_teacher, load_tokenizer, longer_margins, own_cells, plan_epoch, probe_student,
-                       prompt_key, read_candidates, read_edits, read_files, set_up_device, shrunk_student, speed_examples,
-                       write_json, write_pairs, written)
-from idistill import (AttentionTap, Config, InteractionTeacher, RewardModel, alignment_loss, attention_layers,
-                      attention_map, block_masks, bt_loss, distillation_losses, make_optimizer, outcomes, pool_words,
-                      row_divergence, teacher_verdicts, tree_mask)
+from data_prep import (BENCHMARKS, Encoder, Example, Pair, Parser, UserError, bar, check_outputs, collate,
+                       collate_teacher, drift, edited, exit_codes, is_teacher, load_reward_model, load_teacher,
+                       load_tokenizer, longer_margins, own_cells, prompt_key, quiet, read_candidates, read_edits,
+                       read_files, set_up_device, write_json, write_pairs, written)
+from idistill import (AttentionTap, InteractionTeacher, RewardModel, attention_layers, attention_map, block_masks,
+                      outcomes, pool_words, row_divergence, teacher_verdicts)
+from results.pictures import HTML, canvas, draw, plot_accuracy, plot_attention, plot_show
+from results.speed import ARMS, add_flags, own_process, time_arms
 
 # ---------------------------------------------------------------------------------------------------- scoring
 
@@ -338,65 +328,6 @@ def print_rows(header: list[str], rows: list[list[str]]) -> None:
         print("  ".join(c.rjust(w) if k else c.ljust(w) for k, (c, w) in enumerate(zip(row, widths))))
 
 
-def canvas(high: int = 1, wide: int = 1, size: tuple[float, float] = (5, 3.6)):
-    """(a figure, its axes (high, wide)), panels of that size in inches, drawn to files alone. Raises UserError where
-    matplotlib is not installed."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise UserError("--plot needs matplotlib: pip install matplotlib (all else works without)") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    figsize = (wide * size[0], high * size[1])
-    return pyplot.subplots(high, wide, figsize=figsize, squeeze=False, layout="tight")
-
-
-def short(name: str) -> str:
-    """The end of a model's path, for a legend."""
-    return "/".join(Path(name).parts[-3:])
-
-
-def draw(path: str, grid: list[list[tuple]], **settings) -> None:
-    """Rows of panels, told apart without colour, each (title, x label, y label, {label: (x, y, intervals)}, heights to
-    mark ...), n points each, None where not known: lines with bands, or, where x are names, bars with error bars."""
-    figure, all_axes = canvas(len(grid), len(grid[0]))
-    for axes, (title, xlabel, ylabel, series, *heights) in zip(all_axes.flat, sum(grid, [])):
-        named = any(isinstance(x[0], str) for x, *_ in series.values())
-        for k, (label, (x, y, ends)) in enumerate(series.items()):
-            y = np.array(y, dtype=float)
-            low, high = np.array([[np.nan] * 2 if e is None else e for e in ends or [None] * len(y)]).T
-            grey, label = 0.7 * k / max(1, len(series) - 1), short(label)
-            if named:
-                at = np.arange(len(x)) + 0.8 * ((k + 0.5) / len(series) - 0.5)
-                axes.bar(at, y, 0.8 / len(series), yerr=np.abs((low - y, high - y)), capsize=2,
-                         label=label, color=str(0.95 - grey), hatch=["", "//", "..", "xx"][k % 4], edgecolor="black")
-                axes.margins(y=0.35)  # room for the legend
-                axes.set_xticks(range(len(x)), x, rotation=35 if max(map(len, x)) > 3 else 0, ha="right")
-            else:
-                axes.plot(x, y, label=label, color=str(grey), linestyle=["-", "--", ":", "-."][k % 4],
-                          marker="osD^vx"[k % 6], markersize=4)
-                axes.fill_between(x, low, high, color=str(grey), alpha=0.08, linewidth=0)
-        for height in heights:
-            axes.axhline(height, color="black", linewidth=0.7)
-        axes.set(title=title, xlabel=xlabel, ylabel=ylabel, **settings)
-        below = {} if named else dict(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
-        if series:  # none where no pair could be scored
-            axes.legend(fontsize=7, **below)  # lines are not to be hidden
-        if settings.get("xscale") == "log":
-            axes.set_xticks(x, map(str, x))
-            axes.set_xticks([], minor=True)
-            axes.yaxis.set_major_formatter("{x:g}")
-            if np.divide(*axes.get_ylim()) > 1 / 30:
-                axes.yaxis.set_minor_formatter("{x:g}")
-    save_plot(figure, path)
-
-
-def save_plot(figure, path: str) -> None:
-    """Written aside, then renamed: never half a picture. Raises UserError."""
-    with written(path, "wb") as f:
-        figure.savefig(f, format=Path(path).suffix[1:].lower(), dpi=150, bbox_inches="tight")
-
-
 # --------------------------------------------------------------------------------------------- verb: accuracy
 
 def accuracy(args) -> None:
@@ -494,15 +425,6 @@ def print_accuracy(result: dict) -> None:
         if rows:
             print(f"\n{source} in its own terms, a tie being a miss")
             print_rows(["% [95 %]"] + [name[-44:] for name in models], rows)
-
-
-def plot_accuracy(result: dict, path: str) -> None:
-    """The models and what length alone reaches, side by side for each file."""
-    series = {}
-    for name in [*next(iter(result.values()))["models"], "longer response"]:
-        rows = [{**r["baselines"], **r["models"]}[name] for r in result.values()]
-        series[name] = list(result), [r.get("accuracy") for r in rows], [r.get("interval") for r in rows]
-    draw(path, [[("", "", "accuracy, 95 % interval", series, 0.5)]])
 
 
 # -------------------------------------------------------------------------------------------- verb: attention
@@ -674,24 +596,6 @@ def print_attention(file: str, name: str, r: dict) -> None:
     print_rows(["stage", *columns], [[str(k), *row] for k, row in enumerate(zip(*columns.values()))])
 
 
-def plot_attention(result: dict, path: str) -> None:
-    """A row a file: the masking curves of all models, then the density of each model by stage."""
-    grid = []
-    for file, models in result.items():
-        curves, panels = {}, []
-        for name, r in models.items():
-            for side in ("start", "end"):
-                c = r[f"masked_from_{side}"]
-                curves[f"{name}, from the {side}"] = np.linspace(0, 1, len(c["mean"])), c["mean"], c["interval"]
-            bars, stages = {}, [str(k) for k in range(1, len(c["mean"]))]
-            for side in ("right", "wrong"):
-                c = r[f"density_{side}"]
-                bars[f"ranked {side} ({c['pairs']})"] = stages, c["mean"], c["interval"]
-            panels.append((short(name), "stage", "attention density (1 = even)", bars, 1))
-        grid.append([(file, "share of the stages masked", "pair accuracy, 95 % band", curves, 0.5), *panels])
-    draw(path, grid)
-
-
 # ------------------------------------------------------------------------------------------------- verb: show
 
 def show(args) -> None:
@@ -752,63 +656,6 @@ def print_page(page: dict) -> None:
         for segment in (0, s):
             mine = [w for w, t in enumerate(page["segments"]) if t == segment]
             print(" ".join((words if plain else shaded)[w] for w in mine))
-
-
-def plot_show(pages: list[dict], path: str) -> None:
-    """A row a model, its maps side by side; lines between the segments."""
-    figure, grid = canvas(len(pages), len(pages[0]["maps"]), (4, 4))
-    for axes, page in zip(grid, pages):
-        for panel, (name, values) in zip(axes, page["maps"].items()):
-            values = np.sqrt(np.array(values))  # the root shows small shares too
-            panel.imshow(values, cmap="Greys", vmax=np.quantile(values, 0.995) or 1)
-            for edge in np.flatnonzero(np.diff(np.maximum(page["segments"], 0))) + 0.5:
-                panel.axhline(edge, color="black", linewidth=0.5)
-                panel.axvline(edge, color="black", linewidth=0.5)
-            panel.set_title(f"{short(page['model'])}\n{name}")
-            if len(values) <= 60:  # more words could not be read
-                panel.set_xticks(range(len(values)), page["words"], rotation=90, fontsize=5)
-                panel.set_yticks(range(len(values)), page["words"], fontsize=5)
-            panel.set(xlabel="attended word", ylabel="attending word")
-    save_plot(figure, path)
-
-
-HTML = """<!doctype html><meta charset="utf-8"><title>attention of a reward model</title>
-<style>body{font:15px/1.7 sans-serif;margin:2em;max-width:75em} span{padding:1px 2px;cursor:pointer}
-.on{outline:2px solid #000} figure{display:inline-block;margin:0 1em 1em 0}
-canvas{width:20em;height:20em;image-rendering:pixelated;border:1px solid #999}</style>
-<h1>One pair</h1><p>Words are shaded by the attention of the scoring position, the darkest for the strongest.
-Click a word: all words are then shaded by its row of the simulated map (student) or of the teacher's. Maps:
-rows attend to columns.</p><div id="page"></div><script>
-const add = (to, tag, text) => {
-  const e = document.createElement(tag); if (text) e.textContent = text; to.append(e); return e }
-for (const page of PAGES) {
-  const root = document.getElementById("page"), sides = ["prompt", "chosen", "rejected"], spans = []
-  const names = Object.keys(page.maps); let which = names[0], picked = null
-  const paint = (s, list, colour) => s.e.style.background =
-    `rgba(${colour},${(0.85 * list[s.i] / (Math.max(...list) || 1)).toFixed(3)})`
-  const show = () => {
-    for (const s of spans) { s.e.className = ""; paint(s, page.attention[s.view], "200,40,0") }
-    if (picked) { picked.e.className = "on"
-      for (const s of spans) paint(s, page.maps[which][picked.i], "0,60,200") } }
-  add(root, "h2", page.model)
-  for (const view of [0, 1]) {
-    add(root, "h3", `${sides[view + 1]}: reward ${page.rewards[view].toFixed(3)}`)
-    for (const segment of [0, view + 1]) { const p = add(root, "p"); add(p, "b", sides[segment] + ": ")
-      page.words.forEach((w, i) => { if (page.segments[i] != segment) return
-        const e = add(p, "span", w), s = {e, i, view}; spans.push(s); p.append(" ")
-        e.onclick = () => { picked = picked === s ? null : s; show() } }) } }
-  const choose = add(root, "p"); add(choose, "b", "A clicked word shows its row of: ")
-  for (const n of names) add(choose, "button", n).onclick = () => { which = n; show() }
-  for (const n of names) {
-    const f = add(root, "figure"), c = add(f, "canvas"), W = page.words.length; add(f, "figcaption", n)
-    c.width = c.height = W; const g = c.getContext("2d"), m = page.maps[n], top = Math.max(...m.flat()) || 1
-    for (let i = 0; i < W; i++) for (let j = 0; j < W; j++) {
-      const v = 255 - Math.round(255 * Math.sqrt(m[i][j] / top))
-      g.fillStyle = `rgb(${v},${v},${v})`; g.fillRect(j, i, 1, 1) } }
-  show()
-}
-</script>
-"""
 
 
 # ----------------------------------------------------------------------------------------------- verb: attack
@@ -1044,201 +891,27 @@ def stability(args) -> None:
 
 # ------------------------------------------------------------------------------------------------ verb: speed
 
-ARMS = {"a": "two passes, padded", "b": "one batch of both, random order (as TRL)",
-        "b'": "b, bucketed by length", "c": "packed tree, bucketed: plain BT", "tap": "c and its maps",
-        "pool": "c, maps, pooling, loss; no teacher", "d": "the whole method with its teacher", "d'": "d, the teacher's maps from --cache-teacher",
-        "e": "maps by eager output_attentions, all layers", "trl": "TRL's RewardTrainer, no checkpointing"}
-
-
-def training_step(arm: str, model: RewardModel, teacher: InteractionTeacher, examples: list[Example],
-                  cfg: Config, device) -> tuple[torch.Tensor, int, int]:
-    """(loss of one arm, tokens computed, those that are not padding)."""
-    stock, pad, B = model.stock, model.stock.config.get_text_config().pad_token_id, len(examples)
-    if arm[0] in "ab":
-        rows = [torch.from_numpy(e.ids[(e.seg == 0) | (e.seg == s)]) for s in (1, 2) for e in examples]
-        rewards, slots = [], 0
-        for some in [rows[:B], rows[B:]] if arm == "a" else [rows]:
-            ids = pad_sequence(some, batch_first=True, padding_value=-1).to(device)
-            inputs = dict(input_ids=ids.where(ids >= 0, pad), attention_mask=ids >= 0)
-            rewards.append(stock(**inputs, use_cache=False).logits[:, 0].float())
-            slots += ids.numel()
-        return bt_loss(*torch.cat(rewards).chunk(2)).mean(), slots, sum(map(len, rows))
-    batch, swap = collate(examples, pad, device), np.zeros(B)
-    if arm == "e":
-        other = collate_teacher(examples, swap, teacher.tokenizer, device)
-        seen = tree_mask(batch["seg"])  # eager attention adds its mask: True would count as + 1
-        mask = torch.zeros_like(seen, dtype=torch.float32).masked_fill_(~seen, torch.finfo(torch.float32).min)
-        out = stock.base_model(batch["ids"], attention_mask=mask, position_ids=batch["pos"], use_cache=False,
-                               output_attentions=True)
-        h = out.last_hidden_state
-        r = stock.score(h.gather(1, batch["last"][:, :, None].expand(-1, -1, h.shape[-1])))[..., 0].float()
-        with torch.no_grad():
-            read = teacher.stock(other["ids"], attention_mask=other["mask"], output_attentions=True)
-        S, T = (pool_words(maps.attentions[-1].float().mean(1, keepdim=True), b["word"],
-                           batch["word_seg"].shape[1]) for maps, b in ((out, batch), (read, other)))
-        loss = bt_loss(r[:, 0], r[:, 1]) + alignment_loss(T, S, block_masks(batch["word_seg"], "causal")[0])
-    elif arm == "tap":
-        r = model(batch)
-        loss = bt_loss(r[:, 0], r[:, 1]) + 0 * sum(m.sum() for m in model.maps)
-    else:
-        reader = teacher if arm[0] == "d" else None
-        loss = distillation_losses(model, reader, examples, swap, cfg, device, list(range(B)))["loss"]
-    return loss.mean(), batch["ids"].numel(), sum(len(e.ids) for e in examples)
-
-
-def time_arms(args) -> dict[str, dict]:
-    """Every arm, round after round: median pairs a second, ratios to the first arm in the same round, tokens
-    a pair, share of padding; of a single arm the peak memory in bytes. With --steps a round takes as many of an
-    arm's steps, spread evenly from the shortest to the longest, and the next round others."""
-    (device, amp), name, seed, k = set_up_device(args), args.models[0], args.seed, args.batch_size
-    stock, tokenizer = shrunk_student(name, *args.shrink) if args.shrink else load_student(name, seed)
-    reader, reader_tokenizer, room = load_teacher(args.teacher, seed)
-    stock.to(device).train(), reader.to(device).eval().requires_grad_(False)
-    encoder = Encoder(tokenizer, args.max_length or 1024, "truncate", reader_tokenizer, room)
-    examples = speed_examples(args, encoder, (stock.config.vocab_size, len(reader_tokenizer)))
-    depths = [m.config.get_text_config().num_hidden_layers for m in (stock, reader)]
-    order = np.random.default_rng(seed).permutation(len(examples))
-    lengths = np.array([len(e.ids) for e in examples])
-    rows = np.array([max(((e.seg == 0) | (e.seg == s)).sum() for s in (1, 2)) for e in examples])  # its longer row
-    shuffled, plans = [order[i:i + k] for i in range(0, len(order), k)], {}
-    for arm in args.arms:  # bucketed as in training, by what the arm pads: two rows a pair, or one
-        by = rows if arm in ("a", "b", "b'") else lengths
-        plan = shuffled if arm in ("a", "b") else plan_epoch(by, k, seed, 0)
-        plans[arm] = sorted(plan, key=lambda index: by[index].max())
-    optimizer, sdpa = make_optimizer(stock, 0.0, 0.0), stock.config._attn_implementation  # rate 0: no change
-    passes, rates, out, peer = {arm: [] for arm in args.arms}, {}, {}, None
-    folder = tempfile.TemporaryDirectory()  # of arm d'
-
-    def one_pass(arm: str, batches: list[np.ndarray]) -> list[float]:
-        """Trains on the batches: seconds, tokens computed, those that are not padding, pairs."""
-        last = [(depth - 1,) if arm in ("tap", "pool", "d", "d'") else () for depth in depths]
-        model = RewardModel(stock, "siamese" if arm[0] in "abe" else "packed", last[0])
-        probe_student(model, name)
-        teacher = InteractionTeacher(reader, reader_tokenizer, last[1])
-        cfg = Config(align_target="teacher" if arm[0] == "d" else "uniform", align_max_tokens=args.align_max_tokens)
-        if arm == "d'":
-            teacher.cache = TeacherCache(folder.name, teacher, amp is not nullcontext)
-            with amp(), torch.no_grad():
-                for index in batches:  # a later epoch: all is there
-                    some = [examples[i] for i in index]
-                    teacher.read(some, np.zeros(len(some)), max(len(e.word_seg) for e in some))
-        started, done = time.perf_counter(), np.zeros(3)
-        for index in batches:
-            with amp():
-                loss, *counts = training_step(arm, model, teacher, [examples[i] for i in index], cfg, device)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(stock.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            done += [*counts, len(index)]
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return [time.perf_counter() - started, *done]
-
-    for round in bar(range(args.rounds + 1), "rounds"):
-        for arm in args.arms:
-            for m in (stock, reader):
-                m.set_attn_implementation("eager" if arm == "e" else sdpa)
-            if arm == "trl":
-                peer = peer or trl_trainer(stock, tokenizer, [e.pair for e in examples], args, amp is not nullcontext)
-                passes[arm].append([peer(), np.nan, np.nan, len(examples)])
-                continue
-            plan = plans[arm]
-            steps = min(args.steps or len(plan), len(plan))
-            at = (np.arange(steps) + (round - 0.5) / args.rounds) * len(plan) / steps
-            passes[arm].append(one_pass(arm, [plan[int(i)] for i in at] if round else plan[-1:]))  # round 0 warms up
-    for arm in args.arms:
-        seconds, slots, real, pairs = np.array(passes[arm][1:]).T
-        rates[arm] = pairs / seconds
-        ratios, known = rates[arm] / rates[args.arms[0]], arm != "trl"
-        out[arm] = {"pairs_per_s": float(np.median(rates[arm])), "ratio": float(np.median(ratios)),
-                    "ratios": ratios.tolist(), "tokens_per_pair": real.sum() / pairs.sum() if known else None,
-                    "padding": 1 - real.sum() / slots.sum() if known else None}
-    if len(out) == 1:
-        out[arm]["peak_bytes"] = torch.cuda.max_memory_allocated() if device.type == "cuda" else peak_memory()
-    return out
-
-
-def peak_memory() -> int:
-    """Most bytes this process held. On Linux ru_maxrss also counts what its parent held when it was started."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        return 1024 * int(status.read_text().split("VmHWM:")[1].split()[0])
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def trl_trainer(stock, tokenizer, pairs: list[Pair], args, bf16: bool):
-    """A function that trains an epoch in TRL on the strings that are scored here: seconds of its steps."""
-    try:
-        from datasets import Dataset
-        from trl import RewardConfig, RewardTrainer
-    except ImportError:
-        raise UserError("--peer trl needs TRL: pip install trl") from None
-
-    class Clock(transformers.TrainerCallback):
-        def on_step_begin(self, *_, **__):
-            self.began = time.perf_counter()
-
-        def on_step_end(self, *_, **__):
-            self.total += time.perf_counter() - self.began
-
-    def epoch() -> float:
-        clock.total = 0.0
-        trainer.train()
-        stock.train()
-        return clock.total
-
-    clock, text, folder = Clock(), Formatter(tokenizer).text, tempfile.TemporaryDirectory()
-    clock.folder = folder  # lives as long as the trainer
-    rows = [{"chosen": text(p.prompt, p.chosen), "rejected": text(p.prompt, p.rejected)} for p in pairs]
-    config = RewardConfig(output_dir=folder.name, per_device_train_batch_size=args.batch_size,
-                          num_train_epochs=1, learning_rate=1e-12, max_length=args.max_length or 1024,
-                          report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True,
-                          bf16=bf16, gradient_checkpointing=False, use_cpu=not torch.cuda.is_available())
-    trainer = RewardTrainer(model=stock, args=config, processing_class=tokenizer, callbacks=[clock],
-                            train_dataset=Dataset.from_list(rows))
-    return epoch
-
-
-def own_process(args, arm: str, **changes) -> dict:
-    """One arm alone, a round, in a process of its own: what it really needs of memory. Raises UserError."""
-    alone = argparse.Namespace(**{**vars(args), "arms": [arm], "rounds": 1, "run": None, **changes})
-    with ProcessPoolExecutor(1, get_context("spawn")) as process:
-        try:
-            return process.submit(time_in_silence, alone).result()[arm]
-        except BrokenProcessPool:
-            raise UserError(f"arm {arm} {changes}: killed, probably for memory") from None
-        except UserError as why:
-            raise UserError(f"arm {arm} {changes}: {why}") from None
-
-
-def time_in_silence(args) -> dict[str, dict]:
-    """time_arms without a word. Raises UserError for any error: not every kind can be sent from process to process."""
-    quiet()
-    sys.stdout = open(os.devnull, "w")
-    try:
-        return time_arms(args)
-    except Exception as why:
-        raise UserError((str(why).strip() or type(why).__name__).splitlines()[-1].strip()) from None
-
-
 def speed(args) -> None:
     """Training steps in several ways, interleaved in one process: pairs a second as ratios to the first of
     --arms.
 
-    a, b, b': as most code does it; c: the packed tree mask; d: the whole method, teacher included; e: the
-    naive way to get attention maps; d': d in a later epoch with --cache-teacher. tap and pool are c with a part of d: their differences say what each part
-    costs. Data: --data, or random tokens (--lengths PROMPT CHOSEN REJECTED). --memory runs each arm again in
-    a process of its own, --grow N... runs it at each total length instead (half of it prompt), or, where
-    --lengths are given, at each batch size. The arm trl is TRL's own RewardTrainer, where TRL is installed
-    (--peer trl adds it). Here --batch-size counts pairs, --max-length is 1,024 unless given, and --dtype bf16
-    is autocast, as in training."""
+    a, b, b': as most code does it; c: the packed tree mask; d: the whole method, teacher included; d': d in a
+    later epoch with --cache-teacher; e: the naive way to get attention maps. tap and pool are c with a part of
+    d: their differences say what each part costs. Data: --data, or random tokens (--lengths PROMPT CHOSEN
+    REJECTED). --memory runs each arm again in a process of its own, --grow N... runs it at each total length
+    instead (half of it prompt), or, where --lengths are given, at each batch size. The arm trl is TRL's own
+    RewardTrainer, where TRL is installed (--peer trl adds it). Here --batch-size counts pairs, --max-length is
+    1,024 unless given, and --dtype bf16 is autocast, as in training."""
     if not args.teacher or not (args.data or args.lengths or args.grow):
         raise UserError("speed needs --teacher, and --data, --lengths or --grow")
     if args.plot and not args.grow:
         raise UserError("speed draws what --grow measures: give --grow, or leave --plot out")
     if args.peer and args.peer not in args.arms:
         args.arms.append(args.peer)
+    if args.shrink and args.shrink[0] % 8:
+        raise UserError("--shrink HIDDEN must be a multiple of 8: four heads, each of an even size")
+    if not 0 <= args.spread < 1:
+        raise UserError("--spread must be from 0 to under 1")
     if "trl" in args.arms and (args.lengths or args.grow or not args.data):
         raise UserError("the arm trl reads text: give --data, and neither --lengths nor --grow")
     rows, cells, grown = {} if args.grow else time_arms(args), [], "pairs a batch" if args.lengths else "tokens a pair"
@@ -1320,49 +993,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--html", metavar="OUT.html",
         help="a page that stands alone; click a word to see its row of the maps")
     adders[attack]("--edits", metavar="FILE.json", help="further edits, as described above")
-    add = adders[speed]
-    add("--teacher", metavar="DIR", help="encoder that serves as the teacher")
-    add("--arms", nargs="+", default=["b", "a", "b'", "c", "tap", "pool", "d", "e"], choices=list(ARMS),
-        help="ways to train, ratios are to the first (default: b a b' c tap pool d e)")
-    add("--pairs", type=int, default=128, help="pairs a round (default: 128)")
-    add("--rounds", type=int, default=5, help="rounds, after one that warms up (default: 5)")
-    add("--steps", type=int, default=0, help="steps of each arm a round, of every size, others in each round: as "
-        "padded as among all --pairs, in less time (default: 0 = all)")
-    add("--lengths", type=int, nargs=3, metavar="N",
-        help="random tokens instead of --data: of prompt, chosen, rejected")
-    add("--spread", type=float, default=0.0, metavar="SHARE",
-        help="lengths vary by up to this share, uniformly (default: 0)")
-    add("--shrink", type=int, nargs=2, metavar=("HIDDEN", "LAYERS"),
-        help="MODEL's class at this size, random weights")
-    add("--align-max-tokens", type=int, default=0, help="as in idistill.py (default: 0)")
-    add("--memory", action="store_true", help="peak memory of each arm, in its own process")
-    add("--grow", type=int, nargs="+", metavar="N",
-        help="each arm at these total lengths (with --lengths: batch sizes), each in its own process")
-    add("--peer", choices=["trl"], help="add TRL's own RewardTrainer (pip install trl)")
+    add_flags(adders[speed])
     args = ap.parse_args(argv)
     if not args.data and args.verb != "speed":
         ap.error("--data is needed")
-    least = dict(batch_size=1, max_length=0, limit=0, seed=0, pairs=1, rounds=1, steps=0, align_max_tokens=0, stages=2)
+    least = dict(batch_size=1, max_length=0, limit=0, seed=0, pairs=1, rounds=1, steps=0, align_max_tokens=0, stages=2,
+                 grow=1, lengths=1, shrink=1)
     for name, low in least.items():
-        if getattr(args, name, low) < low:
-            ap.error(f"--{name.replace('_', '-')} must be at least {low}, is {getattr(args, name)}")
-    for name in ("grow", "lengths", "shrink"):
-        if min(getattr(args, name, None) or [1]) < 1:
-            ap.error(f"--{name} must be at least 1")
-    if getattr(args, "shrink", None) and args.shrink[0] % 8:
-        ap.error("--shrink HIDDEN must be a multiple of 8: four heads, each of an even size")
-    if not 0 <= getattr(args, "spread", 0) < 1:
-        ap.error("--spread must be from 0 to under 1")
+        given = getattr(args, name, None)
+        if min(given if isinstance(given, list) else [low if given is None else given]) < low:
+            ap.error(f"--{name.replace('_', '-')} must be at least {low}, is {given}")
     if len(set(args.models)) < len(args.models):
         ap.error("a model is named twice")
     return args
-
-
-def quiet() -> None:
-    """No chatter of transformers; tqdm without its lock between processes, which would outlive a killed one."""
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    tqdm.set_lock(RLock())
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -50,18 +50,17 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-import transformers
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from data_prep import (RANK, WORLD, Encoder, Example, Run, TeacherCache, UserError, add_lora, bar, barrier, check_config,
-                       check_teacher, collate, collate_teacher, decoder_layers, demo, distribute, encode_all, errors_in_one_line, flag,
-                       load_student, load_teacher, longer_margins, parse_flags, parse_layers, plan_epoch, print_table,
-                       probe_student, read_all, recompute_activations, report_teacher, sample_words, set_up_device,
-                       shares, summed, together, with_rows)
+from data_prep import (RANK, WORLD, Encoder, Example, Run, TeacherCache, UserError, add_lora, bar, barrier,
+                       check_config, check_teacher, collate, collate_teacher, decoder_layers, demo, distribute,
+                       encode_all, errors_in_one_line, flag, load_student, load_teacher, longer_margins, parse_flags,
+                       parse_layers, plan_epoch, print_table, probe_student, quiet, read_all, recompute_activations,
+                       report_teacher, sample_words, set_up_device, shares, summed, take, together, two_rows, with_rows)
 
 # ---------------------------------------------------------------------------------------------------------- config
 
@@ -264,11 +263,6 @@ LONG = 1536  # tokens of a packed row from which tree_rows pay
 ONLY_AT: dict[nn.Module, Tensor] = {}  # modules of the layer that only_at is at work in -> the tokens (B, 2)
 
 
-def take(t: Tensor, index: Tensor) -> Tensor:
-    """t (B, n, ...), flat numbers (R, m) of its B n tokens -> (R, m, ...)."""
-    return t.flatten(0, 1).index_select(0, index.flatten()).unflatten(0, index.shape)
-
-
 def put(t: Tensor, at: Tensor, n: int) -> Tensor:
     """t (B, 2, ...) -> (B, n, ...): its rows at the places (B, 2), zeros elsewhere."""
     places = at.view(*at.shape, *[1] * (t.ndim - 2)).expand_as(t)
@@ -329,9 +323,9 @@ class RewardModel(nn.Module):
         if packed:
             inputs = dict(input_ids=ids, attention_mask=tree_mask(seg), position_ids=batch["pos"])
             if self.tap is not None and ids.shape[1] >= self.long:
-                inputs["tree_rows"] = self.two_rows(batch)
+                inputs["tree_rows"] = two_rows(batch)
         else:
-            where, source, mask = self.two_rows(batch)
+            where, source, mask = two_rows(batch)
             inputs = dict(input_ids=take(ids, source), attention_mask=mask)
         final = only_at(decoder_layers(self.stock)[-1], last, ids.shape[1]) if ends_only else nullcontext()
         with self.tap if tapped else nullcontext(), final:
@@ -351,20 +345,6 @@ class RewardModel(nn.Module):
         with torch.autocast(ends.device.type, enabled=False):  # bf16 logits tie often: the head stays in fp32
             head = self.stock.score
             return F.linear(ends.float(), head.weight.float(), head.bias).squeeze(-1)
-
-    @staticmethod
-    def two_rows(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """The same pairs as two ordinary padded rows each, B of (x, y_c), then B of (x, y_r): where (B, n) each packed
-        token lies in them, source (2B, m) of each place, mask (2B, m): 1 where there is a token."""
-        seg, pos = batch["seg"], batch["pos"]
-        B, m = len(seg), int(pos.max()) + 1
-        pair = torch.arange(B, device=seg.device)[:, None]
-        packed = torch.arange(seg.numel(), device=seg.device).view_as(seg)
-        source, mask = seg.new_zeros(2 * B * m), seg.new_zeros(2 * B * m)
-        for k, mine in ((0, seg < 2), (1, (seg == 0) | (seg == 2))):
-            at = ((pair + k * B) * m + pos)[mine]
-            source[at], mask[at] = packed[mine], 1
-        return torch.where(seg == 2, pair + B, pair) * m + pos, source.view(2 * B, m), mask.view(2 * B, m)
 
 
 # -------------------------------------------------------------------------------------------------------- teacher
@@ -548,6 +528,12 @@ def distillation_losses(model: RewardModel, teacher: InteractionTeacher | None, 
     if 0 < cfg.align_max_tokens < batch["ids"].shape[1] and model.layers:
         attending = sample_words(examples, cfg.align_max_tokens, seeds).to(device)
         batch = with_rows(batch, attending)
+    word_seg, W, R = batch["word_seg"], batch["word_seg"].shape[1], 0 if attending is None else attending.shape[1]
+    targets = [None] * len(model.layers)
+    if teacher is not None:  # before the student, whose activations would wait in memory
+        with torch.set_grad_enabled(cfg.teacher_co_train):
+            verdict, maps = teacher.read(examples, swap, W, attending)
+        targets = maps or targets
     rewards = model(batch)
     out = {"rewards": rewards.detach(), "bt": bt_loss(rewards[:, 0], rewards[:, 1])}
     out["loss"] = out["bt"]
@@ -563,16 +549,10 @@ def distillation_losses(model: RewardModel, teacher: InteractionTeacher | None, 
                                             given.get(cfg.margin_field, 0.0), given["strength"],
                                             cfg.margin_field == "strength")
         out["loss"] = out["preference"]
-    word_seg, W, R = batch["word_seg"], batch["word_seg"].shape[1], 0 if attending is None else attending.shape[1]
-    targets = [None] * len(model.layers)
-    if teacher is not None:
-        with torch.set_grad_enabled(cfg.teacher_co_train):
-            verdict, maps = teacher.read(examples, swap, W, attending)
-        targets = maps or targets
-        if cfg.teacher_co_train:
-            add("teacher", bt_loss(verdict, torch.zeros_like(verdict)), 1.0)
-        if cfg.lambda_score:
-            add("score", (rewards[:, 0] - rewards[:, 1] - verdict.detach()).square(), cfg.lambda_score)
+    if cfg.teacher_co_train:
+        add("teacher", bt_loss(verdict, torch.zeros_like(verdict)), 1.0)
+    if cfg.lambda_score:
+        add("score", (rewards[:, 0] - rewards[:, 1] - verdict.detach()).square(), cfg.lambda_score)
     scale = {"constant": 1.0, "warmup": min(1.0, progress / 0.3), "decay": 1.0 - progress}[cfg.lambda_schedule]
     blocks = block_masks(word_seg, cfg.align_support, attending)
     for simulated, T in zip(model.maps, targets):
@@ -839,8 +819,7 @@ def train_in(run: Run, cfg: Config, needs_teacher: bool, device, amp) -> dict:
 
 def main(argv: list[str] | None = None) -> None:
     cfg = parse_flags(Config, __doc__.split("\n")[0], argv)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    quiet()
     with errors_in_one_line(cfg.output_dir):
         if not cfg.model:
             return demo(cfg, train)

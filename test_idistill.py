@@ -39,6 +39,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification
 import data_prep
 import eval as evaluation
 import idistill
+import results.speed as speed_arms
 from data_prep import (Encoder, Formatter, Pair, UserError, collate, collate_teacher, load_student, load_teacher,
                        probe_student, save_stock, tokens_to_words, words_of)
 from idistill import (AttentionTap, Config, InteractionTeacher, RewardModel, alignment_loss, attention_map, block_masks,
@@ -2168,7 +2169,7 @@ def test_every_arm_of_speed_computes_the_same_loss(zoo, tmp_path):
         cfg = Config(align_target="teacher" if arm[0] == "d" else "uniform")
         teacher.cache = data_prep.TeacherCache(str(tmp_path / "maps"), teacher, False) if arm == "d'" else None
         net = model if arm in ("tap", "pool", "d", "d'") else plain
-        loss[arm], *tokens[arm] = evaluation.training_step(arm, net, teacher, examples, cfg, "cpu")
+        loss[arm], *tokens[arm] = speed_arms.training_step(arm, net, teacher, examples, cfg, "cpu")
     assert all(close(loss[arm], loss["c"]) for arm in ("a", "b", "b'", "tap")) and loss["d"] > loss["c"] + 0.01
     assert close(loss["d'"], loss["d"], 1e-3) and teacher.cache.written == 5
     teacher.cache = None
@@ -2185,7 +2186,7 @@ def test_every_arm_of_speed_computes_the_same_loss(zoo, tmp_path):
     masked = attention_map(*model.tap.kept[2][:3], tree_mask(batch["seg"]))
     T, S = (pool_words(m, b["word"], batch["word_seg"].shape[1]) for m, b in ((teacher.maps[0], other), (masked, batch)))
     expected = loss["c"] + alignment_loss(T, S, block_masks(batch["word_seg"], "causal")[0]).mean()
-    assert close(evaluation.training_step("e", eager, reader, examples, Config(), "cpu")[0], expected) and expected > loss["c"] + 0.01
+    assert close(speed_arms.training_step("e", eager, reader, examples, Config(), "cpu")[0], expected) and expected > loss["c"] + 0.01
 
 
 @pytest.mark.parametrize("machine, units, bf16", [("x86_64", (), False), ("x86_64", ("avx512_bf16",), True), ("x86_64", ("amx_tile",), True),
@@ -2204,11 +2205,11 @@ def test_auto_is_bf16_where_the_processor_computes_in_it(machine, units, bf16, m
 
 def test_speed_takes_steps_of_every_size(zoo, monkeypatch):
     seen = []
-    monkeypatch.setattr(evaluation, "training_step", lambda arm, model, teacher, examples, *_: (
+    monkeypatch.setattr(speed_arms, "training_step", lambda arm, model, teacher, examples, *_: (
         seen.append(max(len(e.ids) for e in examples)), sum(p.sum() for p in model.parameters()), 2, 1)[1:])
     args = evaluation.parse_args(["speed", zoo("llama"), "--teacher", zoo("bert"), "--lengths", "20", "10", "10", "--spread", "0.9", "--rounds",
                                   "3", "--steps", "2", "--pairs", "18", "--batch-size", "3", "--arms", "c", "--dtype", "fp32", "--device", "cpu"])
-    out = evaluation.time_arms(args)["c"]
+    out = speed_arms.time_arms(args)["c"]
     rounds = np.array(seen[1:]).reshape(3, 2)  # the first warms up; 6 batches, 2 of other sizes in each round
     assert sorted(seen[1:]) == [*rounds[:, 0], *rounds[:, 1]] and len(set(seen[1:])) == 6
     assert out["tokens_per_pair"] == pytest.approx(6 / 18) and out["padding"] == 0.5
@@ -2218,7 +2219,7 @@ def test_a_shrunk_student_computes_in_fp32_whatever_its_checkpoint_holds(zoo, tm
     shutil.copytree(zoo("llama"), tmp_path / "half")
     config = json.loads((tmp_path / "half/config.json").read_text())
     (tmp_path / "half/config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))
-    assert {p.dtype for p in evaluation.shrunk_student(str(tmp_path / "half"), 32, 2)[0].parameters()} == {torch.float32}
+    assert {p.dtype for p in speed_arms.shrunk_student(str(tmp_path / "half"), 32, 2)[0].parameters()} == {torch.float32}
 
 
 def test_speed_as_a_user_runs_it(zoo, argv, tmp_path, capsys):

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Ideas that would make training quicker, each built as far as it takes to measure it; none is in idistill.py.
+"""Ideas that would make training quicker, each built as far as it takes to measure it; and what idistill.py does, without one part.
 
     python results/ideas.py MODEL --teacher T --data D [--shrink 256 4] [--dtype bf16] --json out.json   # flags of eval.py speed
 
@@ -12,27 +12,27 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import transformers
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import eval as evaluation  # noqa: E402
-from data_prep import (Encoder, bar, collate, collate_teacher, load_student, load_teacher, plan_epoch,  # noqa: E402
-                       set_up_device, shrunk_student, speed_examples)
+from data_prep import (Encoder, bar, collate, collate_teacher, load_student, load_teacher, plan_epoch, quiet,  # noqa: E402
+                       set_up_device)
 from idistill import (AttentionTap, Config, InteractionTeacher, RewardModel, alignment_loss, block_masks, bt_loss,  # noqa: E402
                       distillation_losses, make_optimizer, pool_words, tree_mask)
+from results.speed import shrunk_student, speed_examples  # noqa: E402
 
 IDEAS = {  # arm -> (what it is measured against, what it is)
     "c": ("c", "plain BT as it is: packed tree, the same number of pairs a step, bucketed in windows of 64 steps"),
     "epoch": ("c", "c, bucketed over the whole epoch"),
     "budget": ("c", "c, steps of equal tokens in place of equal pairs, bucketed over the whole epoch"),
-    "two a row": ("c", "two pairs a row, block-diagonal tree mask, random order"),
-    "four a row": ("c", "four pairs a row, block-diagonal tree mask, random order"),
-    "compile": ("c", "c under torch.compile, dynamic shapes"),
+    "two a row": ("whole", "two pairs a row, block-diagonal tree mask, random order"),
+    "four a row": ("whole", "four pairs a row, block-diagonal tree mask, random order"),
+    "compile": ("whole", "that under torch.compile, dynamic shapes"),
     "adamw": ("c", "c, AdamW not fused"),
-    "last mlp": ("c", "c, the last layer's MLP at the scored tokens only"),
+    "whole": ("c", "c, the final layer at all tokens in place of the two that are read"),
     "d": ("d", "the whole method as it is"),
     "stop": ("d", "d, the teacher stops where its tapped layer has Q and K"),
-    "cache": ("d", "d, the teacher's word maps kept from an earlier epoch (fp16, in memory)"),
+    "cache": ("d", "d, the teacher's word maps from an earlier epoch (--cache-teacher), in memory in place of files"),
     "no batch": ("d", "d, its batches built beforehand: the most that prefetching can buy")}
 
 
@@ -65,7 +65,7 @@ def several_a_row(examples, rows: int, pad: int, device) -> dict:
 
 def main() -> None:
     args = evaluation.parse_args(["speed", *sys.argv[1:]])
-    transformers.logging.set_verbosity_error()
+    quiet()
     (device, amp), k = set_up_device(args), args.batch_size
     stock, tokenizer = shrunk_student(args.models[0], *args.shrink) if args.shrink else load_student(args.models[0], args.seed)
     reader, reader_tokenizer, room = load_teacher(args.teacher, args.seed)
@@ -74,11 +74,11 @@ def main() -> None:
     examples = speed_examples(args, encoder, (stock.config.vocab_size, len(reader_tokenizer)))
     lengths, pad, cfg = np.array([len(e.ids) for e in examples]), stock.config.pad_token_id, Config()
     last = stock.config.num_hidden_layers - 1, reader.config.num_hidden_layers - 1
-    tapped = RewardModel(stock, "packed", last[:1])
+    plain, tapped = RewardModel(stock), RewardModel(stock, "packed", last[:1])
     teacher = InteractionTeacher(reader, reader_tokenizer, last[1:])
     base, optimizer = stock.base_model, make_optimizer(stock, 0.0, 0.0)
     unfused = torch.optim.AdamW([{**g, "fused": False} for g in optimizer.param_groups], lr=0.0, betas=(0.9, 0.95))
-    compiled = torch.compile(base, dynamic=True)
+    compiled = torch.compile(base, dynamic=True)  # the hooks of the final layer would be compiled anew in each step
     if len(examples) <= 64 * k:
         raise SystemExit(f"--pairs: over {64 * k} are needed, or the bucketing of c is that of a whole epoch")
     order = np.random.default_rng(args.seed).permutation(len(examples))
@@ -120,17 +120,12 @@ def main() -> None:
                         maps = teacher.maps
                 T = pool_words(maps[0], other["word"], W)
             return bt_loss(r[:, 0], r[:, 1]) + align(S, T, batch)
-        hooks = []
-        if arm == "last mlp":  # everything else reads the last layer at those tokens only
-            mlp, at = base.layers[-1].mlp, batch["last"][:, :, None].expand(-1, -1, stock.config.hidden_size)
-            hooks = [mlp.register_forward_pre_hook(lambda _, inputs: (inputs[0].gather(1, at),)),
-                     mlp.register_forward_hook(lambda _, inputs, out: out.new_zeros(*batch["ids"].shape, out.shape[-1]).scatter(1, at, out))]
-        run = compiled if arm == "compile" else base
-        inputs = dict(attention_mask=tree_mask(batch["seg"]), position_ids=batch["pos"], use_cache=False)
-        h = run(batch["ids"], **inputs).last_hidden_state
-        for hook in hooks:
-            hook.remove()
-        r = stock.score(h.gather(1, batch["last"][:, :, None].expand(-1, -1, h.shape[-1])))[..., 0].float()
+        if arm == "compile":
+            h = compiled(batch["ids"], attention_mask=tree_mask(batch["seg"]), position_ids=batch["pos"], use_cache=False).last_hidden_state
+            r = stock.score(h.gather(1, batch["last"][:, :, None].expand(-1, -1, h.shape[-1])))[..., 0].float()
+        else:
+            plain.whole = arm == "whole"
+            r = plain(batch)
         return bt_loss(r[:, 0], r[:, 1])
 
     def stopped(batch) -> torch.Tensor:
