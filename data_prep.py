@@ -1414,7 +1414,7 @@ class TeacherCache:
 
     def keep(self, path: Path, values: np.ndarray) -> None:
         """Written aside, then renamed: other runs may read and write here."""
-        aside = path.with_suffix(f".{os.getpid()}.tmp")
+        aside = path.with_suffix(f".{RANK}.{os.getpid()}.tmp")
         with open(aside, "wb") as f:
             np.save(f, values)
         os.replace(aside, path)
