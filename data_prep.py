@@ -1154,7 +1154,7 @@ def load_reward_model(name: str, dtype: torch.dtype, max_length: int = 0):
 @torch.no_grad()
 def probe_student(model, name: str, max_length: int = 0) -> None:
     """Measures, on eight random tokens, that a RewardModel is causal and can do what --encoding asks (no list of names
-    to keep up to date). Raises UserError with the flag to use."""
+    to keep up to date), and sets its tap, long and whole to what it can bear. Raises UserError with the flag to use."""
     if model.encoding == "packed":
         check_window(model.stock, max_length, name)
     if model.layers and getattr(model.stock.config.get_text_config(), "attn_logit_softcapping", None):  # Gemma 2
@@ -1359,8 +1359,8 @@ class TeacherCache:
     """What a frozen teacher said of each pair, in folder/KEY/PAIR.npy, for further epochs and runs (--cache-teacher DIR).
 
     KEY: the teacher's weights, configuration, layers, heads and number format; PAIR: its tokens in the order read, and
-    their words. A file holds the verdict and the word maps (L, G, W, W) as fp16, and they are used as such even when new,
-    so that a run does not depend on what is kept."""
+    their words. A file holds the verdict and the word maps (L, G, W, W) as fp16, and they are used as such even when new:
+    what is kept changes a run by rounding alone (of the batch in which a map was computed). Raises UserError (disk)."""
 
     def __init__(self, folder: str, teacher, bf16: bool):
         stock, tokenizer = teacher.stock, teacher.tokenizer
@@ -1415,9 +1415,13 @@ class TeacherCache:
     def keep(self, path: Path, values: np.ndarray) -> None:
         """Written aside, then renamed: other runs may read and write here."""
         aside = path.with_suffix(f".{RANK}.{os.getpid()}.tmp")
-        with open(aside, "wb") as f:
-            np.save(f, values)
-        os.replace(aside, path)
+        try:
+            with open(aside, "wb") as f:
+                np.save(f, values)
+            os.replace(aside, path)
+        except OSError as why:
+            remove(aside)
+            raise UserError(f"--cache-teacher: {path} cannot be written ({why.strerror}); what was saved before is whole") from None
         self.written += 1
 
     def report(self, device) -> None:
@@ -1535,9 +1539,8 @@ class Run:
         """--resume with other flags: refused, but for those that change no step."""
         free = {"resume", "overwrite", "output_dir", "eval_data", "log_every", "device", "save_every", "fsdp", "skip_nonfinite",
                 "grad_accum", "gradient_checkpointing"}
-        now = json.loads(json.dumps(asdict(self.cfg)))
-        changed = [f"--{k.replace('_', '-')} was {before.get(k)!r}, is {now[k]!r}" for k in now
-                   if k not in free and before.get(k) != now[k]]
+        now, before = json.loads(json.dumps(asdict(self.cfg))), {**asdict(type(self.cfg)()), **before}  # flags that are new since
+        changed = [f"--{k.replace('_', '-')} was {before[k]!r}, is {now[k]!r}" for k in now if k not in free and before[k] != now[k]]
         if changed:
             raise UserError(f"{self.dir}: --resume with other flags: {'; '.join(changed)}. May change: "
                             + ", ".join("--" + k.replace("_", "-") for k in sorted(free)))

@@ -895,8 +895,8 @@ def speed(args) -> None:
     """Training steps in several ways, interleaved in one process: pairs a second as ratios to the first of
     --arms.
 
-    a, b, b': as most code does it; c: the packed tree mask; d: the whole method, teacher included; d': d in a
-    later epoch with --cache-teacher; e: the naive way to get attention maps. tap and pool are c with a part of
+    a, b, b': as most code does it; c: the packed tree mask; d: the whole method, teacher included; d': d where
+    --cache-teacher has all maps; e: the naive way to get attention maps. tap and pool are c with a part of
     d: their differences say what each part costs. Data: --data, or random tokens (--lengths PROMPT CHOSEN
     REJECTED). --memory runs each arm again in a process of its own, --grow N... runs it at each total length
     instead (half of it prompt), or, where --lengths are given, at each batch size. The arm trl is TRL's own
@@ -912,6 +912,8 @@ def speed(args) -> None:
         raise UserError("--shrink HIDDEN must be a multiple of 8: four heads, each of an even size")
     if not 0 <= args.spread < 1:
         raise UserError("--spread must be from 0 to under 1")
+    if "d'" in args.arms and args.align_max_tokens:
+        raise UserError("the arm d' keeps whole maps: without --align-max-tokens")
     if "trl" in args.arms and (args.lengths or args.grow or not args.data):
         raise UserError("the arm trl reads text: give --data, and neither --lengths nor --grow")
     rows, cells, grown = {} if args.grow else time_arms(args), [], "pairs a batch" if args.lengths else "tokens a pair"

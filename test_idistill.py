@@ -295,6 +295,20 @@ def test_shortcuts_of_the_packed_row_change_nothing(zoo, family):
     assert calls == [whole] * 3 + [rows] * 3 + [whole] * 2 + [two] + [rows] * 2 + [two]
 
 
+def test_what_the_probe_refuses_stays_refused(argv, tmp_path, monkeypatch):
+    """To the last table of the run: a family that cannot bear the shortcuts is scored without them."""
+    def choose(model, batch, apart, name):
+        model.encoding, model.long, model.whole = "packed", math.inf, True
+
+    monkeypatch.setattr(data_prep, "choose_shortcuts", choose)
+    monkeypatch.setattr(idistill, "LONG", 0)
+    monkeypatch.setattr(idistill, "only_at", None)
+    real = idistill.RewardModel.forward
+    monkeypatch.setattr(idistill.RewardModel, "forward", lambda self, batch: (real(self, batch), self.encoding == "siamese" or self.long == math.inf or 1 / 0)[0])
+    assert main(*argv(tmp_path / "run", method="bt", max_steps=2)) == 0
+    assert json.loads((tmp_path / "run/results.json").read_text())["sets"]["validation"]["pairs"] == 7
+
+
 def test_hybrid_student_is_refused_or_sent_to_siamese(zoo):
     """Layers that are recurrent cannot skip y_c when they read y_r."""
     with pytest.raises(UserError, match="--encoding siamese"):
@@ -869,7 +883,7 @@ def test_a_kept_map_is_the_map(zoo, tmp_path, family, layers, matched):
     assert len(folders) == 4 and teacher.cache.folder in folders
 
 
-def test_a_second_run_reads_what_the_first_kept(zoo, argv, tmp_path, capsys):
+def test_a_second_run_reads_what_the_first_kept(zoo, argv, tmp_path, capsys, monkeypatch):
     """Other settings of the student, the same steps as without a cache but for the fp16 of the maps; a run does not depend on what is there."""
     trained = dict(teacher_lr=1e-3, max_steps=8)
     assert main(*argv(tmp_path / "plain", **trained)) == 0
@@ -881,6 +895,9 @@ def test_a_second_run_reads_what_the_first_kept(zoo, argv, tmp_path, capsys):
     plain, first, second = ([{k: v for k, v in m.items() if k not in ("time", "pairs_per_s")} for m in lines_of(tmp_path / name)]
                             for name in ("plain", "first", "second"))
     assert first == second and all(abs(a[k] - b[k]) < 2e-3 * max(1, abs(a[k])) for a, b in zip(plain, first) for k in a if isinstance(a[k], float))
+    monkeypatch.setattr(np, "save", lambda f, _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    refused(capsys, argv(tmp_path / "full", **trained, cache_teacher=tmp_path / "other"), "--cache-teacher", "No space left")
+    assert not [p for p in (tmp_path / "other").rglob("*") if p.is_file()]
     (tmp_path / "file").write_text("")
     for flags, mention in ((dict(cache_teacher=tmp_path / "file"), "--cache-teacher"), (dict(cache_teacher="x", method="bt"), "use none"),
                            (dict(cache_teacher="x", teacher_co_train=True), "frozen"), (dict(cache_teacher="x", align_max_tokens=9), "whole maps")):
@@ -1143,6 +1160,10 @@ def test_output_directory_is_protected(argv, tmp_path, capsys):
     before = weights(out)
     refused(capsys, argv(out, method="bt", max_steps=2), "--resume", "--overwrite")
     refused(capsys, argv(out, method="bt", max_steps=3, resume=True), "--max-steps was 2, is 3")
+    config = json.loads((out / "config.json").read_text())
+    del config["flags"]["cache_teacher"]  # a run of an earlier version, which had not all of today's flags
+    (out / "config.json").write_text(json.dumps(config))
+    assert main(*argv(out, method="bt", max_steps=2, resume=True)) == 0
     with open(out / "lock", "a+") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         refused(capsys, argv(out, method="bt", max_steps=2, overwrite=True), "in use")
@@ -2225,9 +2246,9 @@ def test_a_shrunk_student_computes_in_fp32_whatever_its_checkpoint_holds(zoo, tm
 def test_speed_as_a_user_runs_it(zoo, argv, tmp_path, capsys):
     data = write_pairs(tmp_path / "d.jsonl", make_pairs(6))
     common = ("--teacher", zoo("bert"), "--rounds", 2, "--batch-size", 3, "--dtype", "fp32", "--device", "cpu")
-    assert evaluate(zoo("llama"), *common, "--data", data, "--json", tmp_path / "s", "--arms", "b", "c", "d", verb="speed") == 0
+    assert evaluate(zoo("llama"), *common, "--data", data, "--json", tmp_path / "s", "--arms", "b", "c", "d", "d'", verb="speed") == 0
     arms = json.loads((tmp_path / "s").read_text())["arms"]
-    assert list(arms) == ["b", "c", "d"] and len(arms["d"]["ratios"]) == 2 and set(arms["b"]["ratios"]) == {1.0}
+    assert list(arms) == ["b", "c", "d", "d'"] and len(arms["d"]["ratios"]) == 2 and set(arms["b"]["ratios"]) == {1.0}
     assert 0 <= arms["c"]["padding"] < 1 and arms["c"]["tokens_per_pair"] < arms["b"]["tokens_per_pair"]
     assert evaluate(zoo("llama"), *common, "--data", data, "--steps", 1, "--json", tmp_path / "s", "--arms", "b", "c", verb="speed") == 0
     assert len(json.loads((tmp_path / "s").read_text())["arms"]["c"]["ratios"]) == 2
@@ -2241,7 +2262,8 @@ def test_speed_as_a_user_runs_it(zoo, argv, tmp_path, capsys):
                            (("--lengths", 4, 4, 4, "--plot", tmp_path / "x.png"), "give --grow"),
                            (("--data", data, "--grow", 64, "--arms", "trl"), "neither --lengths nor --grow"),
                            (("--lengths", -8, 4, 4), "--lengths must be at least 1"), (("--grow", 0), "--grow must be"),
-                           (("--lengths", 8, 4, 4, "--shrink", 30, 2), "a multiple of 8")):
+                           (("--lengths", 8, 4, 4, "--shrink", 30, 2), "a multiple of 8"), (("--lengths", 8, 4, 4, "--spread", 1), "--spread"),
+                           (("--lengths", 8, 4, 4, "--arms", "d'", "--align-max-tokens", 4), "whole maps")):
         assert evaluate(zoo("llama"), *common, *flags, verb="speed") == 2 and mention in capsys.readouterr().err
 
 

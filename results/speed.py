@@ -152,7 +152,7 @@ def time_arms(args) -> dict[str, dict]:
         if arm == "d'":
             teacher.cache = TeacherCache(folder.name, teacher, amp is not nullcontext)
             with amp(), torch.no_grad():
-                for index in batches:  # a later epoch: all is there
+                for index in batches:  # all is there before the clock starts
                     some = [examples[i] for i in index]
                     teacher.read(some, np.zeros(len(some)), max(len(e.word_seg) for e in some))
         started, done = time.perf_counter(), np.zeros(3)
