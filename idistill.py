@@ -143,9 +143,11 @@ class Config:
     fsdp: bool = flag(False, "under torchrun: shard weights, gradients and optimizer over the processes (FSDP2)")
 
 
-# ----------------------------------------------------------------------------------------------------- attention tap
+# ----------------------------------------------------------------------------------- attention: tap and shortcuts
 
 TAP = "idistill_tap"
+LONG = 1536  # tokens of a packed row from which tree_rows pay
+ONLY_AT: dict[nn.Module, Tensor] = {}  # modules of the layer that only_at is at work in -> the tokens (B, 2)
 
 
 def tapped_attention(module, query, key, value, attention_mask, tree_rows=None, **kwargs):
@@ -231,6 +233,29 @@ def pick_rows(A: Tensor, rows: Tensor) -> Tensor:
     return A.gather(2, rows.clamp_min(0)[:, None, :, None].expand(-1, A.shape[1], -1, A.shape[3]))
 
 
+def put(t: Tensor, at: Tensor, n: int) -> Tensor:
+    """t (B, 2, ...) -> (B, n, ...): its rows at the places (B, 2), zeros elsewhere."""
+    places = at.view(*at.shape, *[1] * (t.ndim - 2)).expand_as(t)
+    return t.new_zeros(len(t), n, *t.shape[2:]).scatter(1, places, t)
+
+
+@contextmanager
+def only_at(layer: nn.Module, at: Tensor, n: int):
+    """Inside, a decoder layer answers and passes through its MLP only the tokens (B, 2) of n a row: nobody reads the
+    others after the final layer. 1.2 times the pairs a second of plain BT with 4 layers, the less the more there are."""
+    ONLY_AT.update(dict.fromkeys(layer.modules(), at))
+    mlp, hooks = getattr(layer, "mlp", None), []
+    if mlp is not None:
+        hooks = [mlp.register_forward_pre_hook(lambda _, given: (pick_rows(given[0][:, None], at)[:, 0],)),
+                 mlp.register_forward_hook(lambda _, given, out: put(out, at, n))]
+    try:
+        yield
+    finally:
+        ONLY_AT.clear()
+        for hook in hooks:
+            hook.remove()
+
+
 def attention_map(query: Tensor, key: Tensor, scale: float, mask: Tensor, rows: Tensor | None = None,
                   matched: bool = False) -> Tensor:
     """softmax(Q K^T * scale) in fp32, mean over heads unless matched (E3).
@@ -259,33 +284,6 @@ def attention_map(query: Tensor, key: Tensor, scale: float, mask: Tensor, rows: 
 
 # -------------------------------------------------------------------------------------------------------- student
 
-LONG = 1536  # tokens of a packed row from which tree_rows pay
-ONLY_AT: dict[nn.Module, Tensor] = {}  # modules of the layer that only_at is at work in -> the tokens (B, 2)
-
-
-def put(t: Tensor, at: Tensor, n: int) -> Tensor:
-    """t (B, 2, ...) -> (B, n, ...): its rows at the places (B, 2), zeros elsewhere."""
-    places = at.view(*at.shape, *[1] * (t.ndim - 2)).expand_as(t)
-    return t.new_zeros(len(t), n, *t.shape[2:]).scatter(1, places, t)
-
-
-@contextmanager
-def only_at(layer: nn.Module, at: Tensor, n: int):
-    """Inside, a decoder layer answers and passes through its MLP only the tokens (B, 2) of n a row: nobody reads the
-    others after the final layer. 1.2 times the pairs a second of plain BT with 4 layers, the less the more there are."""
-    ONLY_AT.update(dict.fromkeys(layer.modules(), at))
-    mlp, hooks = getattr(layer, "mlp", None), []
-    if mlp is not None:
-        hooks = [mlp.register_forward_pre_hook(lambda _, given: (pick_rows(given[0][:, None], at)[:, 0],)),
-                 mlp.register_forward_hook(lambda _, given, out: put(out, at, n))]
-    try:
-        yield
-    finally:
-        ONLY_AT.clear()
-        for hook in hooks:
-            hook.remove()
-
-
 def tree_mask(seg: Tensor) -> Tensor:
     """(B, n) segments -> (B, 1, n, n), True where query i sees key j: j <= i and (s_j = 0 or s_j = s_i).
 
@@ -301,7 +299,8 @@ class RewardModel(nn.Module):
 
     forward(batch of collate) -> rewards (B, 2) = (r_c, r_r) in fp32. Afterwards, with `layers` and gradients, self.maps
     lists their simulated token maps (B, G, m, n), and self.hidden is the last hidden state (B, n, hidden), if `whole`:
-    the final layer at all tokens, which gradient checkpointing and sft_loss need; else at the two that are read."""
+    the final layer at all tokens, which gradient checkpointing and sft_loss need; else at the two that are read. Packed
+    rows of self.long tokens or more attend as two causal rows."""
 
     def __init__(self, stock, encoding: str = "packed", layers: tuple[int, ...] = (), matched: bool = False,
                  whole: bool = False):
