@@ -21,9 +21,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
-import re
-import sys
 from bisect import bisect
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -34,17 +31,17 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-import transformers
 from torch.nn.utils.rnn import pad_sequence
 
 from data_prep import (BENCHMARKS, Encoder, Example, Pair, Parser, UserError, bar, check_outputs, collate,
                        collate_teacher, drift, edited, exit_codes, is_teacher, load_reward_model, load_teacher,
                        load_tokenizer, longer_margins, own_cells, prompt_key, quiet, read_candidates, read_edits,
-                       read_files, set_up_device, write_json, write_pairs, written)
+                       read_files, set_up_device, write_pairs, written)
 from idistill import (AttentionTap, InteractionTeacher, RewardModel, attention_layers, attention_map, block_masks,
                       outcomes, pool_words, row_divergence, teacher_verdicts)
-from results.pictures import HTML, canvas, draw, plot_accuracy, plot_attention, plot_show
-from results.speed import ARMS, add_flags, own_process, time_arms
+from results.output import (HTML, WRITTEN, canvas, draw, percent, plot_accuracy, plot_attention, plot_show,
+                            print_accuracy, print_attention, print_page, print_rows, save_json, shown)
+from results.speed import add_flags, speed
 
 # ---------------------------------------------------------------------------------------------------- scoring
 
@@ -294,40 +291,6 @@ def summary(pairs: list[Pair], rewards: np.ndarray, first: np.ndarray | None, se
     return out
 
 
-# ----------------------------------------------------------------------------------------------------- output
-
-WRITTEN = ("json", "plot", "dump", "html", "strength")  # flags that name a file to be written
-
-
-def save_json(args, result: dict) -> None:
-    """Where --json asks for it: the result, and the flags and versions that it came from."""
-    if args.json:
-        versions = {m.__name__: m.__version__ for m in (torch, transformers, np)}
-        flags = {k: v for k, v in vars(args).items() if k not in ("run", *WRITTEN)}
-        write_json(args.json, {"verb": args.verb, "flags": flags, "versions": versions, **result})
-
-
-def shown(value: float | None, ends: list[float] | None = None, form: str = ".3f", scale: float = 1) -> str:
-    """A number and its interval, "-" for none: 0.512 [0.431, 0.598]."""
-    if value is None:
-        return "-"
-    text, *others = (f"{scale * v:{form}}" for v in (value, *(ends or [])))
-    return f"{text} [{', '.join(others)}]" if others else text
-
-
-def percent(value: float | None, ends: list[float] | None = None, sign: str = "") -> str:
-    """A share and its interval in %: 51.2 [43.1, 59.8]."""
-    return shown(value, ends, sign + ".1f", 100)
-
-
-def print_rows(header: list[str], rows: list[list[str]]) -> None:
-    """A table with the first column at the left, the others at the right; short rows end in empty cells."""
-    rows = [header, *(row + [""] * (len(header) - len(row)) for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    for row in rows:
-        print("  ".join(c.rjust(w) if k else c.ljust(w) for k, (c, w) in enumerate(zip(row, widths))))
-
-
 # --------------------------------------------------------------------------------------------- verb: accuracy
 
 def accuracy(args) -> None:
@@ -396,35 +359,6 @@ def own_terms(source: str, pairs: list[Pair], margins: np.ndarray, groups: np.nd
     known = {name: d[1:][np.isfinite(d[1:])] for name, d in drawn.items()}
     return {name: {"value": float(d[0]), "interval": interval(known[name]) if len(known[name]) else None,
                    "count": count[name]} for name, d in drawn.items()}
-
-
-def print_accuracy(result: dict) -> None:
-    """The models, the baselines, each subset; a table a benchmark, where the nine cells of an RM-Bench domain
-    are left to --json."""
-    def row(label: str, r: dict) -> list[str]:
-        if not r["pairs"]:
-            return [label, "-", *[""] * 5, str(r["dropped"])]
-        gain, equal = r.get("difference"), r["equal_length"]
-        reward, margin = (f"{r[k + '_mean']:.2f} ± {r[k + '_std']:.2f}" for k in ("reward", "margin"))
-        return [label, percent(r["accuracy"], r["interval"]),
-                percent(gain["mean"], gain["interval"], "+") if gain else "",
-                f"{percent(equal['accuracy'])} of {equal['pairs']}", reward, margin, str(r["ties"]),
-                str(r["dropped"])]
-
-    rows = [row(name[-44:], r) for name, r in result["models"].items()]
-    rows += [[name, percent(r["accuracy"], r.get("interval"))] for name, r in result["baselines"].items()]
-    for subset, models in result["subsets"].items():
-        rows.append([f"{subset} ({next(iter(models.values()))['pairs']})"])
-        rows += [row("  " + name[-42:], r) for name, r in models.items()]
-    print_rows(["accuracy %", "all [95 %]", "- first", "equal length", "reward", "margin", "ties", "dropped"], rows)
-    for source, models in result.get("benchmarks", {}).items():
-        counts, rows = {k: r["count"] for m in [*models.values()][::-1] for k, r in m.items()}, []
-        for k in (k for k in counts if not re.search(r" \d-\d$", k)):
-            cells = [m.get(k, {"value": None}) for m in models.values()]
-            rows.append([f"{k} ({counts[k]})", *(percent(c["value"], c.get("interval")) for c in cells)])
-        if rows:
-            print(f"\n{source} in its own terms, a tie being a miss")
-            print_rows(["% [95 %]"] + [name[-44:] for name in models], rows)
 
 
 # -------------------------------------------------------------------------------------------- verb: attention
@@ -579,23 +513,6 @@ def read_stages(judge: Judge, examples: list[Example], groups: np.ndarray, args)
     return out
 
 
-def print_attention(file: str, name: str, r: dict) -> None:
-    """A row a stage, 0 = nothing masked; "masked from here": this stage and all after it."""
-    def cells(key: str, form: str = ".2f", scale: float = 1) -> list[str]:
-        return [shown(mean, ends, form, scale) for mean, ends in zip(r[key]["mean"], r[key]["interval"])]
-
-    columns = {"masked to here %": cells("masked_from_start", ".1f", 100),
-               "masked from here %": cells("masked_from_end", ".1f", 100)[::-1]}
-    for k in ("right", "wrong"):
-        columns[f"density, {r[f'density_{k}']['pairs']} {k}"] = ["", *cells(f"density_{k}")]
-    for k in ("right", "wrong"):
-        columns[f"cumulative %, {k}"] = ["", *cells(f"cumulative_{k}", ".0f", 100)]
-    columns |= {f"KL {k}": ["", *cells(f"kl_{k}")] for k in ("intra", "inter") if f"kl_{k}" in r}
-    shares = [f"{100 * v:.0f} % to {'the ' * (k == 'first token')}{k}" for k, v in r["shares"].items()]
-    print(f"\n{file}, {name}: {r['pairs']} pairs; the scoring position gives " + ", ".join(shares))
-    print_rows(["stage", *columns], [[str(k), *row] for k, row in enumerate(zip(*columns.values()))])
-
-
 # ------------------------------------------------------------------------------------------------- verb: show
 
 def show(args) -> None:
@@ -641,21 +558,6 @@ def read_pair(judge: Judge, teacher: Judge | None, pair: Pair, args) -> dict:
             P = (P / P.sum(-1, keepdim=True).clamp_min(1e-8))[0].cpu().double().numpy()
             page["maps"][f"{kind}: {who}"] = P.round(5).tolist()
     return page
-
-
-def print_page(page: dict) -> None:
-    """The words of each side, in a terminal on a background as red as their share of the attention."""
-    words, plain = page["words"], not sys.stdout.isatty()
-    for s, side in ((1, "chosen"), (2, "rejected")):
-        reward, attention = page["rewards"][s - 1], page["attention"][s - 1]
-        most = [f"{words[w]} ({100 * attention[w]:.1f} %)" for w in np.argsort(attention)[::-1][:5]]
-        share = f"{100 * sum(attention):.0f} % of the attention is on words, most on "
-        print(f"\n{page['model']}, {side}, reward {reward:.3f}; {share}" + ", ".join(most))
-        pale = [int(255 - 200 * a / (max(attention) or 1.0)) for a in attention]
-        shaded = [f"\x1b[48;2;255;{p};{p}m\x1b[30m{word}\x1b[0m" for word, p in zip(words, pale)]
-        for segment in (0, s):
-            mine = [w for w, t in enumerate(page["segments"]) if t == segment]
-            print(" ".join((words if plain else shaded)[w] for w in mine))
 
 
 # ----------------------------------------------------------------------------------------------- verb: attack
@@ -887,59 +789,6 @@ def stability(args) -> None:
           "not see a shift between prompts)")
     if args.plot:
         draw(args.plot, [panels])
-
-
-# ------------------------------------------------------------------------------------------------ verb: speed
-
-def speed(args) -> None:
-    """Training steps in several ways, interleaved in one process: pairs a second as ratios to the first of
-    --arms.
-
-    a, b, b': as most code does it; c: the packed tree mask; d: the whole method, teacher included; d': d where
-    --cache-teacher has all maps; e: the naive way to get attention maps. tap and pool are c with a part of
-    d: their differences say what each part costs. Data: --data, or random tokens (--lengths PROMPT CHOSEN
-    REJECTED). --memory runs each arm again in a process of its own, --grow N... runs it at each total length
-    instead (half of it prompt), or, where --lengths are given, at each batch size. The arm trl is TRL's own
-    RewardTrainer, where TRL is installed (--peer trl adds it). Here --batch-size counts pairs, --max-length is
-    1,024 unless given, and --dtype bf16 is autocast, as in training."""
-    if not args.teacher or not (args.data or args.lengths or args.grow):
-        raise UserError("speed needs --teacher, and --data, --lengths or --grow")
-    if args.plot and not args.grow:
-        raise UserError("speed draws what --grow measures: give --grow, or leave --plot out")
-    if args.peer and args.peer not in args.arms:
-        args.arms.append(args.peer)
-    if args.shrink and args.shrink[0] % 8:
-        raise UserError("--shrink HIDDEN must be a multiple of 8: four heads, each of an even size")
-    if not 0 <= args.spread < 1:
-        raise UserError("--spread must be from 0 to under 1")
-    if "d'" in args.arms and args.align_max_tokens:
-        raise UserError("the arm d' keeps whole maps: without --align-max-tokens")
-    if "trl" in args.arms and (args.lengths or args.grow or not args.data):
-        raise UserError("the arm trl reads text: give --data, and neither --lengths nor --grow")
-    rows, cells, grown = {} if args.grow else time_arms(args), [], "pairs a batch" if args.lengths else "tokens a pair"
-    for n in bar(args.grow or [], "sizes"):
-        size = dict(batch_size=n, pairs=2 * n) if args.lengths else dict(lengths=[n // 2, n // 4, n // 4])
-        for arm in args.arms:
-            rows[f"{arm} {n}"] = {"arm": arm, grown.split()[0]: n, **own_process(args, arm, **size)}
-    for arm in args.arms if args.memory and not args.grow else ():
-        rows[arm]["peak_bytes"] = own_process(args, arm)["peak_bytes"]
-    for k, r in rows.items():
-        ratio = "" if args.grow else shown(r["ratio"], [min(r["ratios"]), max(r["ratios"])], ".2f")
-        memory = f"{r['peak_bytes'] / 1e6:.0f} MB" if args.memory or args.grow else ""
-        cells.append([f"{k}: {ARMS[k.split()[0]]}", f"{r['pairs_per_s']:.2f}", ratio,
-                      shown(r["tokens_per_pair"], form=".0f"), shown(r["padding"], form=".0%"), memory])
-    print_rows(["", "pairs/s", f"ratio to {args.arms[0]} [min, max]", "tokens a pair", "padding",
-                "peak memory"], cells)
-    device = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
-    save_json(args, {"arms": rows, "device": torch.cuda.get_device_name() if torch.cuda.is_available() else device})
-    if args.plot:
-        panels = []
-        for label, value in (("seconds a pair", lambda r: 1 / r["pairs_per_s"]),
-                             ("peak memory, GB", lambda r: r["peak_bytes"] / 1e9)):
-            curves = {f"{arm}: {ARMS[arm]}": (args.grow, [value(rows[f"{arm} {n}"]) for n in args.grow], None)
-                      for arm in args.arms}
-            panels.append(("", grown, label, curves))
-        draw(args.plot, [panels], xscale="log", yscale="log")
 
 
 # ----------------------------------------------------------------------------------------------- command line

@@ -19,6 +19,7 @@ from data_prep import (Encoder, bar, collate, collate_teacher, load_student, loa
                        set_up_device)
 from idistill import (AttentionTap, Config, InteractionTeacher, RewardModel, alignment_loss, block_masks, bt_loss,  # noqa: E402
                       distillation_losses, make_optimizer, pool_words, tree_mask)
+from results.output import print_rows, save_json, shown  # noqa: E402
 from results.speed import shrunk_student, speed_examples  # noqa: E402
 
 IDEAS = {  # arm -> (what it is measured against, what it is)
@@ -176,11 +177,11 @@ def main() -> None:
         out[arm] = {"what": what, "against": against, "pairs_per_s": float(np.median(rates[arm][1:])), "ratio": float(np.median(ratios)),
                     "ratios": ratios.tolist()}
         rows.append([f"{arm}: {what}", f"{out[arm]['pairs_per_s']:.2f}",
-                     evaluation.shown(out[arm]["ratio"], [ratios.min(), ratios.max()], ".2f") + f" {against}"])
+                     shown(out[arm]["ratio"], [ratios.min(), ratios.max()], ".2f") + f" {against}"])
     out["cache"]["bytes_a_pair"] = float(np.mean([m.nbytes for m in kept.values()]))
-    evaluation.print_rows(["", "pairs/s", "ratio [min, max]"], rows)
+    print_rows(["", "pairs/s", "ratio [min, max]"], rows)
     print(f"the cache takes {out['cache']['bytes_a_pair'] / 1e3:.0f} kB a pair and order of responses")
-    evaluation.save_json(args, {"arms": out, "dtype": args.dtype, "model": args.models[0], "shrink": args.shrink})
+    save_json(args, {"arms": out, "dtype": args.dtype, "model": args.models[0], "shrink": args.shrink})
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import platform
 import resource
 import sys
 import tempfile
@@ -23,6 +24,7 @@ from data_prep import (Encoder, Example, Formatter, Pair, TeacherCache, UserErro
                        load_student, load_teacher, load_tokenizer, plan_epoch, probe_student, quiet, read_files, set_up_device)
 from idistill import (Config, InteractionTeacher, RewardModel, alignment_loss, block_masks, bt_loss, distillation_losses,
                       make_optimizer, pool_words, tree_mask)
+from results.output import draw, print_rows, save_json, shown
 
 ARMS = {"a": "two passes, padded", "b": "one batch of both, random order (as TRL)",
         "b'": "b, bucketed by length", "c": "packed tree, bucketed: plain BT", "tap": "c and its maps",
@@ -253,3 +255,54 @@ def time_in_silence(args) -> dict[str, dict]:
         return time_arms(args)
     except Exception as why:
         raise UserError((str(why).strip() or type(why).__name__).splitlines()[-1].strip()) from None
+
+
+def speed(args) -> None:
+    """Training steps in several ways, interleaved in one process: pairs a second as ratios to the first of
+    --arms.
+
+    a, b, b': as most code does it; c: the packed tree mask; d: the whole method, teacher included; d': d where
+    --cache-teacher has all maps; e: the naive way to get attention maps. tap and pool are c with a part of
+    d: their differences say what each part costs. Data: --data, or random tokens (--lengths PROMPT CHOSEN
+    REJECTED). --memory runs each arm again in a process of its own, --grow N... runs it at each total length
+    instead (half of it prompt), or, where --lengths are given, at each batch size. The arm trl is TRL's own
+    RewardTrainer, where TRL is installed (--peer trl adds it). Here --batch-size counts pairs, --max-length is
+    1,024 unless given, and --dtype bf16 is autocast, as in training."""
+    if not args.teacher or not (args.data or args.lengths or args.grow):
+        raise UserError("speed needs --teacher, and --data, --lengths or --grow")
+    if args.plot and not args.grow:
+        raise UserError("speed draws what --grow measures: give --grow, or leave --plot out")
+    if args.peer and args.peer not in args.arms:
+        args.arms.append(args.peer)
+    if args.shrink and args.shrink[0] % 8:
+        raise UserError("--shrink HIDDEN must be a multiple of 8: four heads, each of an even size")
+    if not 0 <= args.spread < 1:
+        raise UserError("--spread must be from 0 to under 1")
+    if "d'" in args.arms and args.align_max_tokens:
+        raise UserError("the arm d' keeps whole maps: without --align-max-tokens")
+    if "trl" in args.arms and (args.lengths or args.grow or not args.data):
+        raise UserError("the arm trl reads text: give --data, and neither --lengths nor --grow")
+    rows, cells, grown = {} if args.grow else time_arms(args), [], "pairs a batch" if args.lengths else "tokens a pair"
+    for n in bar(args.grow or [], "sizes"):
+        size = dict(batch_size=n, pairs=2 * n) if args.lengths else dict(lengths=[n // 2, n // 4, n // 4])
+        for arm in args.arms:
+            rows[f"{arm} {n}"] = {"arm": arm, grown.split()[0]: n, **own_process(args, arm, **size)}
+    for arm in args.arms if args.memory and not args.grow else ():
+        rows[arm]["peak_bytes"] = own_process(args, arm)["peak_bytes"]
+    for k, r in rows.items():
+        ratio = "" if args.grow else shown(r["ratio"], [min(r["ratios"]), max(r["ratios"])], ".2f")
+        memory = f"{r['peak_bytes'] / 1e6:.0f} MB" if args.memory or args.grow else ""
+        cells.append([f"{k}: {ARMS[k.split()[0]]}", f"{r['pairs_per_s']:.2f}", ratio,
+                      shown(r["tokens_per_pair"], form=".0f"), shown(r["padding"], form=".0%"), memory])
+    print_rows(["", "pairs/s", f"ratio to {args.arms[0]} [min, max]", "tokens a pair", "padding",
+                "peak memory"], cells)
+    device = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    save_json(args, {"arms": rows, "device": torch.cuda.get_device_name() if torch.cuda.is_available() else device})
+    if args.plot:
+        panels = []
+        for label, value in (("seconds a pair", lambda r: 1 / r["pairs_per_s"]),
+                             ("peak memory, GB", lambda r: r["peak_bytes"] / 1e9)):
+            curves = {f"{arm}: {ARMS[arm]}": (args.grow, [value(rows[f"{arm} {n}"]) for n in args.grow], None)
+                      for arm in args.arms}
+            panels.append(("", grown, label, curves))
+        draw(args.plot, [panels], xscale="log", yscale="log")

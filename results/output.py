@@ -1,11 +1,108 @@
-"""What the verbs of eval.py draw: --plot (needs matplotlib) and the page of `show --html`."""
+"""How the verbs of eval.py show what they found: tables, --json, --plot (needs matplotlib), the page of `show --html`."""
 from __future__ import annotations
 
+import re
+import sys
 from pathlib import Path
 
 import numpy as np
+import torch
+import transformers
 
-from data_prep import UserError, written
+from data_prep import UserError, write_json, written
+
+
+WRITTEN = ("json", "plot", "dump", "html", "strength")  # flags that name a file to be written
+
+
+def save_json(args, result: dict) -> None:
+    """Where --json asks for it: the result, and the flags and versions that it came from."""
+    if args.json:
+        versions = {m.__name__: m.__version__ for m in (torch, transformers, np)}
+        flags = {k: v for k, v in vars(args).items() if k not in ("run", *WRITTEN)}
+        write_json(args.json, {"verb": args.verb, "flags": flags, "versions": versions, **result})
+
+
+def shown(value: float | None, ends: list[float] | None = None, form: str = ".3f", scale: float = 1) -> str:
+    """A number and its interval, "-" for none: 0.512 [0.431, 0.598]."""
+    if value is None:
+        return "-"
+    text, *others = (f"{scale * v:{form}}" for v in (value, *(ends or [])))
+    return f"{text} [{', '.join(others)}]" if others else text
+
+
+def percent(value: float | None, ends: list[float] | None = None, sign: str = "") -> str:
+    """A share and its interval in %: 51.2 [43.1, 59.8]."""
+    return shown(value, ends, sign + ".1f", 100)
+
+
+def print_rows(header: list[str], rows: list[list[str]]) -> None:
+    """A table with the first column at the left, the others at the right; short rows end in empty cells."""
+    rows = [header, *(row + [""] * (len(header) - len(row)) for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for row in rows:
+        print("  ".join(c.rjust(w) if k else c.ljust(w) for k, (c, w) in enumerate(zip(row, widths))))
+
+
+def print_accuracy(result: dict) -> None:
+    """The models, the baselines, each subset; a table a benchmark, where the nine cells of an RM-Bench domain
+    are left to --json."""
+    def row(label: str, r: dict) -> list[str]:
+        if not r["pairs"]:
+            return [label, "-", *[""] * 5, str(r["dropped"])]
+        gain, equal = r.get("difference"), r["equal_length"]
+        reward, margin = (f"{r[k + '_mean']:.2f} ± {r[k + '_std']:.2f}" for k in ("reward", "margin"))
+        return [label, percent(r["accuracy"], r["interval"]),
+                percent(gain["mean"], gain["interval"], "+") if gain else "",
+                f"{percent(equal['accuracy'])} of {equal['pairs']}", reward, margin, str(r["ties"]),
+                str(r["dropped"])]
+
+    rows = [row(name[-44:], r) for name, r in result["models"].items()]
+    rows += [[name, percent(r["accuracy"], r.get("interval"))] for name, r in result["baselines"].items()]
+    for subset, models in result["subsets"].items():
+        rows.append([f"{subset} ({next(iter(models.values()))['pairs']})"])
+        rows += [row("  " + name[-42:], r) for name, r in models.items()]
+    print_rows(["accuracy %", "all [95 %]", "- first", "equal length", "reward", "margin", "ties", "dropped"], rows)
+    for source, models in result.get("benchmarks", {}).items():
+        counts, rows = {k: r["count"] for m in [*models.values()][::-1] for k, r in m.items()}, []
+        for k in (k for k in counts if not re.search(r" \d-\d$", k)):
+            cells = [m.get(k, {"value": None}) for m in models.values()]
+            rows.append([f"{k} ({counts[k]})", *(percent(c["value"], c.get("interval")) for c in cells)])
+        if rows:
+            print(f"\n{source} in its own terms, a tie being a miss")
+            print_rows(["% [95 %]"] + [name[-44:] for name in models], rows)
+
+
+def print_attention(file: str, name: str, r: dict) -> None:
+    """A row a stage, 0 = nothing masked; "masked from here": this stage and all after it."""
+    def cells(key: str, form: str = ".2f", scale: float = 1) -> list[str]:
+        return [shown(mean, ends, form, scale) for mean, ends in zip(r[key]["mean"], r[key]["interval"])]
+
+    columns = {"masked to here %": cells("masked_from_start", ".1f", 100),
+               "masked from here %": cells("masked_from_end", ".1f", 100)[::-1]}
+    for k in ("right", "wrong"):
+        columns[f"density, {r[f'density_{k}']['pairs']} {k}"] = ["", *cells(f"density_{k}")]
+    for k in ("right", "wrong"):
+        columns[f"cumulative %, {k}"] = ["", *cells(f"cumulative_{k}", ".0f", 100)]
+    columns |= {f"KL {k}": ["", *cells(f"kl_{k}")] for k in ("intra", "inter") if f"kl_{k}" in r}
+    shares = [f"{100 * v:.0f} % to {'the ' * (k == 'first token')}{k}" for k, v in r["shares"].items()]
+    print(f"\n{file}, {name}: {r['pairs']} pairs; the scoring position gives " + ", ".join(shares))
+    print_rows(["stage", *columns], [[str(k), *row] for k, row in enumerate(zip(*columns.values()))])
+
+
+def print_page(page: dict) -> None:
+    """The words of each side, in a terminal on a background as red as their share of the attention."""
+    words, plain = page["words"], not sys.stdout.isatty()
+    for s, side in ((1, "chosen"), (2, "rejected")):
+        reward, attention = page["rewards"][s - 1], page["attention"][s - 1]
+        most = [f"{words[w]} ({100 * attention[w]:.1f} %)" for w in np.argsort(attention)[::-1][:5]]
+        share = f"{100 * sum(attention):.0f} % of the attention is on words, most on "
+        print(f"\n{page['model']}, {side}, reward {reward:.3f}; {share}" + ", ".join(most))
+        pale = [int(255 - 200 * a / (max(attention) or 1.0)) for a in attention]
+        shaded = [f"\x1b[48;2;255;{p};{p}m\x1b[30m{word}\x1b[0m" for word, p in zip(words, pale)]
+        for segment in (0, s):
+            mine = [w for w, t in enumerate(page["segments"]) if t == segment]
+            print(" ".join((words if plain else shaded)[w] for w in mine))
 
 
 def canvas(high: int = 1, wide: int = 1, size: tuple[float, float] = (5, 3.6)):
