@@ -39,8 +39,9 @@ from data_prep import (BENCHMARKS, Encoder, Example, Pair, Parser, UserError, ba
                        read_files, set_up_device, write_pairs, written)
 from idistill import (AttentionTap, InteractionTeacher, RewardModel, attention_layers, attention_map, block_masks,
                       outcomes, pool_words, row_divergence, teacher_verdicts)
-from results.output import (HTML, WRITTEN, canvas, draw, percent, plot_accuracy, plot_attention, plot_show,
-                            print_accuracy, print_attention, print_page, print_rows, save_json, shown)
+from results.output import (HTML, WRITTEN, canvas, plot_accuracy, plot_attack, plot_attention, plot_bestofn,
+                            plot_show, plot_stability, print_accuracy, print_attack, print_attention, print_bestofn,
+                            print_page, print_stability, save_json)
 from results.speed import add_flags, speed
 
 # ---------------------------------------------------------------------------------------------------- scoring
@@ -584,7 +585,7 @@ def attack(args) -> None:
     of a single sentence, the second half), {"built_in": "recap" | "repeat" | "markdown" | "upper"}, several
     of these (applied in order), or null (takes a built-in edit out)."""
     edits, files = read_edits(args.edits), read_files(args)
-    result, panels = {file: {} for file in files}, []
+    result = {file: {} for file in files}
 
     def responses(p: Pair) -> list[str]:  # all or none fit, with one cut of the prompt
         return [p.chosen, p.rejected, *(edited(p.rejected, edit) for edit in edits.values())]
@@ -594,28 +595,9 @@ def attack(args) -> None:
         result[file][name] = {"pairs": int(fits.sum()), "dropped": int((~fits).sum()), "edits": {}}
         if fits.any():
             result[file][name] |= overturned(r[fits], edits, prompt_groups(pairs)[fits], args.seed)
-    for file, models in result.items():
-        rows, points = [], {}
-        for name, m in models.items():
-            label = f"{name[-44:]} ({m['pairs']} pairs, {m['dropped']} dropped)"
-            rows.append([label, "", "", percent(m.get("accuracy"))])
-            if m["pairs"]:
-                rates, ends = ([e[v] for e in m["edits"].values()] for v in ("flip_rate", "flip_interval"))
-                points[name] = list(edits), rates, ends
-        for edit in edits:
-            rows.append([edit])
-            for name, e in ((name, m["edits"][edit]) for name, m in models.items() if m["pairs"]):
-                rows.append(["  " + name[-42:], percent(e["flip_rate"], e["flip_interval"]),
-                             percent(e["flips_of_all"]), percent(e["accuracy"]),
-                             shown(e["shift"], e["shift_interval"], "+.2f")])
-        print(f"\n{file}: {len(files[file])} pairs, only the rejected response is edited")
-        print_rows(["", "flips % [95 %]", "of all %", "accuracy %", "shift [95 %]"], rows)
-        panels.append((file, "", "share of flips, 95 % interval", points))
-    print("\n(flips: of the pairs ranked right before, ties after the edit count half; shift: of the reward, "
-          "in standard\n deviations of the model's rewards of the unedited responses; the same pairs and "
-          "prompts for every edit)")
+    print_attack(files, edits, result)
     if args.plot:
-        draw(args.plot, [panels])
+        plot_attack(edits, result, args.plot)
 
 
 # ---------------------------------------------------------------------------------------------- verb: bestofn
@@ -661,38 +643,16 @@ def bestofn(args) -> None:
     bad, {"prompt", "chosen": text, "rejected": [text, ...]} (gold 1 and 0); all prompts of a file have the
     same N."""
     files = read_files(args, read_candidates)
-    result, panels = {file: {} for file in files}, []
+    result = {file: {} for file in files}
     for name, file, items, r, *_ in scored(args, files, {"files": result}, lambda c: c.responses):
         fits = ~np.isnan(r[:, 0])
         result[file][name] = {"prompts": int(fits.sum()), "dropped": int((~fits).sum())}
         if fits.any():
             gold, groups = np.array([c.gold for c in items])[fits], prompt_groups(items)[fits]
             result[file][name] |= over_optimisation(r[fits].astype(float), gold, groups, args.seed)
-    for file, models in result.items():
-        print(f"\n{file}: {len(files[file])} prompts, {len(files[file][0].responses)} candidates each")
-        rows, curves = [], {}
-        for name, m in models.items():
-            rows.append([f"{name[-44:]} ({m['prompts']} prompts, {m['dropped']} dropped)"])
-            for k, n in enumerate(m.get("n", [])):
-                if n & (n - 1) == 0 or n == len(m["n"]):  # 1, 2, 4 ... N
-                    gold = shown(m["gold"][k], [ends[k] for ends in m["gold_interval"]])
-                    rows.append([f"  {n}", f"{m['kl'][k]:.2f}", shown(m["proxy"][k]), gold,
-                                 shown(m["random"]), shown(m["oracle"][k])])
-        print_rows(["best of n", "KL", "proxy", "gold [95 %]", "random", "oracle"], rows)
-        for name, m in ((name, m) for name, m in models.items() if m["prompts"]):
-            gain = [shown(m[k], form="+.2f") for k in ("proxy_gain", "gold_gain", "gain_difference")]
-            print(f"{name[-44:]}: gap {shown(m['gap'], m['gap_interval'])} below the best gold, at n = "
-                  f"{m['best_n']}; proxy gain {gain[0]}, gold gain {gain[1]}, difference {gain[2]}")
-            curves[name] = (m["kl"], m["gold"], list(zip(*m["gold_interval"])))
-        m = next(iter(models.values()))
-        if m["prompts"]:
-            curves["oracle"] = (m["kl"], m["oracle"], None)
-            curves["random"] = (m["kl"], [m["random"]] * len(m["kl"]), None)
-        panels.append((file, "KL of the best of n, nats", "gold score, 95 % interval", curves))
-    print("\n(KL = log n - (n-1)/n; gap: highest gold of any n minus gold at N, never negative; gains: from "
-          "n = 1 to N, in standard\n deviations within a prompt; intervals: 95 %, bootstrap over prompts)")
+    print_bestofn(files, result)
     if args.plot:
-        draw(args.plot, [panels])
+        plot_bestofn(result, args.plot)
 
 
 # -------------------------------------------------------------------------------------------- verb: stability
@@ -741,7 +701,7 @@ def calibration(margins: np.ndarray, bins: int = 15) -> dict:
 
 def stability(args) -> None:
     """Several runs of one recipe (their RUN/student): do they agree, and is sigma(margin) a probability?"""
-    files, drifts, panels = read_files(args), {m: drift(m) for m in args.models}, []
+    files, drifts = read_files(args), {m: drift(m) for m in args.models}
     result, kept = {file: {"models": {}} for file in files}, {file: [] for file in files}
     for name, file, pairs, r, *_ in scored(args, files, {"files": result, "drift": drifts}):
         here, margins = result[file], r[~np.isnan(r).any(1)] @ [1, -1]
@@ -755,40 +715,9 @@ def stability(args) -> None:
         for what, view in (("rewards", np.ravel), ("margins", lambda r: r @ [1, -1])):
             runs = [view(r) for r in kept[file]]
             here[f"rank_correlation_of_{what}"] = [[spearman(a, b) for b in runs] for a in runs]
-    for file, r in result.items():
-        rows, curves = [], {}
-        for k, (name, m) in enumerate(r["models"].items()):
-            c = m.get("calibration", {})
-            numbers = [c.get(v) for v in ("nll", "brier", "ece", "temperature")]
-            for row in (r["rank_correlation_of_rewards"][k], r["rank_correlation_of_margins"][k]):
-                others = [v for j, v in enumerate(row) if j != k and v is not None]
-                numbers.append(float(np.mean(others)) if others else None)
-            rows.append([name[-44:], percent(m.get("accuracy"), m.get("interval")), *map(shown, numbers),
-                         str(m["dropped"])])
-            if c:
-                curves[name] = ([b["confidence"] for b in c["bins"]], [b["right"] for b in c["bins"]], None)
-        curves["calibrated"] = ([0.5, 1], [0.5, 1], None)
-        panels.append((file, "confidence, sigma(|margin|)", "share ranked right", curves))
-        print(f"\n{file}: {len(files[file])} pairs; accuracy of the runs {percent(r['accuracy']['mean'])} ± "
-              f"{percent(r['accuracy']['std'])} (mean, standard deviation)")
-        print_rows(["stability", "accuracy % [95 %]", "NLL", "Brier", "ECE", "T", "rank corr.", "of margins",
-                    "dropped"], rows)
-    curves = {}
-    for name, d in drifts.items():
-        said = "no metrics.jsonl beside it, so no drift"
-        if d:
-            low, high = np.subtract(d["mean"], d["std"]), np.add(d["mean"], d["std"])
-            curves[name] = (d["steps"], d["mean"], list(zip(low, high)))
-            steps = [f"{step}: {mean:.2f} ± {std:.2f}" for step, mean, std in zip(*d.values())]
-            said = "validation reward by step: " + ", ".join(steps)
-        print(f"{name[-44:]}: {said}")
-    if curves:
-        panels.append(("", "step", "validation reward, mean ± standard deviation", curves))
-    print("\n(NLL, Brier, ECE of sigma(margin); T: the temperature that would minimise the NLL; rank "
-          "correlation: Spearman, mean over\n the other runs, of all rewards and of the margins, which do "
-          "not see a shift between prompts)")
+    print_stability(files, result, drifts)
     if args.plot:
-        draw(args.plot, [panels])
+        plot_stability(result, drifts, args.plot)
 
 
 # ----------------------------------------------------------------------------------------------- command line

@@ -105,6 +105,70 @@ def print_page(page: dict) -> None:
             print(" ".join((words if plain else shaded)[w] for w in mine))
 
 
+def print_attack(files: dict[str, list], edits: dict, result: dict) -> None:
+    """The edits, each with a row a model."""
+    for file, models in result.items():
+        rows = [[f"{name[-44:]} ({m['pairs']} pairs, {m['dropped']} dropped)", "", "", percent(m.get("accuracy"))]
+                for name, m in models.items()]
+        for edit in edits:
+            rows.append([edit])
+            for name, e in ((name, m["edits"][edit]) for name, m in models.items() if m["pairs"]):
+                rows.append(["  " + name[-42:], percent(e["flip_rate"], e["flip_interval"]),
+                             percent(e["flips_of_all"]), percent(e["accuracy"]),
+                             shown(e["shift"], e["shift_interval"], "+.2f")])
+        print(f"\n{file}: {len(files[file])} pairs, only the rejected response is edited")
+        print_rows(["", "flips % [95 %]", "of all %", "accuracy %", "shift [95 %]"], rows)
+    print("\n(flips: of the pairs ranked right before, ties after the edit count half; shift: of the reward, "
+          "in standard\n deviations of the model's rewards of the unedited responses; the same pairs and "
+          "prompts for every edit)")
+
+
+def print_bestofn(files: dict[str, list], result: dict) -> None:
+    """A row for n = 1, 2, 4 ... N of each model, and what it gains."""
+    for file, models in result.items():
+        print(f"\n{file}: {len(files[file])} prompts, {len(files[file][0].responses)} candidates each")
+        rows = []
+        for name, m in models.items():
+            rows.append([f"{name[-44:]} ({m['prompts']} prompts, {m['dropped']} dropped)"])
+            for k, n in enumerate(m.get("n", [])):
+                if n & (n - 1) == 0 or n == len(m["n"]):
+                    gold = shown(m["gold"][k], [ends[k] for ends in m["gold_interval"]])
+                    rows.append([f"  {n}", f"{m['kl'][k]:.2f}", shown(m["proxy"][k]), gold,
+                                 shown(m["random"]), shown(m["oracle"][k])])
+        print_rows(["best of n", "KL", "proxy", "gold [95 %]", "random", "oracle"], rows)
+        for name, m in ((name, m) for name, m in models.items() if m["prompts"]):
+            gain = [shown(m[k], form="+.2f") for k in ("proxy_gain", "gold_gain", "gain_difference")]
+            print(f"{name[-44:]}: gap {shown(m['gap'], m['gap_interval'])} below the best gold, at n = "
+                  f"{m['best_n']}; proxy gain {gain[0]}, gold gain {gain[1]}, difference {gain[2]}")
+    print("\n(KL = log n - (n-1)/n; gap: highest gold of any n minus gold at N, never negative; gains: from "
+          "n = 1 to N, in standard\n deviations within a prompt; intervals: 95 %, bootstrap over prompts)")
+
+
+def print_stability(files: dict[str, list], result: dict, drifts: dict) -> None:
+    """A row a run, then the drift of each."""
+    for file, r in result.items():
+        rows = []
+        for k, (name, m) in enumerate(r["models"].items()):
+            c = m.get("calibration", {})
+            numbers = [c.get(v) for v in ("nll", "brier", "ece", "temperature")]
+            for row in (r["rank_correlation_of_rewards"][k], r["rank_correlation_of_margins"][k]):
+                others = [v for j, v in enumerate(row) if j != k and v is not None]
+                numbers.append(float(np.mean(others)) if others else None)
+            rows.append([name[-44:], percent(m.get("accuracy"), m.get("interval")), *map(shown, numbers),
+                         str(m["dropped"])])
+        print(f"\n{file}: {len(files[file])} pairs; accuracy of the runs {percent(r['accuracy']['mean'])} ± "
+              f"{percent(r['accuracy']['std'])} (mean, standard deviation)")
+        print_rows(["stability", "accuracy % [95 %]", "NLL", "Brier", "ECE", "T", "rank corr.", "of margins",
+                    "dropped"], rows)
+    for name, d in drifts.items():
+        steps = [f"{step}: {mean:.2f} ± {std:.2f}" for step, mean, std in zip(*d.values())] if d else []
+        said = "validation reward by step: " + ", ".join(steps) if d else "no metrics.jsonl beside it, so no drift"
+        print(f"{name[-44:]}: {said}")
+    print("\n(NLL, Brier, ECE of sigma(margin); T: the temperature that would minimise the NLL; rank "
+          "correlation: Spearman, mean over\n the other runs, of all rewards and of the margins, which do "
+          "not see a shift between prompts)")
+
+
 def canvas(high: int = 1, wide: int = 1, size: tuple[float, float] = (5, 3.6)):
     """(a figure, its axes (high, wide)), panels of that size in inches, drawn to files alone. Raises UserError where
     matplotlib is not installed."""
@@ -207,6 +271,44 @@ def plot_show(pages: list[dict], path: str) -> None:
                 panel.set_yticks(range(len(values)), page["words"], fontsize=5)
             panel.set(xlabel="attended word", ylabel="attending word")
     save_plot(figure, path)
+
+
+def plot_attack(edits: dict, result: dict, path: str) -> None:
+    """Flips by edit, the models side by side; a panel a file."""
+    panels = []
+    for file, models in result.items():
+        points = {name: (list(edits), *([e[v] for e in m["edits"].values()] for v in ("flip_rate", "flip_interval")))
+                  for name, m in models.items() if m["pairs"]}
+        panels.append((file, "", "share of flips, 95 % interval", points))
+    draw(path, [panels])
+
+
+def plot_bestofn(result: dict, path: str) -> None:
+    """Gold score against the KL of the best of n, beside the oracle and a random choice; a panel a file."""
+    panels = []
+    for file, models in result.items():
+        curves = {name: (m["kl"], m["gold"], list(zip(*m["gold_interval"]))) for name, m in models.items() if m["prompts"]}
+        m = next(iter(models.values()))
+        if m["prompts"]:
+            curves["oracle"] = (m["kl"], m["oracle"], None)
+            curves["random"] = (m["kl"], [m["random"]] * len(m["kl"]), None)
+        panels.append((file, "KL of the best of n, nats", "gold score, 95 % interval", curves))
+    draw(path, [panels])
+
+
+def plot_stability(result: dict, drifts: dict, path: str) -> None:
+    """Reliability of sigma(|margin|), a panel a file; then the drift of the runs that have one."""
+    panels = []
+    for file, r in result.items():
+        bins = {name: m["calibration"]["bins"] for name, m in r["models"].items() if "calibration" in m}
+        curves = {name: ([b["confidence"] for b in some], [b["right"] for b in some], None) for name, some in bins.items()}
+        curves["calibrated"] = ([0.5, 1], [0.5, 1], None)
+        panels.append((file, "confidence, sigma(|margin|)", "share ranked right", curves))
+    curves = {name: (d["steps"], d["mean"], list(zip(np.subtract(d["mean"], d["std"]), np.add(d["mean"], d["std"]))))
+              for name, d in drifts.items() if d}
+    if curves:
+        panels.append(("", "step", "validation reward, mean ± standard deviation", curves))
+    draw(path, [panels])
 
 
 HTML = """<!doctype html><meta charset="utf-8"><title>attention of a reward model</title>
