@@ -2518,7 +2518,7 @@ def test_killed_run_ends_as_if_it_never_was(children, whole_run, argv, tmp_path)
 @slow
 def test_peak_memory_is_not_that_of_the_parent():
     """What `speed --memory` reports of an arm: a process started by one that holds 2 GB."""
-    child = "import eval; print(eval.peak_memory())"
+    child = "from results.speed import peak_memory; print(peak_memory())"
     parent = f"import subprocess, sys; x = b'x' * 2**31; subprocess.run([sys.executable, '-c', {child!r}])"
     done = subprocess.run([sys.executable, "-c", parent], capture_output=True, text=True, cwd=ROOT, check=True)
     assert 2**26 < int(done.stdout) < 2**30
