@@ -278,6 +278,7 @@ def report() -> None:
 
     import eval as evaluation
     from data_prep import longer_margins
+    from results.output import percent, shown
     files = {}
     for path, limit in HELD_OUT.items():
         args = evaluation.parse_args(["accuracy", "none", "--data", str(ROOT / path), "--limit", str(limit)])
@@ -362,7 +363,7 @@ def report() -> None:
         name = " − ".join([arm, *others])
         values = {file: of[arm] - (of[others[0]] if others else 0) for file, of in agree.items()}
         study.setdefault("agreement", {})[name] = {f: {"mean": float(v[0]), "interval": evaluation.interval(v[1:])} for f, v in values.items()}
-        rows[name] = [evaluation.shown(v[0], evaluation.interval(v[1:]), "+.3f" if others else ".3f") for v in values.values()]
+        rows[name] = [shown(v[0], evaluation.interval(v[1:]), "+.3f" if others else ".3f") for v in values.values()]
     print("\nrank correlation of the margins of two seeds, mean of three pairs of seeds [95 %, bootstrap over prompts]")
     table(rows, list(files))
     pairs = [("ID", "BT"), ("ID", "ID, uniform target"), ("ID, uniform target", "BT"), ("ID", "teacher"),
@@ -373,7 +374,7 @@ def report() -> None:
     for arm, other in pairs:
         if done.get(arm) and done.get(other):
             study["differences"][f"{arm} - {other}"] = found = difference(arm, other)
-            rows[f"{arm} − {other}"] = [evaluation.percent(d["mean"], d["interval"], "+") + (
+            rows[f"{arm} − {other}"] = [percent(d["mean"], d["interval"], "+") + (
                 f", s.e. {100 * d['standard_error_over_seeds']:.1f}" if d["standard_error_over_seeds"] is not None else "") for d in found.values()]
     print("\ndifferences in points [95 %, bootstrap over prompts], standard error over seeds where there are several")
     table(rows, [*files, POOLED])
