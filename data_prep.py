@@ -273,8 +273,13 @@ def read_pairs(paths: list[str], skip_bad: bool = False, parse=parse_pair) -> tu
     counts["pairs"] = len(pairs)
     if not pairs:
         noun = "pair" if parse is parse_pair else "prompt with candidates"
-        raise UserError(f"{', '.join(map(str, paths))}: no usable {noun} ({dict(counts)})")
+        raise nothing_usable(", ".join(map(str, paths)), noun, counts)
     return pairs, counts
+
+
+def nothing_usable(name: str, noun: str, counts: Counter) -> UserError:
+    left_out = ", ".join(f"{v} {k}" for k, v in counts.items() if v)
+    return UserError(f"{name}: no usable {noun}" + (f"; left out: {left_out}" if left_out else ", it is empty"))
 
 
 def prompt_key(prompt: list[dict], *more) -> float:
@@ -2026,7 +2031,7 @@ def read_benchmark(name: str, inputs: list[str] | None, skip_bad: bool = False) 
                 counts["bad"] += 1
     counts["pairs"] = len(pairs)
     if not pairs:
-        raise UserError(f"{name}: no usable pair ({dict(counts)})")
+        raise nothing_usable(name, "pair", counts)
     return pairs, counts
 
 
@@ -2171,6 +2176,7 @@ def demo(cfg, train) -> None:
         for k, (name, rate) in enumerate({"train": 0.9, **columns}.items()):
             rows = synthetic_pairs(12_800 if name == "train" else 600, rate, seed * 10 + k)
             write_pairs(here / "data" / f"{name}.jsonl", rows, overwrite=cfg.overwrite)
+        write_pairs(here / "data/candidates.jsonl", synthetic_candidates(500, 16, 0.1, 77 + seed), overwrite=cfg.overwrite)  # bestofn
         make_demo_models(here / "models", seed)
         base = replace(
             cfg, model=str(here / "models/student"), teacher=str(here / "models/teacher"), seed=seed, batch_size=32, lr=1e-3,

@@ -459,6 +459,8 @@ def attention(args) -> None:
     scoring position pays to each stage, in rightly and wrongly ranked pairs; with --teacher the KL of the
     maps by stage."""
     files, result = read_files(args), {}
+    if args.with_first and args.span != "all":
+        raise UserError("--with-first counts the first token into the stages of --span all: give that too")
     teacher = open_teacher(args.teacher, args) if args.teacher else None
     for name in args.models:
         judge = open_judge(name, args, decoder=True)
@@ -631,7 +633,8 @@ def over_optimisation(proxy: np.ndarray, gold: np.ndarray, groups: np.ndarray, s
             "gold": curve.tolist(), "gold_interval": interval(means),
             "oracle": best_of_n(gold, gold).mean(0).tolist(), "random": float(gold.mean()),
             "gap": float(curve.max() - curve[-1]), "gap_interval": interval(means.max(1) - means[:, -1]),
-            "best_n": int(curve.argmax()) + 1, "proxy_gain": gains[0], "gold_gain": gains[1],
+            "best_n": int((curve >= curve.max() - 1e-9).argmax()) + 1,  # the first, where rounding alone differs
+            "proxy_gain": gains[0], "gold_gain": gains[1],
             "gain_difference": None if None in gains else gains[0] - gains[1]}
 
 

@@ -1950,6 +1950,8 @@ def test_attention_and_show_as_a_user_runs_them(judges, whole_run, tmp_path, cap
     got = json.loads((tmp_path / "a").read_text())["files"]["d"][model]
     assert len(got["kl_inter"]["mean"]) == 4 and got["pairs"] == 6 and (tmp_path / "a.png").stat().st_size > 10_000
     assert got["shares"]["before the stages"] == 0 and sum(got["shares"].values()) <= 1
+    capsys.readouterr()
+    assert evaluate(model, *common, "--with-first", verb="attention") == 2 and "--span all" in capsys.readouterr().err
     assert evaluate(model, judges("gpt2"), *common, "--json", tmp_path / "s", "--plot", tmp_path / "s.png", "--html", tmp_path / "s.html",
                     "--pair", "2", verb="show") == 0
     page, html = json.loads((tmp_path / "s").read_text())["models"][0], (tmp_path / "s.html").read_text()
@@ -2347,6 +2349,9 @@ def test_best_of_n_is_that_of_every_draw():
     out = evaluation.over_optimisation(untied, gold, np.arange(5), 0)
     assert out["kl"] == pytest.approx([math.log(n) - (n - 1) / n for n in range(1, 7)]) and out["gap"] >= 0
     assert close(out["oracle"][-1], gold.max(1).mean()) and out["best_n"] == 1 + int(np.argmax(out["gold"]))
+    for N in range(2, 17):  # a constant model chooses at random: no n is better, whatever rounding says
+        out = evaluation.over_optimisation(np.zeros((3, N)), rng.normal(size=(3, N)), np.arange(3), 0)
+        assert out["best_n"] == 1 and out["gap"] < 1e-9 and close(out["gold"], np.full(N, out["random"]))
 
 
 def test_bestofn_as_a_user_runs_it(judges, tmp_path, capsys):

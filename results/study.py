@@ -195,9 +195,6 @@ def figures() -> None:
 
     one = f"{demo}/seed0"
     two = [f"{one}/bt/student", f"{one}/id/student"]
-    if not (ROOT / one / "data/candidates.jsonl").exists():
-        sh(sys.executable, "data_prep.py", "synthetic", "--pairs", 500, "--responses", 16, "--agreement", 0.1, "--seed", 77, "--out",
-           f"{one}/data/candidates.jsonl")
     sets = [f"{one}/data/{c}.jsonl" for c in ("in-distribution", "cue-neutral", "cue-reversed")]
     verb("accuracy", "demo_accuracy", *two, f"{one}/uniform-target/student", "--data", *sets)
     verb("attention", "demo_attention", *two, "--teacher", f"{one}/id/teacher", "--data", f"{one}/data/cue-neutral.jsonl")
