@@ -786,7 +786,7 @@ def check_config(cfg) -> bool:
     if cfg.cache_teacher and (cfg.teacher_co_train or cfg.align_max_tokens):
         raise UserError("--cache-teacher keeps whole maps of a frozen teacher: without --teacher-co-train and --align-max-tokens")
     if cfg.cache_teacher:
-        try:
+        try:  # not check_outputs, which touches a file: all processes come here at once
             Path(cfg.cache_teacher).mkdir(parents=True, exist_ok=True)
             if not os.access(cfg.cache_teacher, os.W_OK):
                 raise OSError(0, "cannot be written")

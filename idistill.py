@@ -233,6 +233,11 @@ def pick_rows(A: Tensor, rows: Tensor) -> Tensor:
     return A.gather(2, rows.clamp_min(0)[:, None, :, None].expand(-1, A.shape[1], -1, A.shape[3]))
 
 
+def pick(h: Tensor, at: Tensor) -> Tensor:
+    """h (B, n, k) -> (B, 2, k): its rows at the places (B, 2)."""
+    return h.gather(1, at[:, :, None].expand(-1, -1, h.shape[-1]))
+
+
 def put(t: Tensor, at: Tensor, n: int) -> Tensor:
     """t (B, 2, ...) -> (B, n, ...): its rows at the places (B, 2), zeros elsewhere."""
     places = at.view(*at.shape, *[1] * (t.ndim - 2)).expand_as(t)
@@ -246,7 +251,7 @@ def only_at(layer: nn.Module, at: Tensor, n: int):
     ONLY_AT.update(dict.fromkeys(layer.modules(), at))
     mlp, hooks = getattr(layer, "mlp", None), []
     if mlp is not None:
-        hooks = [mlp.register_forward_pre_hook(lambda _, given: (pick_rows(given[0][:, None], at)[:, 0],)),
+        hooks = [mlp.register_forward_pre_hook(lambda _, given: (pick(given[0], at),)),
                  mlp.register_forward_hook(lambda _, given, out: put(out, at, n))]
     try:
         yield
@@ -349,7 +354,7 @@ class RewardModel(nn.Module):
             self.maps.append(attention_map(query, key, scale, visible, batch.get("rows"), self.matched))
         if tapped:
             self.tap.kept = {}
-        ends = hidden.gather(1, last[:, :, None].expand(-1, -1, hidden.shape[-1]))  # (B, 2, hidden)
+        ends = pick(hidden, last)
         with torch.autocast(ends.device.type, enabled=False):  # bf16 logits tie often: the head stays in fp32
             head = self.stock.score
             return F.linear(ends.float(), head.weight.float(), head.bias).squeeze(-1)

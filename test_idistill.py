@@ -847,7 +847,7 @@ def test_several_processes_are_one(zoo, argv, tmp_path):
     assert main(*argv(tmp_path / "sharded", **common, resume=True)) == 0
     for name in runs:
         assert len(lines_of(tmp_path / name)) == len(lines_of(tmp_path / "one"))
-        loose = 2e-2 if name == "cached" else 1e-4  # fp16 maps, whose last bit depends on their batch; Adam's first steps enlarge that
+        loose = 2e-2 if name == "cached" else 1e-4  # fp16 maps: 3e-5 as a rule, 5e-3 once in some fifty runs, for a reason not found yet
         for one, many in zip(lines_of(tmp_path / "one"), lines_of(tmp_path / name)):
             assert one.keys() == many.keys()
             assert all(abs(one[k] - many[k]) < loose * max(1, abs(one[k])) for k in one if isinstance(one[k], float)), (one, many)

@@ -18,7 +18,7 @@ import eval as evaluation  # noqa: E402
 from data_prep import (Encoder, bar, collate, collate_teacher, load_student, load_teacher, plan_epoch, quiet,  # noqa: E402
                        set_up_device)
 from idistill import (AttentionTap, Config, InteractionTeacher, RewardModel, alignment_loss, block_masks, bt_loss,  # noqa: E402
-                      distillation_losses, make_optimizer, pool_words, tree_mask)
+                      distillation_losses, make_optimizer, pick, pool_words, tree_mask)
 from results.output import print_rows, save_json, shown  # noqa: E402
 from results.speed import shrunk_student, speed_examples  # noqa: E402
 
@@ -123,7 +123,7 @@ def main() -> None:
             return bt_loss(r[:, 0], r[:, 1]) + align(S, T, batch)
         if arm == "compile":
             h = compiled(batch["ids"], attention_mask=tree_mask(batch["seg"]), position_ids=batch["pos"], use_cache=False).last_hidden_state
-            r = stock.score(h.gather(1, batch["last"][:, :, None].expand(-1, -1, h.shape[-1])))[..., 0].float()
+            r = stock.score(pick(h, batch["last"]))[..., 0].float()
         else:
             plain.whole = arm == "whole"
             r = plain(batch)

@@ -11,7 +11,6 @@ import transformers
 
 from data_prep import UserError, write_json, written
 
-
 WRITTEN = ("json", "plot", "dump", "html", "strength")  # flags that name a file to be written
 
 

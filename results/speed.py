@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 from data_prep import (Encoder, Example, Formatter, Pair, TeacherCache, UserError, bar, choose_pad, collate, collate_teacher, load,
                        load_student, load_teacher, load_tokenizer, plan_epoch, probe_student, quiet, read_files, set_up_device)
 from idistill import (Config, InteractionTeacher, RewardModel, alignment_loss, block_masks, bt_loss, distillation_losses,
-                      make_optimizer, pool_words, tree_mask)
+                      make_optimizer, pick, pool_words, tree_mask)
 from results.output import draw, print_rows, save_json, shown
 
 ARMS = {"a": "two passes, padded", "b": "one batch of both, random order (as TRL)",
@@ -105,8 +105,7 @@ def training_step(arm: str, model: RewardModel, teacher: InteractionTeacher, exa
         mask = torch.zeros_like(seen, dtype=torch.float32).masked_fill_(~seen, torch.finfo(torch.float32).min)
         out = stock.base_model(batch["ids"], attention_mask=mask, position_ids=batch["pos"], use_cache=False,
                                output_attentions=True)
-        h = out.last_hidden_state
-        r = stock.score(h.gather(1, batch["last"][:, :, None].expand(-1, -1, h.shape[-1])))[..., 0].float()
+        r = stock.score(pick(out.last_hidden_state, batch["last"]))[..., 0].float()
         with torch.no_grad():
             read = teacher.stock(other["ids"], attention_mask=other["mask"], output_attentions=True)
         S, T = (pool_words(maps.attentions[-1].float().mean(1, keepdim=True), b["word"],
