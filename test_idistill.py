@@ -826,14 +826,14 @@ def torchrun(code: str, *args: str, processes: int = 2) -> subprocess.CompletedP
                           env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True)
 
 
-def test_several_processes_are_one(zoo, argv, tmp_path):
+def test_several_processes_are_one(zoo, argv, tmp_path, capsys):
     """Two processes, data parallel and sharded, give the curve of one over 20 steps, uneven batches, accumulation and a
     last batch too small to share included; a sharded run goes on in one process. With a cache each process lacks other maps
-    in a step, and a sharded teacher computes only in all of them together."""
+    in a step, and a sharded teacher computes only in all of them together; one process reads what they kept."""
     common = dict(teacher=zoo("modernbert"), max_steps=20, batch_size=7, save_every=9, val_data=None)
     assert main(*argv(tmp_path / "one", **common)) == 0
     runs = {"parallel": dict(grad_accum=2), "sharded": dict(fsdp=True, gradient_checkpointing=True, grad_accum=2),
-            "cached": dict(fsdp=True, cache_teacher=tmp_path / "maps")}
+            "cached": dict(fsdp=True, cache_teacher=tmp_path / "maps", teacher_epochs=0)}
     args = [json.dumps(argv(tmp_path / k, **common, **v)) for k, v in runs.items()]
     code = ("import json, sys, idistill\nreal, seen = idistill.distillation_losses, []\n"
             "def losses(model, *rest):\n    seen.append(rest[3].fsdp and any(p.grad is not None for p in model.parameters()))\n"
@@ -845,12 +845,15 @@ def test_several_processes_are_one(zoo, argv, tmp_path):
     assert done.stdout.count("reward model:") == 3  # the first process alone speaks
     (tmp_path / "sharded/checkpoints/1-00000020.pt").unlink()
     assert main(*argv(tmp_path / "sharded", **common, resume=True)) == 0
+    capsys.readouterr()
+    assert main(*argv(tmp_path / "read", **common, cache_teacher=tmp_path / "maps", teacher_epochs=0)) == 0
+    assert re.search(r"maps of the teacher: \d+ read .* 0 computed", capsys.readouterr().out)
     for name in runs:
-        assert len(lines_of(tmp_path / name)) == len(lines_of(tmp_path / "one"))
-        loose = 2e-2 if name == "cached" else 1e-4  # fp16 maps: 3e-5 as a rule, 5e-3 once in some fifty runs, for a reason not found yet
-        for one, many in zip(lines_of(tmp_path / "one"), lines_of(tmp_path / name)):
+        alone = tmp_path / ("read" if name == "cached" else "one")
+        assert len(lines_of(tmp_path / name)) == len(lines_of(alone))
+        for one, many in zip(lines_of(alone), lines_of(tmp_path / name)):
             assert one.keys() == many.keys()
-            assert all(abs(one[k] - many[k]) < loose * max(1, abs(one[k])) for k in one if isinstance(one[k], float)), (one, many)
+            assert all(abs(one[k] - many[k]) < 1e-4 * max(1, abs(one[k])) for k in one if isinstance(one[k], float)), (name, one, many)
 
 
 @pytest.mark.parametrize("family, layers, matched", [("bert", (2,), False), ("modernbert", (0, 2), True), ("deberta", (), False)])
@@ -894,7 +897,10 @@ def test_a_second_run_reads_what_the_first_kept(zoo, argv, tmp_path, capsys, mon
         assert (int(said[2]) > 0) == (name == "first") and sum(map(int, said.groups())) == 8 * 5
     plain, first, second = ([{k: v for k, v in m.items() if k not in ("time", "pairs_per_s")} for m in lines_of(tmp_path / name)]
                             for name in ("plain", "first", "second"))
-    assert first == second and all(abs(a[k] - b[k]) < 2e-2 * max(1, abs(a[k])) for a, b in zip(plain, first) for k in a if isinstance(a[k], float))
+    assert first == second
+    for a, b in zip(plain, first):  # later steps: Adam moves a weight whose gradient is about 0 by the whole rate, up or down
+        loose = 2e-4 if a["phase"] == "teacher" or a["step"] == 1 else 2e-2
+        assert all(abs(a[k] - b[k]) < loose * max(1, abs(a[k])) for k in a if isinstance(a[k], float)), (a, b)
     monkeypatch.setattr(np, "save", lambda f, _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     refused(capsys, argv(tmp_path / "full", **trained, cache_teacher=tmp_path / "other"), "--cache-teacher", "No space left")
     assert not [p for p in (tmp_path / "other").rglob("*") if p.is_file()]
