@@ -271,6 +271,40 @@ def test_tap_sees_the_attention_of_the_student(zoo, family):
         assert stock.config._attn_implementation == before and torch.equal(stock(ids).logits, plain)
 
 
+@pytest.mark.parametrize("matched", [False, True])
+@pytest.mark.parametrize("sampled", [False, True])
+def test_maps_and_losses_made_in_pieces_are_those_made_at_once(monkeypatch, matched, sampled):
+    """Values and gradients against autograd through the whole softmax and the whole divergence; grouped queries, both shapes of a mask."""
+    torch.manual_seed(0)
+    B, H, n, W = 2, 4, 150, 70
+    Q, K = torch.randn(B, H, n, 8, requires_grad=True), torch.randn(B, 2, n, 8, requires_grad=True)
+    rows = torch.stack([torch.randperm(n)[:100], torch.arange(100)]) if sampled else None
+    for mask in (torch.ones(1, 1, n, n, dtype=torch.bool).tril(), (torch.arange(n) < torch.tensor([[150], [90]]))[:, None, None]):
+        A = ((Q * 0.3) @ K.repeat_interleave(2, 1).transpose(2, 3)).masked_fill(~mask, -torch.inf).softmax(3)
+        A = A if matched else A.mean(1, keepdim=True)
+        expected = A if rows is None else idistill.pick_rows(A, rows)
+        weight = torch.randn_like(expected)
+        found, pieces, sizes = [], [], []
+        for piece in (1, 2**21):
+            monkeypatch.setattr(idistill, "PIECE", piece)
+            pieces.append(len(list(idistill.MeanSoftmax.pieces(expected, A, torch.ones(1, 1, 1, n) > 0, 1.0))))
+            with torch.autograd.graph.saved_tensors_hooks(lambda t: (sizes.append(t.numel()), t)[1], lambda t: t):
+                found.append(attention_map(Q, K, 0.3, mask, rows, matched))
+            assert close(found[-1], expected) and max(sizes) < H * n * n / 2  # of no head the map is kept
+            for g, e in zip(*(torch.autograd.grad((A * weight).sum(), (Q, K), retain_graph=True) for A in (found[-1], expected))):
+                assert close(g, e)
+        assert pieces == [2 if sampled else 3, 1]
+    S, T = (torch.rand(B, 1 + 3 * matched, n, W).requires_grad_() for _ in "ST")
+    block, grads = torch.rand(B, 1, n, W) < 0.5, []
+    for piece in (1, 2**21):
+        monkeypatch.setattr(idistill, "PIECE", piece)
+        loss = alignment_loss(T, S, block)
+        grads.append((loss, *torch.autograd.grad(loss.sum(), (S, T))))
+    whole = (idistill.row_divergence(T, S, block).sum(-1) / block.any(-1).sum(-1)).mean(1)
+    for one, many, e in zip(*grads, (whole, *torch.autograd.grad(whole.sum(), (S, T)))):
+        assert close(one, e) and close(many, e)
+
+
 @pytest.mark.parametrize("family", [f for f in STUDENTS if f != "gemma2"])
 def test_shortcuts_of_the_packed_row_change_nothing(zoo, family):
     """Rewards, maps and gradients with two causal rows in the attention, and with the final layer at two tokens."""
@@ -835,11 +869,13 @@ def test_several_processes_are_one(zoo, argv, tmp_path, capsys):
     runs = {"parallel": dict(grad_accum=2), "sharded": dict(fsdp=True, gradient_checkpointing=True, grad_accum=2),
             "cached": dict(fsdp=True, cache_teacher=tmp_path / "maps", teacher_epochs=0)}
     args = [json.dumps(argv(tmp_path / k, **common, **v)) for k, v in runs.items()]
-    code = ("import json, sys, idistill\nreal, seen = idistill.distillation_losses, []\n"
+    code = ("import json, sys, idistill\nreal, pack, seen, packed = idistill.distillation_losses, idistill.Encoder.pack, [], []\n"
+            "idistill.Encoder.pack = lambda self, kept: (packed.append(len(kept)), pack(self, kept))[1]\n"
             "def losses(model, *rest):\n    seen.append(rest[3].fsdp and any(p.grad is not None for p in model.parameters()))\n"
             "    return real(model, *rest)\n"
             "idistill.distillation_losses = losses\nfor a in sys.argv[1:]: idistill.main(json.loads(a))\n"
-            "assert any(seen), 'between micro-batches the gradient lies unsharded in each process'")
+            "assert any(seen), 'between micro-batches the gradient lies unsharded in each process'\n"
+            "assert sum(packed) == len(sys.argv[1:]) * (14 + 2 + 3, 13 + 1 + 3)[idistill.RANK], 'each process tokenises its share'")
     done = torchrun(code, *args)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("reward model:") == 3  # the first process alone speaks
@@ -2877,6 +2913,7 @@ def check_pairs(model, encoder, teacher, pairs: list[Pair]) -> int:
     assert all(v.isfinite().all() for v in terms.values())
     assert min(terms["intra"].min(), terms["inter"].min()) > -1e-5
     read = collate_teacher(examples, swap, encoder.teacher)
+    model(batch)  # the losses let go of the maps
     for A, word in ((model.maps[0].detach()[:, 0], batch["word"]), (teacher.maps[0][:, 0], read["word"])):
         pooled = pool_words(A[:, None], word, batch["word_seg"].shape[1])[:, 0]
         to_words = (A * (word >= 0)[:, None]).sum(-1)

@@ -33,7 +33,7 @@ TERMS = {  # term -> where it comes from: file, text of the line
     "with --fsdp, the gradient of a layer bf16 and its fp32 sum over the processes, 6 P_l": ("data_prep.py", "reduce_dtype=torch.float32"),
     "with --fsdp, gathered embeddings and head fp32, their gradient and its sum, 12 P_e": ("data_prep.py", "fully_shard(model, mesh"),
     "kept for backward, measured; bf16 copies of the matrices, made by autocast, are in it": ("idistill.py", "self.stock.base_model("),
-    "of that, the tap, measured: (H, m, n) of one pair at a time, and the mean map": ("idistill.py", "k.float().transpose(-1, -2)")}
+    "of that, the tap, measured: Q and K in fp32; a map goes when it is pooled": ("idistill.py", "ctx.save_for_backward(Q, K, mask)")}
 
 
 def kept(model: RewardModel, n: int) -> int:
@@ -79,7 +79,7 @@ def main() -> None:
         fixed = 16 * P
         cells = [fixed, plain + tap, checkpointed, tap, fixed + plain + tap, fixed + checkpointed,
                  fixed / args.gpus + 10 * P_l + 12 * P_e + checkpointed]
-        print(f"| {name} | " + " | ".join(f"{c / 2**30:.1f} GiB" for c in cells) + " |")
+        print(f"| {name} | " + " | ".join(f"{c / 2**20:.0f} MiB" if c == tap else f"{c / 2**30:.1f} GiB" for c in cells) + " |")
     print("\nP weights, P_l of one layer, P_e of embeddings and head")
     for term, (file, text) in TERMS.items():
         lines = (Path(__file__).resolve().parent.parent / file).read_text().splitlines()
