@@ -1006,25 +1006,15 @@ def read_files(args, read=read_pairs) -> dict[str, list]:
     return files
 
 
-def encode_shared(encoder: Encoder, pairs: list[Pair], progress: str) -> tuple[list[Example], Counter]:
-    """(the Examples of all pairs in their order, the counts): each process tokenises its share and receives the others'."""
-    encoder.counts.clear()
-    share = np.array_split(np.arange(len(pairs)), WORLD)[RANK]
-    done = encoder([pairs[i] for i in share], progress), Counter(encoder.counts)
-    everyones = [done] * WORLD
-    if WORLD > 1:  # over gloo: what is not for the GPU does not pass through it
-        dist.all_gather_object(everyones, done, group=dist.new_group(backend="gloo"))
-    return [e for examples, _ in everyones for e in examples], sum((c for _, c in everyones), Counter())
-
-
 def encode_all(encoder: Encoder, pairs: list[Pair], held_pairs: dict[str, list[Pair]], counts: Counter):
     """(examples of the training pairs, {name: examples} of the held-out ones); the counts, completed, are printed. Raises
     UserError where nothing is left."""
-    (examples, more), held = encode_shared(encoder, pairs, "encoding"), {}
-    counts.update(more)
+    examples, held = encoder(pairs, progress="encoding"), {}
+    counts.update(encoder.counts)
     for name, part in held_pairs.items():
-        held[name], more = encode_shared(encoder, part, f"encoding {name}")
-        counts.update(labelled(more, name))
+        encoder.counts.clear()
+        held[name] = encoder(part, progress=f"encoding {name}")
+        counts.update(labelled(encoder.counts, name))
     for name, part in {"the training data": examples, **held}.items():
         if not part:
             raise UserError(f"{name}: no pair fits into --max-length {encoder.max_length}")

@@ -51,6 +51,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -147,7 +148,7 @@ class Config:
 
 TAP = "idistill_tap"
 LONG = 1536  # tokens of a packed row from which tree_rows pay
-PIECE = 2**21  # numbers of a map that MeanSoftmax and alignment_loss hold at a time
+PIECE = 2**21  # about so many numbers of a map are worked on at a time (64 rows at least)
 ONLY_AT: dict[nn.Module, Tensor] = {}  # modules of the layer that only_at is at work in -> the tokens (B, 2)
 
 
@@ -265,8 +266,8 @@ def only_at(layer: nn.Module, at: Tensor, n: int):
 class MeanSoftmax(torch.autograd.Function):
     """softmax(Q K^T * scale) under the mask, mean over heads unless matched; shapes as in attention_map, K with Q's heads.
 
-    Some rows at a time, forward and backward (dQ, dK in closed form), as the rows of alignment_loss: (B, H, m, n) is never
-    held. The whole method at 8,192 tokens a pair takes 9 s and 5.5 GB with both, without 15 s and 7.7 GB (CPU)."""
+    Some rows at a time, forward and backward (dQ and dK in closed form), so that no head's map is held whole. At 8,192 tokens a
+    pair the whole method takes 9 s and 5.0 GB; with this and alignment_loss all rows at once 15 s and 7.7 GB (CPU)."""
 
     @staticmethod
     def pieces(Q: Tensor, K: Tensor, mask: Tensor, scale: float):
@@ -286,12 +287,13 @@ class MeanSoftmax(torch.autograd.Function):
         return A
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dA: Tensor):
         Q, K, mask = ctx.saved_tensors
         dQ, dK = torch.empty_like(Q), torch.zeros_like(K)
         for at, P in MeanSoftmax.pieces(Q, K, mask, ctx.scale):
             D = P * dA[:, :, at]
-            D -= P.mul_(D.sum(3, keepdim=True))  # before the softmax: P (dA - sum P dA)
+            D -= P.mul_(D.sum(3, keepdim=True))  # gradient of the logits: P (dA - sum over j of P dA)
             D *= ctx.scale / ctx.share
             dQ[:, :, at] = D @ K
             dK += D.transpose(2, 3) @ Q[:, :, at]
@@ -302,8 +304,8 @@ def attention_map(query: Tensor, key: Tensor, scale: float, mask: Tensor, rows: 
                   matched: bool = False) -> Tensor:
     """softmax(Q K^T * scale) in fp32, mean over heads unless matched (E3).
 
-    query (B, H, n, d), key (B, H_kv, n, d), mask (B or 1, 1, n or 1, n), True = visible, rows (B, m): the queries to
-    look at (-1: padding), none = all -> (B, G, m, n)."""
+    query (B, H, n, d), key (B, H_kv, n, d), mask (B or 1, 1, n or 1, n), True = visible, no row empty, rows (B, m): the queries
+    to look at (-1: padding), none = all -> (B, G, m, n)."""
     if rows is not None:
         mask = pick_rows(mask.expand(len(query), -1, -1, -1), rows) if mask.shape[2] > 1 else mask
         query = pick_rows(query, rows)
@@ -443,7 +445,7 @@ class InteractionTeacher(nn.Module):
         if attending is not None:
             batch, R = with_rows(batch, attending), attending.shape[1]
         verdict = self(batch, maps=True)
-        return verdict, [pool_words(A, batch["word"], W, batch.get("row_word"), R) for A in self.maps]
+        return verdict, [pool_words(self.maps.pop(0), batch["word"], W, batch.get("row_word"), R) for _ in self.layers]
 
     @torch.no_grad()
     def token_map(self, layer: int, out, batch: dict[str, Tensor]) -> Tensor:
@@ -545,7 +547,8 @@ def alignment_loss(T: Tensor, S: Tensor, block: Tensor, kind: str = "kl") -> Ten
     time, recomputed in the backward pass."""
     few = max(64, PIECE // S[:, :, 0].numel())
     pieces = zip(*(A.split(few, dim=2) for A in (T, S, block)))
-    rows = torch.cat([checkpoint(row_divergence, *some, kind, use_reentrant=False) for some in pieces], dim=2)
+    rows = torch.cat([checkpoint(row_divergence, *some, kind, use_reentrant=False,
+                                 preserve_rng_state=False) for some in pieces], dim=2)
     return (rows.sum(-1) / block.any(-1).sum(-1).clamp_min(1)).mean(1)
 
 
@@ -565,7 +568,7 @@ def distillation_losses(model: RewardModel, teacher: InteractionTeacher | None, 
                         swap: np.ndarray, cfg: Config, device, seeds: list, progress: float = 1.0) -> dict[str, Tensor]:
     """Every term of L (E7) per pair, (B,) each: bt (or preference in its place), teacher (E4, where it co-trains),
     score, intra, inter, center, batch_sum, sft, and their weighted sum loss; also the rewards (B, 2). seeds: one for
-    each pair; progress: 0 to 1."""
+    each pair; progress: 0 to 1. The maps of both models go as they are pooled."""
     batch, attending = collate(examples, model.stock.config.get_text_config().pad_token_id, device), None
     if 0 < cfg.align_max_tokens < batch["ids"].shape[1] and model.layers:
         attending = sample_words(examples, cfg.align_max_tokens, seeds).to(device)

@@ -33,7 +33,7 @@ TERMS = {  # term -> where it comes from: file, text of the line
     "with --fsdp, the gradient of a layer bf16 and its fp32 sum over the processes, 6 P_l": ("data_prep.py", "reduce_dtype=torch.float32"),
     "with --fsdp, gathered embeddings and head fp32, their gradient and its sum, 12 P_e": ("data_prep.py", "fully_shard(model, mesh"),
     "kept for backward, measured; bf16 copies of the matrices, made by autocast, are in it": ("idistill.py", "self.stock.base_model("),
-    "of that, the tap, measured: Q and K in fp32; a map goes when it is pooled": ("idistill.py", "ctx.save_for_backward(Q, K, mask)")}
+    "of that, the tap, measured: K in fp32 for each head of Q (Q is kept anyway); a map goes when it is pooled": ("idistill.py", "ctx.save_for_backward(Q, K, mask)")}
 
 
 def kept(model: RewardModel, n: int) -> int:
