@@ -306,7 +306,7 @@ def test_maps_and_losses_made_in_pieces_are_those_made_at_once(monkeypatch, matc
         kept = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t.numel()), t)[1], lambda t: t):
             loss = alignment_loss(T, S, block)
-        assert max(kept, default=0) < S.numel() / 2
+        assert sum(kept) < 3.1 * S.numel()  # T, S and the block, nothing between
         grads.append((loss, *torch.autograd.grad(loss.sum(), (S, T))))
     whole = (idistill.row_divergence(T, S, block).sum(-1) / block.any(-1).sum(-1)).mean(1)
     for one, many, e in zip(*grads, (whole, *torch.autograd.grad(whole.sum(), (S, T)))):
