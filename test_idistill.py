@@ -395,6 +395,9 @@ def test_teacher_maps_are_those_of_eager_attention(zoo, family):
     examples = Encoder(load_student(zoo("llama"))[1], 128, "truncate", tokenizer, room)(pairs)
     batch = collate_teacher(examples, np.array([True, False, True, False]), tokenizer)
     verdict = teacher(batch, maps=True)
+    whole, stopped = teacher.maps, teacher(batch, maps=True, verdict=False)
+    assert (stopped is None) == (teacher.tap is not None) and all(torch.equal(a, b) for a, b in zip(whole, teacher.maps, strict=True))
+    assert torch.equal(teacher(batch, maps=True), verdict)  # nothing is left behind
     eager = transformers.AutoModelForTokenClassification.from_pretrained(
         zoo(family), num_labels=1, attn_implementation="eager").eval()
     eager.load_state_dict(teacher.stock.state_dict())

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import eval as evaluation  # noqa: E402
 from data_prep import (Encoder, bar, collate, collate_teacher, load_student, load_teacher, plan_epoch, quiet,  # noqa: E402
                        set_up_device)
-from idistill import (AttentionTap, Config, InteractionTeacher, RewardModel, alignment_loss, block_masks, bt_loss,  # noqa: E402
+from idistill import (Config, InteractionTeacher, RewardModel, alignment_loss, block_masks, bt_loss,  # noqa: E402
                       distillation_losses, make_optimizer, pick, pool_words, tree_mask)
 from results.output import print_rows, save_json, shown  # noqa: E402
 from results.speed import shrunk_student, speed_examples  # noqa: E402
@@ -32,13 +32,9 @@ IDEAS = {  # arm -> (what it is measured against, what it is)
     "adamw": ("c", "c, AdamW not fused"),
     "whole": ("c", "c, the final layer at all tokens in place of the two that are read"),
     "d": ("d", "the whole method as it is"),
-    "stop": ("d", "d, the teacher stops where its tapped layer has Q and K"),
+    "whole teacher": ("d", "d, the teacher computes all of its layers, and its verdict"),
     "cache": ("d", "d, the teacher's word maps from an earlier epoch (--cache-teacher), in memory in place of files"),
     "no batch": ("d", "d, its batches built beforehand: the most that prefetching can buy")}
-
-
-class Enough(Exception):
-    """The tapped layer has been seen."""
 
 
 def several_a_row(examples, rows: int, pad: int, device) -> dict:
@@ -94,6 +90,11 @@ def main() -> None:
     def align(S, T, batch) -> torch.Tensor:
         return sum(alignment_loss(T, S, block) for block in block_masks(batch["word_seg"]))
 
+    @torch.no_grad()
+    def map_of(other: dict, W: int, verdict: bool) -> torch.Tensor:
+        teacher(other, maps=True, verdict=verdict)
+        return pool_words(teacher.maps.pop(), other["word"], W)
+
     def loss_of(arm: str, index: np.ndarray) -> torch.Tensor:
         some, swap = [examples[i] for i in index], np.zeros(len(index))
         if arm == "d":
@@ -104,7 +105,7 @@ def main() -> None:
             r = stock.score(h[b["last"]])[..., 0].float()
             return bt_loss(r[:, 0], r[:, 1])
         batch, other = ready[arm, index[0]] if arm == "no batch" else (collate(some, pad, device), None)
-        if arm in ("cache", "stop", "no batch"):
+        if arm in ("cache", "whole teacher", "no batch"):
             r, W = tapped(batch), batch["word_seg"].shape[1]
             S = pool_words(tapped.maps[0], batch["word"], W)
             if arm == "cache":
@@ -113,13 +114,7 @@ def main() -> None:
                     T[b, :, :(n := kept[i].shape[-1]), :n] = kept[i].float()
             else:
                 other = other or collate_teacher(some, swap, reader_tokenizer, device)
-                with torch.no_grad():
-                    if arm == "stop":
-                        maps = [stopped(other)]
-                    else:
-                        teacher(other, maps=True)
-                        maps = teacher.maps
-                T = pool_words(maps[0], other["word"], W)
+                T = map_of(other, W, arm == "whole teacher")
             return bt_loss(r[:, 0], r[:, 1]) + align(S, T, batch)
         if arm == "compile":
             h = compiled(batch["ids"], attention_mask=tree_mask(batch["seg"]), position_ids=batch["pos"], use_cache=False).last_hidden_state
@@ -129,26 +124,12 @@ def main() -> None:
             r = plain(batch)
         return bt_loss(r[:, 0], r[:, 1])
 
-    def stopped(batch) -> torch.Tensor:
-        def see(*seen):
-            AttentionTap.see(teacher.tap, *seen)
-            if teacher.tap.kept.keys() == teacher.tap.layers:
-                raise Enough
-        teacher.tap.see = see
-        try:
-            with teacher.tap:
-                reader(input_ids=batch["ids"], attention_mask=batch["mask"])
-        except Enough:
-            pass
-        del teacher.tap.see
-        return teacher.token_map(last[1], None, batch)
-
     for index in plans["d"]:  # what an epoch before would have left, and the batches of "no batch"
         some = [examples[i] for i in index]
         batch, other = collate(some, pad, device), collate_teacher(some, np.zeros(len(index)), reader_tokenizer, device)
         ready["no batch", index[0]] = batch, other
         with torch.no_grad(), amp():
-            T = pool_words(stopped(other), other["word"], batch["word_seg"].shape[1])
+            T = map_of(other, batch["word_seg"].shape[1], False)
         kept.update({i: T[b, :, :(W := len(examples[i].word_seg)), :W].half() for b, i in enumerate(index)})
     with amp():  # the ideas compute what they are measured against
         for arm, (against, _) in IDEAS.items():
