@@ -185,7 +185,7 @@ class AttentionTap:
     computes no further than the last of them, and gives nothing.
 
     Fused attention stays on everywhere; an n x n map is built for tapped layers only (output_attentions=True would
-    force eager attention in all: two thirds of the speed, 1.9 times the memory at 512 tokens). Calls inside the with block
+    force eager attention in all: 0.6 of the speed, twice the memory at 512 tokens). Calls inside the with block
     are counted: the k-th is layer k, so a recomputation under gradient checkpointing, outside the block, is never
     taken for a forward pass. remove() undoes it all.
 
@@ -274,7 +274,7 @@ class MeanSoftmax(torch.autograd.Function):
     """softmax(Q K^T * scale) under the mask, mean over heads unless matched; shapes as in attention_map, K with Q's heads.
 
     Some rows at a time, forward and backward (dQ and dK in closed form), so that no head's map is held whole. At 8,192 tokens a
-    pair the whole method takes 9 s and 5.0 GB; with this and alignment_loss all rows at once 15 s and 7.7 GB (CPU)."""
+    pair the whole method takes 9 s and 4.9 GB; with this and alignment_loss all rows at once 15 s and 7.7 GB (CPU)."""
 
     @staticmethod
     def pieces(Q: Tensor, K: Tensor, mask: Tensor, scale: float):
@@ -401,7 +401,7 @@ class InteractionTeacher(nn.Module):
 
     forward(batch of collate_teacher) -> verdict (B,), positive when it prefers chosen. With maps=True self.maps then
     lists the token maps (B, G, m, n) of `layers`, by the tap, or by output_attentions where the tap cannot show them
-    (DeBERTa). With verdict=False the layers beyond may be left out, and the verdict be None: the whole method is 1.08 times
+    (DeBERTa). With verdict=False the layers beyond may be left out, and the verdict be None: the whole method is 1.1 times
     as quick, where the teacher is 2.5 times its student. Raises UserError where neither can."""
 
     def __init__(self, stock, tokenizer, layers: tuple[int, ...] = (), matched: bool = False):
