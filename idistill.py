@@ -273,8 +273,9 @@ def only_at(layer: nn.Module, at: Tensor, n: int):
 class MeanSoftmax(torch.autograd.Function):
     """softmax(Q K^T * scale) under the mask, mean over heads unless matched; shapes as in attention_map, K with Q's heads.
 
-    Some rows at a time, forward and backward (dQ and dK in closed form), so that no head's map is held whole. At 8,192 tokens a
-    pair the whole method takes 9 s and 4.9 GB; with this and alignment_loss all rows at once 15 s and 7.7 GB (CPU)."""
+    Some rows at a time, forward and backward (dQ and dK in closed form), so that no head's map is held whole. At 8,192
+    tokens a pair the whole method takes 9 s and 4.9 GB; with all rows at once, here and in alignment_loss, 15 s and 7.7 GB
+    (CPU)."""
 
     @staticmethod
     def pieces(Q: Tensor, K: Tensor, mask: Tensor, scale: float):
@@ -311,8 +312,8 @@ def attention_map(query: Tensor, key: Tensor, scale: float, mask: Tensor, rows: 
                   matched: bool = False) -> Tensor:
     """softmax(Q K^T * scale) in fp32, mean over heads unless matched (E3).
 
-    query (B, H, n, d), key (B, H_kv, n, d), mask (B or 1, 1, n or 1, n), True = visible, no row empty, rows (B, m): the queries
-    to look at (-1: padding), none = all -> (B, G, m, n)."""
+    query (B, H, n, d), key (B, H_kv, n, d), mask (B or 1, 1, n or 1, n), True = visible, no row empty, rows (B, m): the
+    queries to look at (-1: padding), none = all -> (B, G, m, n)."""
     if rows is not None:
         mask = pick_rows(mask.expand(len(query), -1, -1, -1), rows) if mask.shape[2] > 1 else mask
         query = pick_rows(query, rows)
@@ -449,8 +450,9 @@ class InteractionTeacher(nn.Module):
 
     def read(self, examples: list[Example], swap: np.ndarray, W: int, attending: Tensor | None = None,
              fresh: bool = False, verdict: bool = True) -> tuple[Tensor | None, list[Tensor]]:
-        """Verdict (B,), or None where it is not asked for, and word maps T (B, G, R, W) of pairs, (b, a) being read for (a, b) where swap (B,); from the cache,
-        if there is one, unless fresh: where all is kept, 1.8 times the pairs a second with a teacher 2.5 times its student."""
+        """Verdict (B,), or None where it is not asked for, and word maps T (B, G, R, W) of pairs, (b, a) being read for
+        (a, b) where swap (B,); from the cache, if there is one, unless fresh: where all is kept, about 1.6 times the pairs a
+        second with a teacher 2.5 times its student."""
         if self.cache is not None and not fresh:
             return self.cache.read(self, examples, swap, W)
         batch, R = collate_teacher(examples, swap, self.tokenizer, self.stock.device), 0
