@@ -9,6 +9,7 @@ import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -73,6 +74,7 @@ def main() -> None:
     last = stock.config.num_hidden_layers - 1, reader.config.num_hidden_layers - 1
     plain, tapped = RewardModel(stock), RewardModel(stock, "packed", last[:1])
     teacher = InteractionTeacher(reader, reader_tokenizer, last[1:])
+    whole = SimpleNamespace(read=lambda *given, **asked: teacher.read(*given, **{**asked, "verdict": True}))
     base, optimizer = stock.base_model, make_optimizer(stock, 0.0, 0.0)
     unfused = torch.optim.AdamW([{**g, "fused": False} for g in optimizer.param_groups], lr=0.0, betas=(0.9, 0.95))
     compiled = torch.compile(base, dynamic=True)  # the hooks of the final layer would be compiled anew in each step
@@ -91,21 +93,21 @@ def main() -> None:
         return sum(alignment_loss(T, S, block) for block in block_masks(batch["word_seg"]))
 
     @torch.no_grad()
-    def map_of(other: dict, W: int, verdict: bool) -> torch.Tensor:
-        teacher(other, maps=True, verdict=verdict)
+    def map_of(other: dict, W: int) -> torch.Tensor:
+        teacher(other, maps=True, verdict=False)
         return pool_words(teacher.maps.pop(), other["word"], W)
 
     def loss_of(arm: str, index: np.ndarray) -> torch.Tensor:
         some, swap = [examples[i] for i in index], np.zeros(len(index))
-        if arm == "d":
-            return distillation_losses(tapped, teacher, some, swap, cfg, device, list(index))["loss"]
+        if arm in ("d", "whole teacher"):
+            return distillation_losses(tapped, teacher if arm == "d" else whole, some, swap, cfg, device, list(index))["loss"]
         if arm.endswith("row"):
             b = several_a_row(some, max(1, len(some) // {"two a row": 2, "four a row": 4}[arm]), pad, device)
             h = base(b["ids"], attention_mask=b["mask"], position_ids=b["pos"], use_cache=False).last_hidden_state.flatten(0, 1)
             r = stock.score(h[b["last"]])[..., 0].float()
             return bt_loss(r[:, 0], r[:, 1])
         batch, other = ready[arm, index[0]] if arm == "no batch" else (collate(some, pad, device), None)
-        if arm in ("cache", "whole teacher", "no batch"):
+        if arm in ("cache", "no batch"):
             r, W = tapped(batch), batch["word_seg"].shape[1]
             S = pool_words(tapped.maps[0], batch["word"], W)
             if arm == "cache":
@@ -113,8 +115,7 @@ def main() -> None:
                 for b, i in enumerate(index):
                     T[b, :, :(n := kept[i].shape[-1]), :n] = kept[i].float()
             else:
-                other = other or collate_teacher(some, swap, reader_tokenizer, device)
-                T = map_of(other, W, arm == "whole teacher")
+                T = map_of(other, W)
             return bt_loss(r[:, 0], r[:, 1]) + align(S, T, batch)
         if arm == "compile":
             h = compiled(batch["ids"], attention_mask=tree_mask(batch["seg"]), position_ids=batch["pos"], use_cache=False).last_hidden_state
@@ -129,7 +130,7 @@ def main() -> None:
         batch, other = collate(some, pad, device), collate_teacher(some, np.zeros(len(index)), reader_tokenizer, device)
         ready["no batch", index[0]] = batch, other
         with torch.no_grad(), amp():
-            T = map_of(other, batch["word_seg"].shape[1], False)
+            T = map_of(other, batch["word_seg"].shape[1])
         kept.update({i: T[b, :, :(W := len(examples[i].word_seg)), :W].half() for b, i in enumerate(index)})
     with amp():  # the ideas compute what they are measured against
         for arm, (against, _) in IDEAS.items():
