@@ -933,7 +933,7 @@ def test_a_kept_map_is_the_map(zoo, tmp_path, family, layers, matched):
 
 def test_a_second_run_reads_what_the_first_kept(zoo, argv, tmp_path, capsys, monkeypatch):
     """Other settings of the student, the same steps as without a cache but for the fp16 of the maps; a run does not depend on what is there."""
-    trained = dict(teacher_lr=1e-3, max_steps=8)
+    trained = dict(teacher_lr=1e-3, max_steps=8, lr=1e-4)  # Adam moves a weight whose gradient is about 0 by the whole rate, up or down
     assert main(*argv(tmp_path / "plain", **trained)) == 0
     for name in ("first", "second"):
         capsys.readouterr()
@@ -943,8 +943,8 @@ def test_a_second_run_reads_what_the_first_kept(zoo, argv, tmp_path, capsys, mon
     plain, first, second = ([{k: v for k, v in m.items() if k not in ("time", "pairs_per_s")} for m in lines_of(tmp_path / name)]
                             for name in ("plain", "first", "second"))
     assert first == second
-    for a, b in zip(plain, first):  # later steps: Adam moves a weight whose gradient is about 0 by the whole rate, up or down
-        loose = 2e-4 if a["phase"] == "teacher" or a["step"] == 1 else 2e-2
+    for a, b in zip(plain, first):
+        loose = 2e-4 if a["phase"] == "teacher" or a["step"] == 1 else 2e-3
         assert all(abs(a[k] - b[k]) < loose * max(1, abs(a[k])) for k in a if isinstance(a[k], float)), (a, b)
     monkeypatch.setattr(np, "save", lambda f, _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     refused(capsys, argv(tmp_path / "full", **trained, cache_teacher=tmp_path / "other"), "--cache-teacher", "No space left")
