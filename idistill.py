@@ -1,174 +1,245 @@
 #!/usr/bin/env python3
 """Interaction distillation for discriminative reward models, in one file (after arXiv 2508.02618).
 
-    python idistill.py                                              # offline demo on generated data, 2 CPU cores
+    python idistill.py                          # offline demo on generated data, 2 CPU cores
+    python idistill.py --align-loss mse         # one ablation, beside the last demo's table
     python idistill.py --model M --teacher T --data D.jsonl --eval-data E.jsonl --output-dir runs/x
-    torchrun --nproc-per-node N idistill.py ...                     # the same on N GPUs; --fsdp shards the weights
+    torchrun --nproc-per-node N idistill.py ... # the same in N processes; --fsdp shards
 
-The problem. A discriminative reward model (RM) maps a prompt x and a response y to a scalar r(x, y), trained on
-pairs (x, y_c, y_r) with the Bradley-Terry (BT) loss. Misallocated attention can hack its judgement: (1) causal
-attention: early tokens never see late ones; (2) Siamese encoding: chosen and rejected are encoded apart, so no
-token of one ever sees the other. The cure: a bidirectional cross-encoder *teacher* reads both responses; the RM
-*simulates* the teacher's attention with its own queries and keys, and an alignment loss pulls the simulated map
-to the teacher's. Only training changes: what is saved is an ordinary reward model.
+The problem. A discriminative reward model (RM) maps a prompt x and a response y to a scalar
+r(x, y). It learns from pairs (x, y_c, y_r) with the Bradley-Terry (BT) loss. Misallocated attention
+can hack its judgement: (1) causal attention: early tokens never see late ones; (2) Siamese
+encoding: chosen and rejected are encoded apart, so no token of one ever sees the other.
 
-What the abstract says: the two flaws above; an interaction-based language-understanding model as the teacher;
-the RM simulates its attention pattern through an attentional alignment objective; steadier, more general rewards.
-What is our reading (the paper's code is not public): every equation below, and the word-level alignment.
+The cure. A bidirectional cross-encoder, the *teacher*, reads both responses at once. The RM, the
+*student*, simulates the teacher's attention map with its own queries and keys; an alignment loss
+pulls that map towards the teacher's. Only training changes: what is saved is an ordinary RM.
 
-Letters: B pairs of a batch, N of a set, n tokens, W words, H heads, d head size; s segment: 0 = x, 1 = y_c, 2 = y_r
-(tokens: 3 = padding; words: -1 = unseen by one of the models); G maps a layer: 1 (mean over heads), or H with
---align-heads matched; m attending tokens and R attending words: n and W, or a sample of them (--align-max-tokens).
+The abstract says: the two flaws; an interaction-based language-understanding model as the teacher;
+the RM simulates its attention through an attentional alignment objective; steadier, more general
+rewards. Our reading (no public code): every equation below, and the alignment by words.
 
-  packed layout   u = [x | y_c | y_r]                                                     (n tokens, once a pair)
-  tree mask       query i sees key j  iff  j <= i and (s_j = 0 or s_j = s_i);  positions of y_r restart at |x|
-  reward          r_c = w.h[last token of y_c],  r_r = w.h[last token of y_r]    (= encoding both apart)     (E1)
-  BT loss         L_BT = -log sigmoid(r_c - r_r)                                                             (E2)
-  simulated map   S = mean over heads of softmax(Q K^T / sqrt(d)), the mask lifted            (B, G, m, n)   (E3)
-  teacher         reads [CLS] x [SEP] y_a [SEP] y_b [SEP], (a, b) a random order of (c, r); its verdict =
-                  mean of a per-token scalar over y_c, minus the same over y_r; loss -log sigmoid(verdict)   (E4)
-  teacher map     T = mean over heads of the teacher's attention                                (B, G, m, n)
-  word map        sum over the tokens of the attended word, mean over those of the attending word
-                                                                                              (B, G, R, W)   (E5)
-  blocks          intra I: all but y_c x y_r;  inter X: y_c x y_r, both ways; rows renormalised inside each
-  alignment       L_I = mean over rows i of KL(T_i^I || S_i^I),  L_X likewise                                (E6)
-  total           L = L_BT + lambda_intra L_I + lambda_inter L_X  (+ lambda_score MarginMSE, + centring)     (E7)
-  baselines       preference_loss in place of L_BT;  + batch sum, + sft_loss: see there
+Letters, in every docstring: B pairs of a batch, n tokens, W words, H heads, d size of a head.
+s = segment: 0 prompt x, 1 chosen y_c, 2 rejected y_r; 3 = padding or markup of the teacher's row.
 
-data_prep.py holds what comes before: files, text to tokens to batches, loading and probing models, the run directory,
-the demo.
+  packed row       u = [x | y_c | y_r]: n tokens, x is encoded once
+  tree mask        query i sees key j  iff  j <= i and (s_j = 0 or s_j = s_i);
+                   positions of y_r restart at |x|
+  rewards          r_c = w.h[last token of y_c],  r_r = w.h[last token of y_r]                  (E1)
+  BT loss          L_BT = -log sigmoid(r_c - r_r)                                               (E2)
+  simulated map    S = mean over heads of softmax(Q K^T / sqrt(d)), the mask lifted (B, n, n)   (E3)
+  teacher          reads [CLS] x [SEP] y_a [SEP] y_b [SEP], (a, b) a random order of (c, r);
+                   verdict = mean of a scalar per token over y_c - the same over y_r;
+                   loss -log sigmoid(verdict); its map T = mean over heads          (B, n, n)   (E4)
+  word map         sum over the tokens of the attended word,
+                   mean over the tokens of the attending word                       (B, W, W)   (E5)
+  blocks           intra: all word pairs but y_c x y_r;  inter: y_c x y_r, both ways
+  alignment        L_intra = mean over rows i of KL(T_i || S_i), rows renormalised in the block (E6)
+  total            L = L_BT + lambda_intra L_intra + lambda_inter L_inter                       (E7)
+
+Part 1 is the method, on tensors and numbers. Part 2 trains it. Part 3 is what a program needs
+besides: models loaded and tried, processes, the run directory, the demo, the command line.
 """
+
 from __future__ import annotations
 
+import argparse
+import atexit
+import copy
+import dataclasses
+import functools
+import json
 import math
+import os
+import platform
+import re
+import shlex
+import shutil
+import signal
+import sys
 import time
+import warnings
+import zlib
 from collections import Counter
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
+import transformers
+from data_prep import (
+    Encoder,
+    Example,
+    Pair,
+    Parser,
+    UserError,
+    bar,
+    demo_tokenizer,
+    exit_codes,
+    first_line,
+    load_tokenizer,
+    read_splits,
+    write_demo_data,
+    written,
+)
+from filelock import FileLock, Timeout
+from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
-from transformers import AttentionInterface
+from transformers import (
+    AttentionInterface,
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from data_prep import (RANK, WORLD, Encoder, Example, Run, TeacherCache, UserError, add_lora, bar, barrier,
-                       check_config, check_teacher, collate, collate_teacher, decoder_layers, demo, distribute,
-                       encode_all, errors_in_one_line, flag, load_student, load_teacher, longer_margins, parse_flags,
-                       parse_layers, plan_epoch, print_table, probe_student, quiet, read_all, recompute_activations,
-                       report_teacher, sample_words, set_up_device, shares, summed, take, together, two_rows, with_rows)
+# ==================================================================================================
+# Part 1: the method. Tensors and numbers only, so that each piece works in a notebook.
+# ==================================================================================================
 
-# ---------------------------------------------------------------------------------------------------------- config
-
-@dataclass
-class Config:
-    # input / output
-    model: str = flag("", "student: local directory or hub id of a decoder (none: the offline demo)")
-    teacher: str = flag("", "teacher: local directory or hub id of a bidirectional encoder")
-    data: list[str] = flag([], "training pairs: JSONL files, plain or .gz; raw HH-RLHF lines too")
-    val_data: list[str] = flag([], "pairs that choose the best checkpoint (none: a split carved from --data)")
-    eval_data: list[str] = flag([], "held-out pairs, reported at the end, never used to choose")
-    output_dir: str = flag("", "run directory (demo: runs/demo)")
-    resume: bool = flag(False, "go on from the newest whole checkpoint in --output-dir")
-    overwrite: bool = flag(False, "replace an earlier run in --output-dir")
-    # method
-    method: str = flag("id", "id = interaction distillation, bt = plain Bradley-Terry", ["id", "bt"])
-    lambda_intra: float = flag(1.0, "weight of the intra-sequence alignment loss")
-    lambda_inter: float = flag(1.0, "weight of the inter-sequence alignment loss")
-    lambda_schedule: str = flag("constant", "of both: warmup = from 0 over the first 30 %% of the steps, decay = to 0",
-                                ["constant", "warmup", "decay"])
-    lambda_score: float = flag(0.0, "weight of MarginMSE against the teacher's verdict (arXiv 2010.02666)")
-    align_loss: str = flag("kl", "kl, or mse as in VIRT (arXiv 2112.04195)", ["kl", "mse"])
-    align_layers: str = flag("last", "student:teacher layers: last, middle, all, or 12:3,5:2 (from 0; from the end: "
-                             "--align-layers=-1:-1)")
-    align_heads: str = flag("mean", "mean = maps averaged over heads, matched = head by head (equal numbers)",
-                            ["mean", "matched"])
-    align_target: str = flag("teacher", "controls: uniform = no teacher map, shuffled = its rows permuted in each "
-                             "segment", ["teacher", "uniform", "shuffled"])
-    align_support: str = flag("full", "causal = compare only where the student attends (the other reading)",
-                              ["full", "causal"])
-    align_max_tokens: int = flag(0, "in longer pairs, align only random words of about so many tokens; 0 = all")
-    teacher_epochs: float = flag(1.0, "teacher fine-tuning, passes over the data; 0 = use it as it is")
-    cache_teacher: str = flag("", "folder that keeps the maps of the frozen teacher (fp16, a file for each pair and order, "
-                              "which --seed draws anew in each epoch) for further epochs and runs")
-    teacher_co_train: bool = flag(False, "the teacher goes on learning (E4) beside the student, at the "
-                                  "student's --lr (saved as RUN/teacher-co-trained)")
-    encoding: str = flag("packed", "packed = one tree-masked row a pair, siamese = two rows (any causal model)",
-                         ["packed", "siamese"])
-    max_length: int = flag(1024, "longest prompt + response, in student tokens", low=1)
-    overlong: str = flag("truncate", "pairs over --max-length: truncate cuts the oldest of the prompt, never a "
-                         "response (a pair that still does not fit is dropped)", ["truncate", "drop", "error"])
-    # baselines
-    preference_loss: str = flag("bt", "smooth = conservative BT (label smoothing), soft = only where strength < 0 "
-                                "(arXiv 2401.06080), robust = unbiased under random flips (arXiv 2403.00409)",
-                                ["bt", "smooth", "soft", "robust"])
-    flip_rate: float = flag(0.1, "share of wrong labels that smooth, soft and robust reckon with", high=0.49)
-    margin_field: str = flag("none", "field of a pair by which r_c is to exceed r_r: margin (arXiv 2307.09288) "
-                             "or strength (adaptive, arXiv 2401.06080)", ["none", "margin", "strength"])
-    flip_negative_strength: bool = flag(False, "exchange the responses of training pairs with strength < 0")
-    label_noise: float = flag(0.0, "share of training labels flipped on purpose, by --seed and the pair "
-                              "itself; validation and evaluation pairs stay as they are", high=1)
-    center_rewards: float = flag(0.0, "weight of the squared sum of the two rewards of a pair (arXiv 2312.09244)")
-    batch_sum: float = flag(0.0, "weight of batch-sum regularisation (arXiv 2505.07271, there 0.001)")
-    lambda_sft: float = flag(0.0, "weight of the language-modelling loss on chosen (GRM, arXiv 2406.10216)")
-    # optimiser
-    epochs: float = flag(1.0, "passes over the training pairs")
-    max_steps: int = flag(0, "steps of the student, in place of --epochs; 0 = --epochs decides")
-    batch_size: int = flag(16, "pairs a step, over all processes", low=1)
-    grad_accum: int = flag(1, "micro-batches a step is cut into (less memory, same loss)", low=1)
-    lr: float = flag(1e-5, "peak learning rate of the student (AdamW, a step)")
-    teacher_lr: float = flag(5e-5, "peak learning rate of the teacher (AdamW, a step)")
-    warmup: float = flag(0.05, "fraction of the steps with rising learning rate, then cosine to 0", high=1)
-    weight_decay: float = flag(0.01, "AdamW decay of the matrices (none on norms, biases)")
-    clip: float = flag(1.0, "largest gradient norm; longer gradients are scaled down to it", low=1e-9)
-    lora_rank: int = flag(0, "train only LoRA adapters of this rank and the head (needs peft); 0 = all weights")
-    skip_nonfinite: int = flag(0, "steps with a non-finite loss or gradient to pass over before the run stops")
-    # evaluation and logging
-    val_fraction: float = flag(0.1, "share of --data carved for validation when --val-data is not given", high=0.9)
-    val_max: int = flag(512, "most pairs of the carved validation split")
-    log_every: int = flag(10, "steps between lines of metrics.jsonl", low=1)
-    eval_every: int = flag(0, "steps between validations; 0 = at a half and at the end")
-    save_every: int = flag(0, "steps between checkpoints; 0 = at each validation")
-    # system
-    seed: int = flag(0, "seed of every random stream")
-    seeds: int = flag(1, "demo only: repeat with this many seeds", low=1)
-    dtype: str = flag("auto", "autocast type; weights stay fp32; auto = bf16 where it is the faster one",
-                      ["auto", "fp32", "bf16"])
-    device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps ...")
-    gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass (less memory)")
-    fsdp: bool = flag(False, "under torchrun: shard weights, gradients and optimizer over the processes (FSDP2)")
+# ------------------------------------------------------------------------- the layout of a pair
 
 
-# ----------------------------------------------------------------------------------- attention: tap and shortcuts
+def tree_mask(seg: Tensor) -> Tensor:
+    """The student's own attention in a packed row: (B, n) segments -> (B, 1, n, n), True = visible.
+
+    Padding (segment 3, at the right) sees x and itself: a row without a key would turn into NaN.
+    """
+    n = seg.shape[1]
+    causal = torch.ones(n, n, dtype=torch.bool, device=seg.device).tril()
+    s_i, s_j = seg[:, :, None], seg[:, None, :]
+    return (causal & ((s_j == 0) | (s_j == s_i)))[:, None]
+
+
+def packed_row(example: Example) -> dict[str, np.ndarray]:
+    """The student's row u = [x | y_c | y_r] of one pair: ids, seg, word, pos (n,) and last (2,)."""
+    n_x, n_c, n_r = (int((example.seg == s).sum()) for s in (0, 1, 2))
+    pos = np.concatenate([np.arange(n_x + n_c), np.arange(n_x, n_x + n_r)])  # y_r restarts at |x|
+    last = np.array([n_x + n_c - 1, n_x + n_c + n_r - 1])
+    return dict(ids=example.ids, seg=example.seg, word=example.word, pos=pos, last=last)
+
+
+def teacher_row(example: Example, swap: bool, cls: int, sep: int, room: int) -> dict[str, list]:
+    """The teacher's row [CLS] x [SEP] y_a [SEP] y_b [SEP] of one pair: ids, seg, word (n,)   (E4).
+
+    Args:
+        example: the pair, with the teacher's tokens of x, y_c and y_r in `runs`.
+        swap: False = (a, b) is (c, r), True = (r, c).
+        cls, sep: ids of the special tokens; they belong to no segment (3) and to no word (-1).
+        room: longest row, in tokens; over it the oldest of x goes, then the responses' ends.
+    """
+    x, y_c, y_r = cut_runs(example.runs, room - 4)
+    order = [(0, x), (2, y_r), (1, y_c)] if swap else [(0, x), (1, y_c), (2, y_r)]
+    row = dict(ids=[cls], seg=[3], word=[-1])
+    for segment, (ids, word) in order:
+        row["ids"] += [*ids, sep]
+        row["seg"] += [segment] * len(ids) + [3]
+        row["word"] += [*word, -1]
+    return row
+
+
+def cut_runs(runs: list, room: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The (ids, word) runs of x, y_c, y_r, cut to `room` tokens in all."""
+    n_x, n_c, n_r = (len(ids) for ids, _ in runs)
+    keep_x = max(0, min(n_x, room - n_c - n_r))
+    keep_c = min(n_c, max(room // 2, room - n_r))
+    keep_r = min(n_r, room - keep_c)
+    kept = []
+    for (ids, word), cut in zip(runs, (slice(n_x - keep_x, n_x), slice(keep_c), slice(keep_r))):
+        lost = np.concatenate([word[: cut.start or 0], word[cut.stop :]])
+        whole = ~np.isin(word[cut], lost)  # a word that is cut in two is no word any more
+        kept.append((ids[cut], np.where(whole, word[cut], -1)))
+    return kept
+
+
+def stack_rows(rows: list, fill: int, device) -> Tensor:
+    """Rows of different lengths -> (B, n), filled up on the right."""
+    out = np.full((len(rows), max(map(len, rows), default=1)), fill, dtype=np.int64)
+    for b, row in enumerate(rows):
+        out[b, : len(row)] = row
+    return torch.from_numpy(out).to(device)
+
+
+def student_batch(examples: list[Example], pad_id: int, device="cpu") -> dict[str, Tensor]:
+    """Packed rows as one batch, padded on the right.
+
+    Returns ids, seg (3 = padding), word (-1 = none), pos: (B, n); last (B, 2): where r_c and r_r
+    are read; word_seg (B, W): segment of each word, -1 = padding, or a word without a token.
+    """
+    rows = [packed_row(e) for e in examples]
+    fills = dict(ids=pad_id, seg=3, word=-1, pos=0, last=0)
+    batch = {name: stack_rows([row[name] for row in rows], fills[name], device) for name in fills}
+    word_seg = stack_rows([e.word_seg for e in examples], -1, device)
+    seen = seen_words(batch["word"], word_seg.shape[1])
+    return {**batch, "word_seg": word_seg.masked_fill(~seen, -1)}
+
+
+def teacher_batch(
+    examples: list[Example], swap: np.ndarray, tokenizer, room: int, device="cpu"
+) -> dict[str, Tensor]:
+    """Teacher's rows as one batch: ids, seg (3 = special, padding), word, mask (B, n)   (E4).
+
+    Args:
+        examples: B pairs.
+        swap: (B,) booleans, the order in which the two responses are read.
+        tokenizer: the teacher's; [CLS] and [SEP] may be called BOS and EOS.
+        room: longest row, in tokens.
+        device: where the tensors go.
+    """
+    cls = tokenizer.bos_token_id if tokenizer.cls_token_id is None else tokenizer.cls_token_id
+    sep = tokenizer.eos_token_id if tokenizer.sep_token_id is None else tokenizer.sep_token_id
+    rows = [teacher_row(e, s, cls, sep, room) for e, s in zip(examples, swap)]
+    for row in rows:
+        row["mask"] = [1] * len(row["ids"])
+    fills = dict(ids=tokenizer.pad_token_id, seg=3, word=-1, mask=0)
+    return {name: stack_rows([row[name] for row in rows], fills[name], device) for name in fills}
+
+
+def two_rows(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """A packed batch as 2B ordinary rows, (x, y_c) of all pairs, then (x, y_r): --encoding siamese.
+
+    Returns source (2B, m): which of the B n packed tokens stands at each place (see take);
+    mask (2B, m): 1 = a token; where (B, n): the place of each packed token in the 2B m places.
+    """
+    seg, pos = batch["seg"], batch["pos"]
+    B, m = len(seg), int(pos.max()) + 1
+    pair = torch.arange(B, device=seg.device)[:, None]
+    packed = torch.arange(seg.numel(), device=seg.device).view_as(seg)
+    source, mask = seg.new_zeros(2 * B * m), seg.new_zeros(2 * B * m)
+    for k, mine in ((0, seg < 2), (1, (seg == 0) | (seg == 2))):
+        place = ((pair + k * B) * m + pos)[mine]
+        source[place], mask[place] = packed[mine], 1
+    where = torch.where(seg == 2, pair + B, pair) * m + pos
+    return source.view(2 * B, m), mask.view(2 * B, m), where
+
+
+def take(t: Tensor, index: Tensor) -> Tensor:
+    """t (B, n, ...), numbers (R, m) of its B n tokens -> (R, m, ...)."""
+    return t.flatten(0, 1).index_select(0, index.flatten()).unflatten(0, index.shape)
+
+
+# ---------------------------------------------------------------------- tap and simulated map
 
 TAP = "idistill_tap"
-LONG = 1536  # tokens of a packed row from which tree_rows pay
-PIECE = 2**21  # about so many numbers of a map are worked on at a time (64 rows at least)
-ONLY_AT: dict[nn.Module, Tensor] = {}  # modules of the layer that only_at is at work in -> the tokens (B, 2)
+LONG_ROW = 1024  # tokens from which a map is computed one head at a time
 
 
-def tapped_attention(module, query, key, value, attention_mask, tree_rows=None, **kwargs):
-    """transformers' SDPA attention; an active tap sees Q (B, H, n, d) and K (B, H_kv, n, d) after rotation.
-
-    In the layer of only_at two queries are answered. tree_rows (see two_rows): a packed row attends as two causal rows,
-    whose kernel skips what the tree mask would hide: plain BT 1.2 times as quick at 2,048 tokens, 1.6 at 8,192 (CPU)."""
+def tapped_attention(module, query, key, value, attention_mask, **kwargs):
+    """transformers' SDPA attention; an active tap sees Q (B, H, n, d), K (B, H_kv, n, d)."""
     if AttentionTap.active is not None:
-        AttentionTap.active.see(query, key, attention_mask, kwargs.get("scaling"))
-    if module in ONLY_AT:
-        at, n = ONLY_AT[module], query.shape[2]
-        query, attention_mask = pick_rows(query, at), pick_rows(attention_mask, at)
-        out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-        return put(out, at, n), None
-    if tree_rows is not None:
-        where, source, _ = tree_rows
-        query, key, value = (take(t.transpose(1, 2), source).transpose(1, 2) for t in (query, key, value))
-        out, _ = sdpa_attention_forward(module, query, key, value, None, **{**kwargs, "is_causal": True})
-        return take(out, where), None
+        AttentionTap.active.see(query, key, kwargs.get("scaling"), attention_mask)
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 
@@ -176,492 +247,575 @@ AttentionInterface.register(TAP, tapped_attention)
 AttentionMaskInterface.register(TAP, sdpa_mask)
 
 
-class Enough(Exception):
-    """A tap that is asked to stop has seen its layers."""
-
-
 class AttentionTap:
-    """Keeps Q and K of chosen layers while it is entered: `with tap: model(...)`, then tap.kept[layer]. With stop the model
-    computes no further than the last of them, and gives nothing.
+    """Keeps Q and K, after rotation, of chosen layers in one forward pass.
 
-    Fused attention stays on everywhere; an n x n map is built for tapped layers only (output_attentions=True would
-    force eager attention in all: 0.6 of the speed, twice the memory at 512 tokens). Calls inside the with block
-    are counted: the k-th is layer k, so a recomputation under gradient checkpointing, outside the block, is never
-    taken for a forward pass. remove() undoes it all.
+        with AttentionTap(model, layers=(-1,)) as tap:
+            model(...)
+        query, key, scale, mask = tap.kept[-1]
 
-    Raises UserError where the model does not call transformers' attention interface."""
+    The k-th call of attention is layer k; negative numbers count from the last. Attention stays
+    fused everywhere: output_attentions=True would make it eager in every layer (0.6 of the speed,
+    twice the memory at 512 tokens). On exit the model is as it was.
+
+    Raises UserError where the model does not call transformers' attention interface.
+    """
+
     active: AttentionTap | None = None
 
     def __init__(self, model, layers):
-        self.model, self.layers, self.kept, self.calls, self.stop = model, set(layers), {}, 0, False
-        self.before = model.config._attn_implementation
-        try:
-            model.set_attn_implementation(TAP)
-        except Exception as why:
-            raise UserError(f"{type(model).__name__} does not take a custom attention: {why}") from None
-        if model.config._attn_implementation != TAP:  # DeBERTa: transformers warns and goes on without
-            raise UserError(f"{type(model).__name__} does not take a custom attention")
+        self.model, self.layers = model, layers
+        self.kept, self.calls = {}, 0
 
-    def see(self, query: Tensor, key: Tensor, mask: Tensor | None, scale: float | None) -> None:
-        if self.calls in self.layers:
-            self.kept[self.calls] = (query, key, query.shape[-1] ** -0.5 if scale is None else scale, mask)
+    def see(self, query: Tensor, key: Tensor, scale: float | None, mask: Tensor | None) -> None:
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        self.kept[self.calls] = (query, key, scale, mask)
+        outdated = self.calls + min((0, *self.layers))  # too early for any negative number
+        if outdated not in self.layers:
+            self.kept.pop(outdated, None)
         self.calls += 1
-        if self.stop and set(self.kept) == self.layers:
-            raise Enough
 
     def __enter__(self):
-        self.kept, self.calls, AttentionTap.active = {}, 0, self
+        name, self.before = type(self.model).__name__, self.model.config._attn_implementation
+        try:
+            self.model.set_attn_implementation(TAP)
+        except Exception as why:
+            raise UserError(f"{name} does not take a custom attention: {first_line(why)}") from None
+        if self.model.config._attn_implementation != TAP:  # DeBERTa: only a warning
+            raise UserError(f"{name} does not take a custom attention")
+        AttentionTap.active = self
         return self
 
     def __exit__(self, error, *_):
         AttentionTap.active = None
-        if error is None and set(self.kept) != self.layers:
-            raise UserError(f"{type(self.model).__name__} showed attention in {self.calls} layers, asked for "
-                            f"{sorted(self.layers)}: use --method bt, or another model")
-        return error is Enough
-
-    def remove(self) -> None:
         self.model.set_attn_implementation(self.before)
+        numbers = {k: k if k >= 0 else self.calls + k for k in self.layers}
+        if error is None and not set(numbers.values()) <= set(self.kept):
+            raise UserError(
+                f"{type(self.model).__name__} showed attention in {self.calls} layers, asked for "
+                f"{list(self.layers)}: use --method bt, or another model"
+            )
+        self.kept = {k: self.kept.get(number) for k, number in numbers.items()}
 
 
-def attention_layers(model) -> int:
-    """Layers that attend, counted on three tokens: hybrids have fewer than num_hidden_layers. Raises UserError."""
-    tap = AttentionTap(model, [])
-    try:
-        with torch.no_grad(), tap:
-            model.base_model(torch.tensor([[5, 6, 7]], device=model.device), use_cache=False)
-    except ValueError:  # Gemma 2 caps its logits
-        tap.calls = 0
-    finally:
-        tap.remove()
-    return tap.calls or model.config.get_text_config().num_hidden_layers  # with none, probe_student says what to do
-
-
-def pick_rows(A: Tensor, rows: Tensor) -> Tensor:
-    """A (B, H, n, k), rows (B, m) -> (B, H, m, k); -1 (padding) takes row 0."""
-    return A.gather(2, rows.clamp_min(0)[:, None, :, None].expand(-1, A.shape[1], -1, A.shape[3]))
-
-
-def pick(h: Tensor, at: Tensor) -> Tensor:
-    """h (B, n, k) -> (B, 2, k): its rows at the places (B, 2)."""
-    return h.gather(1, at[:, :, None].expand(-1, -1, h.shape[-1]))
-
-
-def put(t: Tensor, at: Tensor, n: int) -> Tensor:
-    """t (B, 2, ...) -> (B, n, ...): its rows at the places (B, 2), zeros elsewhere."""
-    places = at.view(*at.shape, *[1] * (t.ndim - 2)).expand_as(t)
-    return t.new_zeros(len(t), n, *t.shape[2:]).scatter(1, places, t)
-
-
-@contextmanager
-def only_at(layer: nn.Module, at: Tensor, n: int):
-    """Inside, a decoder layer answers and passes through its MLP only the tokens (B, 2) of n a row: nobody reads the
-    others after the final layer. 1.2 times the pairs a second of plain BT with 4 layers, the less the more there are."""
-    ONLY_AT.update(dict.fromkeys(layer.modules(), at))
-    mlp, hooks = getattr(layer, "mlp", None), []
-    if mlp is not None:
-        hooks = [mlp.register_forward_pre_hook(lambda _, given: (pick(given[0], at),)),
-                 mlp.register_forward_hook(lambda _, given, out: put(out, at, n))]
-    try:
-        yield
-    finally:
-        ONLY_AT.clear()
-        for hook in hooks:
-            hook.remove()
-
-
-class MeanSoftmax(torch.autograd.Function):
-    """softmax(Q K^T * scale) under the mask, mean over heads unless matched; shapes as in attention_map, K with Q's heads.
-
-    Some rows at a time, forward and backward (dQ and dK in closed form), so that no head's map is held whole. At 8,192
-    tokens a pair the whole method takes 9 s and 4.9 GB; with all rows at once, here and in alignment_loss, 15 s and 7.7 GB
-    (CPU)."""
-
-    @staticmethod
-    def pieces(Q: Tensor, K: Tensor, mask: Tensor, scale: float):
-        few = max(64, PIECE // (Q.shape[0] * Q.shape[1] * K.shape[2]))
-        for i in range(0, Q.shape[2], few):
-            at = slice(i, i + few)
-            seen = mask[:, :, at] if mask.shape[2] > 1 else mask
-            yield at, ((Q[:, :, at] * scale) @ K.transpose(2, 3)).masked_fill_(~seen, -torch.inf).softmax(3)
-
-    @staticmethod
-    def forward(ctx, Q: Tensor, K: Tensor, mask: Tensor, scale: float, matched: bool) -> Tensor:
-        ctx.save_for_backward(Q, K, mask)
-        ctx.scale, ctx.share = scale, 1 if matched else Q.shape[1]
-        A = Q.new_empty(len(Q), Q.shape[1] // ctx.share, Q.shape[2], K.shape[2])
-        for at, P in MeanSoftmax.pieces(Q, K, mask, scale):
-            A[:, :, at] = P if matched else P.mean(1, keepdim=True)
-        return A
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dA: Tensor):
-        Q, K, mask = ctx.saved_tensors
-        dQ, dK = torch.empty_like(Q), torch.zeros_like(K)
-        for at, P in MeanSoftmax.pieces(Q, K, mask, ctx.scale):
-            D = P * dA[:, :, at]
-            D -= P.mul_(D.sum(3, keepdim=True))  # gradient of the logits: P (dA - sum over j of P dA)
-            D *= ctx.scale / ctx.share
-            dQ[:, :, at] = D @ K
-            dK += D.transpose(2, 3) @ Q[:, :, at]
-        return dQ, dK, None, None, None
-
-
-def attention_map(query: Tensor, key: Tensor, scale: float, mask: Tensor, rows: Tensor | None = None,
-                  matched: bool = False) -> Tensor:
-    """softmax(Q K^T * scale) in fp32, mean over heads unless matched (E3).
-
-    query (B, H, n, d), key (B, H_kv, n, d), mask (B or 1, 1, n or 1, n), True = visible, no row empty, rows (B, m): the
-    queries to look at (-1: padding), none = all -> (B, G, m, n)."""
-    if rows is not None:
-        mask = pick_rows(mask.expand(len(query), -1, -1, -1), rows) if mask.shape[2] > 1 else mask
-        query = pick_rows(query, rows)
+def attention_probabilities(query: Tensor, key: Tensor, scale: float, visible: Tensor) -> Tensor:
+    """softmax(Q K^T * scale) over the visible keys, in fp32: (B, H, n, d) twice -> (B, H, n, n)."""
     with torch.autocast(query.device.type, enabled=False):
-        key = key.float().repeat_interleave(query.shape[1] // key.shape[1], dim=1)  # grouped queries share a key head
-        return MeanSoftmax.apply(query.float(), key, mask, scale, matched)
+        logits = query.float() @ key.float().transpose(2, 3) * scale
+        return logits.masked_fill(~visible, -torch.inf).softmax(dim=-1)
 
 
-# -------------------------------------------------------------------------------------------------------- student
+def attention_map(query: Tensor, key: Tensor, scale: float, visible: Tensor) -> Tensor:
+    """The attention map of one layer, mean over heads   (E3, E4).
 
-def tree_mask(seg: Tensor) -> Tensor:
-    """(B, n) segments -> (B, 1, n, n), True where query i sees key j: j <= i and (s_j = 0 or s_j = s_i).
+    Args:
+        query: (B, H, n, d); key: (B, H_kv, n, d), both after rotation.
+        scale: what the logits are multiplied by, 1 / sqrt(d) as a rule.
+        visible: (B or 1, 1, n or 1, n), True where a query sees a key; no row is empty.
 
-    Padding (segment 3) at the right sees itself and x, so no row is empty (an empty softmax row is NaN)."""
-    n = seg.shape[1]
-    causal = torch.ones(n, n, dtype=torch.bool, device=seg.device).tril()
-    return (causal & ((seg[:, None, :] == 0) | (seg[:, None, :] == seg[:, :, None])))[:, None]
+    Returns (B, n, n), each row a distribution.
+    """
+    H = query.shape[1]
+    key = key.repeat_interleave(H // key.shape[1], dim=1)  # grouped queries share a key head
+    if query.shape[2] < LONG_ROW:
+        return attention_probabilities(query, key, scale, visible).mean(dim=1)
+    total = (
+        0  # long rows: one head at a time, recomputed in backward, so that no head's map is kept
+    )
+    for q, k in zip(query.split(1, dim=1), key.split(1, dim=1)):
+        args = (attention_probabilities, q, k, scale, visible)
+        total = total + checkpoint(*args, use_reentrant=False, preserve_rng_state=False)[:, 0]
+    return total / H
+
+
+# -------------------------------------------------------------------------------------- student
 
 
 class RewardModel(nn.Module):
-    """A stock decoder for sequence classification with one label, read at the last token of each response (E1). Packed
-    rows encode x once: 1.5 times the pairs a second of two bucketed rows a pair (HH-RLHF).
+    """A stock decoder for sequence classification with one label: the student.
 
-    forward(batch of collate) -> rewards (B, 2) = (r_c, r_r) in fp32. Afterwards, with `layers` and gradients, self.maps
-    lists their simulated token maps (B, G, m, n), and self.hidden is the last hidden state (B, n, hidden), if `whole`:
-    the final layer at all tokens, which gradient checkpointing and sft_loss need; else at the two that are read. Packed
-    rows of self.long tokens or more attend as two causal rows."""
+    encoding "packed" reads one row a pair under the tree mask; "siamese" reads two ordinary causal
+    rows, which any decoder can do. The rewards are the same.
+    """
 
-    def __init__(self, stock, encoding: str = "packed", layers: tuple[int, ...] = (), matched: bool = False,
-                 whole: bool = False):
+    def __init__(self, stock, encoding: str = "packed"):
         super().__init__()
-        self.stock, self.encoding, self.layers, self.matched, self.whole = stock, encoding, layers, matched, whole
-        self.tap, self.hidden, self.maps = None, None, []
-        self.long = LONG
-        if layers or encoding == "packed":
-            try:
-                self.tap = AttentionTap(stock, layers)
-            except UserError:
-                if layers:
-                    raise
+        self.stock, self.encoding = stock, encoding
 
-    def around(self, stock) -> RewardModel:
-        """The same with other weights, without maps, and with what probe_student found of the family."""
-        other = RewardModel(stock, self.encoding, whole=self.whole)
-        other.long = self.long
-        if self.tap is None and other.tap is not None:
-            other.tap.remove()
-            other.tap = None
-        return other
-
-    def forward(self, batch: dict[str, Tensor]) -> Tensor:
-        ids, seg, last = batch["ids"], batch["seg"], batch["last"]
-        packed, tapped = self.encoding == "packed", self.layers and torch.is_grad_enabled()
-        ends_only = packed and self.tap is not None and not self.whole
-        if packed:
-            inputs = dict(input_ids=ids, attention_mask=tree_mask(seg), position_ids=batch["pos"])
-            if self.tap is not None and ids.shape[1] >= self.long:
-                inputs["tree_rows"] = two_rows(batch)
+    def forward(self, batch: dict[str, Tensor], layers=()) -> tuple[Tensor, list[Tensor]]:
+        """Batch of student_batch -> rewards (B, 2) = (r_c, r_r) in fp32   (E1);
+        simulated token maps S, (B, n, n) each, one for each of `layers`   (E3)."""
+        ids, seg = batch["ids"], batch["seg"]
+        if self.encoding == "packed":
+            inputs = dict(attention_mask=tree_mask(seg), position_ids=batch["pos"])
         else:
-            where, source, mask = two_rows(batch)
-            inputs = dict(input_ids=take(ids, source), attention_mask=mask)
-        final = only_at(decoder_layers(self.stock)[-1], last, ids.shape[1]) if ends_only else nullcontext()
-        with self.tap if tapped else nullcontext(), final:
-            hidden = self.stock.base_model(**inputs, use_cache=False).last_hidden_state
-        if not packed:  # back to the packed layout: x from the first of the two rows
+            source, mask, where = two_rows(batch)
+            ids, inputs = take(ids, source), dict(attention_mask=mask)
+        tap = AttentionTap(self.stock, layers) if layers else nullcontext()
+        with tap:
+            out = self.stock.base_model(input_ids=ids, **inputs, use_cache=False)
+        hidden = out.last_hidden_state
+        if self.encoding == "siamese":
             hidden = take(hidden, where)
-        self.hidden, self.maps = None if ends_only else hidden, []
-        for layer in self.layers if tapped else ():
-            query, key, scale, _ = self.tap.kept[layer]
-            if not packed:
+        rewards = self.rewards_at(hidden, batch["last"])
+
+        visible = (seg != 3)[
+            :, None, None, :
+        ]  # (E3) the mask is lifted: every query sees every key
+        maps = []
+        for layer in layers:
+            query, key, scale, _ = tap.kept.pop(layer)
+            if (
+                self.encoding == "siamese"
+            ):  # the prompt's queries and keys are those of the first row
                 query, key = (take(t.transpose(1, 2), where).transpose(1, 2) for t in (query, key))
-            visible = (seg != 3)[:, None, None, :]
-            self.maps.append(attention_map(query, key, scale, visible, batch.get("rows"), self.matched))
-        if tapped:
-            self.tap.kept = {}
-        ends = pick(hidden, last)
-        with torch.autocast(ends.device.type, enabled=False):  # bf16 logits tie often: the head stays in fp32
-            head = self.stock.score
-            return F.linear(ends.float(), head.weight.float(), head.bias).squeeze(-1)
+            maps.append(attention_map(query, key, scale, visible))
+        return rewards, maps
+
+    def rewards_at(self, hidden: Tensor, last: Tensor) -> Tensor:
+        """w.h at the two last tokens: hidden (B, n, k), last (B, 2) -> (B, 2)   (E1)."""
+        ends = hidden.gather(1, last[:, :, None].expand(-1, -1, hidden.shape[-1]))
+        head = self.stock.score
+        with torch.autocast(ends.device.type, enabled=False):  # rewards in bf16 tie often
+            return F.linear(ends.float(), head.weight.float(), head.bias)[..., 0]
 
 
-# -------------------------------------------------------------------------------------------------------- teacher
+# -------------------------------------------------------------------------------------- teacher
+
 
 class InteractionTeacher(nn.Module):
-    """A stock bidirectional encoder for token classification with one label, over both responses at once (E4).
+    """A stock bidirectional encoder for token classification with one label, over both responses.
 
-    forward(batch of collate_teacher) -> verdict (B,), positive when it prefers chosen. With maps=True self.maps then
-    lists the token maps (B, G, m, n) of `layers`, by the tap, or by output_attentions where the tap cannot show them
-    (DeBERTa). With verdict=False the layers beyond may be left out, and the verdict be None: the whole method is 1.06 times
-    as quick, where the teacher is 2.5 times its student. Raises UserError where neither can."""
+    room: longest row in tokens. eager: its maps come from output_attentions, where the tap cannot
+    show them (DeBERTa); find_maps in part 3 tries which.
+    """
 
-    def __init__(self, stock, tokenizer, layers: tuple[int, ...] = (), matched: bool = False):
+    def __init__(self, stock, tokenizer, room: int = 512, eager: bool = False):
         super().__init__()
-        self.stock, self.tokenizer, self.layers, self.matched = stock, tokenizer, layers, matched
-        self.tap, self.maps, self.cache = None, [], None
-        if layers:
-            self.choose_tap()
+        self.stock, self.tokenizer, self.room, self.eager = stock, tokenizer, room, eager
 
-    @torch.no_grad()
-    def choose_tap(self) -> None:
-        """The tap, if four tokens show in it what eager attention shows: no position bias (T5), no sink."""
-        stock, seen, was = self.stock, [], self.stock.training
-        try:
-            taps = [None, AttentionTap(stock, self.layers)]
-        except UserError:
-            taps = [None]
-        ids = torch.tensor([[5, 6, 7, 8]], device=stock.device)
-        stock.eval()
-        for self.tap in taps:
-            stock.set_attn_implementation(TAP if self.tap else "eager")
-            verdict = self(dict(ids=ids, mask=torch.ones_like(ids), seg=ids - 5), maps=True)
-            seen.append(torch.cat([verdict, *(m.flatten() for m in self.maps)]))
-        if not torch.allclose(seen[0], seen[-1], atol=1e-4):
-            self.tap = None
-            stock.set_attn_implementation("eager")
-        self.maps = []
-        stock.train(was)
+    def forward(self, batch: dict[str, Tensor], layers=()) -> tuple[Tensor, list[Tensor]]:
+        """Batch of teacher_batch -> verdict (B,), positive when it prefers chosen;
+        token maps T, (B, n, n) each, one for each of `layers`   (E4)."""
+        inputs = dict(input_ids=batch["ids"], attention_mask=batch["mask"])
+        maps = []
+        if layers and self.eager:
+            out = self.stock(**inputs, output_attentions=True)
+            maps = [out.attentions[layer].float().mean(dim=1) for layer in layers]
+        else:
+            tap = AttentionTap(self.stock, layers) if layers else nullcontext()
+            with tap:
+                out = self.stock(**inputs)
+            for layer in layers:
+                query, key, scale, mask = tap.kept.pop(layer)
+                maps.append(attention_map(query, key, scale, self.visible(batch["mask"], mask)))
 
-    def forward(self, batch: dict[str, Tensor], maps: bool = False, verdict: bool = True) -> Tensor | None:
-        inputs, seg = dict(input_ids=batch["ids"], attention_mask=batch["mask"]), batch["seg"]
-        maps, out = maps and bool(self.layers), None
-        if self.tap is not None:
-            self.tap.stop = not verdict
-        with self.tap if maps and self.tap is not None else nullcontext():
-            out = self.stock(**inputs, **({"output_attentions": True} if maps and self.tap is None else {}))
-        self.maps = [self.token_map(layer, out, batch) for layer in self.layers] if maps else []
-        if self.tap is not None:
-            self.tap.kept = {}
-        if out is None:
-            return None
-        scalars = out.logits[..., 0].float()
-        means = [(scalars * (seg == k)).sum(1) / (seg == k).sum(1).clamp_min(1) for k in (1, 2)]
-        return means[0] - means[1]
+        scalars, seg = out.logits[..., 0].float(), batch["seg"]
+        over_c, over_r = (
+            (scalars * (seg == s)).sum(1) / (seg == s).sum(1).clamp_min(1) for s in (1, 2)
+        )
+        return over_c - over_r, maps
 
-    def read(self, examples: list[Example], swap: np.ndarray, W: int, attending: Tensor | None = None,
-             fresh: bool = False, verdict: bool = True) -> tuple[Tensor | None, list[Tensor]]:
-        """Verdict (B,), or None where it is not asked for, and word maps T (B, G, R, W) of pairs, (b, a) being read for
-        (a, b) where swap (B,); from the cache, if there is one, unless fresh: where all is kept, about 1.6 times the pairs a
-        second with a teacher 2.5 times its student."""
-        if self.cache is not None and not fresh:
-            return self.cache.read(self, examples, swap, W)
-        batch, R = collate_teacher(examples, swap, self.tokenizer, self.stock.device), 0
-        if attending is not None:
-            batch, R = with_rows(batch, attending), attending.shape[1]
-        v = self(batch, maps=True, verdict=verdict)
-        return v, [pool_words(self.maps.pop(0), batch["word"], W, batch.get("row_word"), R) for _ in self.layers]
-
-    @torch.no_grad()
-    def token_map(self, layer: int, out, batch: dict[str, Tensor]) -> Tensor:
-        rows = batch.get("rows")
-        if self.tap is None:
-            if not out.attentions:
-                raise UserError(f"{type(self.stock).__name__} gives no attention maps; take another teacher")
-            A = out.attentions[layer].float()
-            if A.shape[-1] != batch["ids"].shape[1]:
-                raise UserError(f"{type(self.stock).__name__} gives banded attention maps; take another teacher")
-            A = A if self.matched else A.mean(1, keepdim=True)
-            return A if rows is None else pick_rows(A, rows)
-        query, key, scale, mask = self.tap.kept[layer]
-        visible = batch["mask"].bool()[:, None, None, :]
-        seen = visible if mask is None else visible & (mask if mask.dtype == torch.bool else mask == 0)
-        # ModernBERT's local layers leave padding rows without a key: let them see all, or they turn into NaN
-        return attention_map(query, key, scale, seen | ~seen.any(-1, keepdim=True), rows, self.matched)
+    @staticmethod
+    def visible(tokens: Tensor, mask: Tensor | None) -> Tensor:
+        """Tokens (B, n) that are no padding, within the layer's own mask: (B, 1, n or 1, n)."""
+        there = tokens.bool()[:, None, None, :]
+        if mask is None:
+            return there
+        there = there & (mask if mask.dtype == torch.bool else mask == 0)
+        return there | ~there.any(-1, keepdim=True)  # local layers leave padding without a key: NaN
 
 
-# --------------------------------------------------------------------------------------------------------- losses
+# -------------------------------------------------------------------------------- preference losses
+
 
 def bt_loss(r_c: Tensor, r_r: Tensor) -> Tensor:
-    """Bradley-Terry, per pair (E2): (B,), (B,) -> (B,)."""
+    """Bradley-Terry, per pair   (E2): (B,), (B,) -> (B,)."""
     return -F.logsigmoid(r_c - r_r)
 
 
-def preference_loss(r_c: Tensor, r_r: Tensor, kind: str, flip_rate=0.0, margin=0.0, strength=None,
-                    turns=False) -> Tensor:
-    """BT and its variants against wrong labels, per pair: r_c, r_r, margin, strength (B,) -> (B,).
-
-    margin: Llama 2 (arXiv 2307.09288), the same for the flipped label; margin = strength: arXiv 2401.06080, Eq. 6
-    (printed there outside of log sigmoid, without gradient), where it changes sign with the label (turns). smooth:
-    cDPO (Mitchell, "A note on DPO with noisy preferences", Eq. 3) = 2401.06080, Eq. 5. soft: the same where the
-    ensemble doubts the label (2401.06080, 2.5). robust: arXiv 2403.00409; its mean over random flips is the clean
-    loss, so one pair's can be negative, without bound."""
-    as_labelled, flipped = bt_loss(r_c - margin, r_r), bt_loss(r_r + margin if turns else r_r - margin, r_c)
-    if kind == "robust":
-        return ((1 - flip_rate) * as_labelled - flip_rate * flipped) / (1 - 2 * flip_rate)
-    if kind in ("smooth", "soft"):
-        rate = flip_rate * (strength < 0) if kind == "soft" else flip_rate
-        return (1 - rate) * as_labelled + rate * flipped
-    return as_labelled
+def plain(margin: Tensor, flipped: Tensor, flip_rate: float, strength: Tensor) -> Tensor:
+    """-log sigmoid(margin): BT."""
+    return -F.logsigmoid(margin)
 
 
-def sft_loss(hidden: Tensor, ids: Tensor, seg: Tensor, embedding: Tensor, beta: float = 0.1) -> Tensor:
-    """GRM's regulariser, SFT variant, per pair: -log sigmoid(beta log pi(y_c | x)) (arXiv 2406.10216).
-
-    hidden (B, n, hidden), ids, seg (B, n), the tied embedding (vocabulary, hidden) -> (B,)."""
-    pair, at = (seg[:, 1:] == 1).nonzero(as_tuple=True)  # y_c follows x: its tokens are told at t - 1
-    logits = F.linear(hidden[pair, at], embedding).float()
-    log_p = -F.cross_entropy(logits, ids[pair, at + 1], reduction="none")
-    return -F.logsigmoid(beta * log_p.new_zeros(len(ids)).index_add(0, pair, log_p))
+def smooth(margin: Tensor, flipped: Tensor, flip_rate: float, strength: Tensor) -> Tensor:
+    """Label smoothing: conservative BT (Mitchell's cDPO, Eq. 3; arXiv 2401.06080, Eq. 5)."""
+    return -(1 - flip_rate) * F.logsigmoid(margin) - flip_rate * F.logsigmoid(flipped)
 
 
-def pool_words(token_map: Tensor, word: Tensor, W: int, row_word: Tensor | None = None, R: int = 0) -> Tensor:
-    """Token map (B, G, m, n) -> word map (B, G, R, W) (E5, arXiv 1906.04341); word (B, n) is the word of each attended
-    token, row_word (B, m) of each attending one (none: the same, R = W); -1 = none.
-
-    Sum over the tokens of the attended word, mean over those of the attending word; words without token: zeros. Two
-    scatters: two matrix products with 0/1 members take 1.4 times as long at 150 tokens, 16 times at 8,192 (CPU)."""
-    (B, G, m, n), (row_word, R) = token_map.shape, (word, W) if row_word is None else (row_word, R)
-    at = (word + 1)[:, None, None].expand(B, G, m, n)  # place 0 takes what is no word
-    columns = token_map.new_zeros(B, G, m, W + 1).scatter_add_(3, at, token_map)[..., 1:]
-    at = (row_word + 1)[:, None, :, None].expand(B, G, m, W)
-    sums = token_map.new_zeros(B, G, R + 1, W).scatter_add_(2, at, columns)[:, :, 1:]
-    tokens = token_map.new_zeros(B, R + 1).scatter_add_(1, row_word + 1, token_map.new_ones(B, m))[:, 1:]
-    return sums.div_(tokens.clamp_min(1)[:, None, :, None])
+def soft(margin: Tensor, flipped: Tensor, flip_rate: float, strength: Tensor) -> Tensor:
+    """Label smoothing only where an ensemble doubts the label (arXiv 2401.06080, section 2.5)."""
+    return smooth(margin, flipped, flip_rate * (strength < 0), strength)
 
 
-def segments_of(word_seg: Tensor, attending: Tensor | None) -> Tensor:
-    """Segment of each attending word: word_seg (B, W), numbers (B, R) or none = all -> (B, R) or (B, W)."""
-    return word_seg if attending is None else word_seg.gather(1, attending.clamp_min(0)).where(attending >= 0, -1)
+def robust(margin: Tensor, flipped: Tensor, flip_rate: float, strength: Tensor) -> Tensor:
+    """Its mean over random flips is the clean loss (arXiv 2403.00409); it can be negative."""
+    as_labelled, as_flipped = F.logsigmoid(margin), F.logsigmoid(flipped)
+    return -((1 - flip_rate) * as_labelled - flip_rate * as_flipped) / (1 - 2 * flip_rate)
 
 
-def block_masks(word_seg: Tensor, support: str = "full", attending: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """word_seg (B, W) -> the block sets intra and inter (B, 1, R, W), rows for the attending words (B, R) (none: all,
-    R = W). Support causal keeps what the student really attends."""
-    number = torch.arange(word_seg.shape[1], device=word_seg.device)
-    attending = number.expand_as(word_seg) if attending is None else attending
-    s_i, s_j = segments_of(word_seg, attending)[:, None, :, None], word_seg[:, None, None, :]
-    real, cross = (s_i >= 0) & (s_j >= 0), s_i + s_j == 3  # 1 and 2, or 2 and 1
+PREFERENCE_LOSSES = {"bt": plain, "smooth": smooth, "soft": soft, "robust": robust}
+
+
+def pair_loss(
+    rewards: Tensor, preference_loss="bt", flip_rate=0.1, margin=0.0, strength=0.0, signed=False
+) -> Tensor:
+    """BT or one of its variants against wrong labels, per pair: (B, 2) -> (B,).
+
+    Args:
+        rewards: (B, 2), r_c and r_r.
+        preference_loss: a key of PREFERENCE_LOSSES.
+        flip_rate: share of wrong labels that the loss reckons with.
+        margin: (B,), by how much r_c is to exceed r_r (Llama 2, arXiv 2307.09288).
+        strength: (B,), an ensemble's mean r_c - r_r (arXiv 2401.06080).
+        signed: the margin changes its sign with the label, as strength does (there, Eq. 6).
+    """
+    difference = rewards[:, 0] - rewards[:, 1]
+    margin, strength = torch.as_tensor(margin), torch.as_tensor(strength)
+    flipped = -difference + margin if signed else -difference - margin
+    return PREFERENCE_LOSSES[preference_loss](difference - margin, flipped, flip_rate, strength)
+
+
+# ----------------------------------------------------------------- from token maps to word maps
+
+
+def pool_words(token_map: Tensor, word: Tensor, W: int) -> Tensor:
+    """Token map (B, n, n), word of each token (B, n), -1 = none -> word map (B, W, W)   (E5).
+
+    Sum over the tokens of the attended word, mean over those of the attending word (Clark et al.,
+    arXiv 1906.04341). Words without tokens get zeros. Two scatters: a matrix product with a 0/1
+    matrix takes 1.4 times as long at 150 tokens, 16 times at 8,192.
+    """
+    B, n = word.shape
+    place = word + 1  # place 0 takes the tokens that belong to no word
+    attended = token_map.new_zeros(B, n, W + 1)
+    attended = attended.scatter_add(2, place[:, None, :].expand(B, n, n), token_map)
+    sums = token_map.new_zeros(B, W + 1, W + 1)
+    sums = sums.scatter_add(1, place[:, :, None].expand(B, n, W + 1), attended)
+    tokens = token_map.new_zeros(B, W + 1).scatter_add(1, place, token_map.new_ones(B, n))
+    return sums[:, 1:, 1:] / tokens[:, 1:, None].clamp_min(1)
+
+
+def seen_words(word: Tensor, W: int) -> Tensor:
+    """Words that have a token in a row: (B, n) -> (B, W) booleans."""
+    seen = torch.zeros(len(word), W + 1, dtype=torch.bool, device=word.device)
+    return seen.scatter(1, word + 1, True)[:, 1:]
+
+
+def interaction_maps(model: RewardModel, teacher, batch: dict, teacher_rows: dict | None, layers):
+    """Both models on one batch, and their maps over the words that both see.
+
+    Args:
+        model: the student.
+        teacher: InteractionTeacher, or None where a control needs no map of a teacher.
+        batch: of student_batch.
+        teacher_rows: of teacher_batch for the same pairs, or None.
+        layers: ((student's), (teacher's)), aligned in this order.
+
+    Returns rewards (B, 2); verdict (B,) or None; student's and teacher's word maps (B, W, W), one
+    for each layer (teacher's None without one); word_seg (B, W), -1 = unseen by one of the models.
+    """
+    word_seg = batch["word_seg"]
+    W = word_seg.shape[1]
+    verdict, teacher_maps = None, [None] * len(layers[0])
+    if teacher is not None:
+        with torch.no_grad():
+            verdict, T = teacher(teacher_rows, layers[1])
+        teacher_maps = [pool_words(token_map, teacher_rows["word"], W) for token_map in T]
+        word_seg = word_seg.masked_fill(~seen_words(teacher_rows["word"], W), -1)
+    rewards, S = model(batch, layers[0])
+    student_maps = [pool_words(token_map, batch["word"], W) for token_map in S]
+    return rewards, verdict, student_maps, teacher_maps, word_seg
+
+
+# -------------------------------------------------------------------------------------- alignment
+
+TINY = 1e-30  # inside logarithms and divisions; a larger one would end the gradient of a lost key
+
+
+def block_masks(word_seg: Tensor, support: str = "full") -> tuple[Tensor, Tensor]:
+    """Segments (B, W) of the words -> the block sets intra and inter, (B, W, W), True = inside.
+
+    support "causal" keeps what the student really attends: no later word, no inter block.
+    """
+    s_i, s_j = word_seg[:, :, None], word_seg[:, None, :]
+    real = (s_i >= 0) & (s_j >= 0)
+    inter = s_i + s_j == 3  # 1 and 2, or 2 and 1
     if support == "causal":
-        return real & ~cross & (number <= attending[:, None, :, None]), torch.zeros_like(cross)
-    return real & ~cross, cross
+        return (real & ~inter).tril(), torch.zeros_like(inter)
+    return real & ~inter, real & inter
 
 
-def row_divergence(T: Tensor, S: Tensor, block: Tensor, kind: str = "kl", eps: float = 1e-8) -> Tensor:
-    """Word maps T, S (B, G, R, W), block (B, 1, R, W) -> (B, G, R), for each row renormalised inside the block:
-    KL(T_i || S_i), or mse, the squared distance (VIRT, arXiv 2112.04195); 0 for rows without block."""
-    T, S = (P.float() * block for P in (T, S))
-    T, S = (P / P.sum(-1, keepdim=True).clamp_min(eps) for P in (T, S))
-    rows = (T * ((T + eps).log() - (S + eps).log())).sum(-1) if kind == "kl" else (T - S).square().sum(-1)
-    return rows * (T.sum(-1) > 0)  # a row that the teacher leaves empty (local layers) adds 0
+def renormalise(word_map: Tensor, block: Tensor) -> Tensor:
+    """The rows of a map (B, W, W) as distributions inside the block; empty rows stay zero."""
+    inside = word_map.float() * block
+    return inside / inside.sum(-1, keepdim=True).clamp_min(TINY)
+
+
+def kl_rows(T: Tensor, S: Tensor) -> Tensor:
+    """KL(T_i || S_i) of each row: (B, W, W) twice -> (B, W)."""
+    return (T * ((T + TINY).log() - (S + TINY).log())).sum(-1)
+
+
+def mse_rows(T: Tensor, S: Tensor) -> Tensor:
+    """Squared distance of each row, VIRT's loss (arXiv 2112.04195)."""
+    return (T - S).square().sum(-1)
+
+
+ALIGN_LOSSES = {"kl": kl_rows, "mse": mse_rows}
 
 
 def alignment_loss(T: Tensor, S: Tensor, block: Tensor, kind: str = "kl") -> Tensor:
-    """Attentional alignment inside one block set (E6), per pair: the mean of row_divergence over the rows of the
-    block and over G, (B, G, R, W) x 2, (B, 1, R, W) -> (B,). A pair without rows in the block gives 0. Some rows at a
-    time, recomputed in the backward pass."""
-    few = max(64, PIECE // S[:, :, 0].numel())
-    pieces = zip(*(A.split(few, dim=2) for A in (T, S, block)))
-    rows = torch.cat([checkpoint(row_divergence, *some, kind, use_reentrant=False,
-                                 preserve_rng_state=False) for some in pieces], dim=2)
-    return (rows.sum(-1) / block.any(-1).sum(-1).clamp_min(1)).mean(1)
+    """Attentional alignment inside one block set, per pair   (E6).
+
+    Target and simulated word map T, S (B, W, W), block (B, W, W) -> (B,): mean over the rows that
+    have a word in the block. A row that the teacher leaves empty (local attention) adds 0.
+    """
+    T, S = renormalise(T, block), renormalise(S, block)
+    rows = ALIGN_LOSSES[kind](T, S) * (T.sum(-1) > 0)
+    return rows.sum(-1) / block.any(-1).sum(-1).clamp_min(1)
 
 
-def shuffle_rows(T: Tensor, row_seg: Tensor, seeds: list) -> Tensor:
-    """Control: the rows of each map (B, G, R, W) permuted inside each segment (row_seg (B, R)), so that each keeps its
-    distribution but belongs to another word."""
-    order = np.tile(np.arange(T.shape[2]), (T.shape[0], 1))
-    for b, (segments, seed) in enumerate(zip(row_seg.cpu().numpy(), seeds)):
+def teacher_target(T, block, word_seg, seeds) -> Tensor:
+    """The method: the teacher's map."""
+    return T
+
+
+def uniform_target(T, block, word_seg, seeds) -> Tensor:
+    """Control: every word of the block alike; no teacher is needed."""
+    return block.float()
+
+
+def column_target(T, block, word_seg, seeds) -> Tensor:
+    """Control: each row becomes the block's mean row. What is attended stays, by whom is lost."""
+    rows = renormalise(T, block)
+    mean = rows.sum(1, keepdim=True) / (rows.sum(-1) > 0).sum(1).clamp_min(1)[:, None, None]
+    return mean.expand_as(T)
+
+
+def shuffled_target(T, block, word_seg, seeds) -> Tensor:
+    """Control: rows permuted inside each segment, by one seed a pair."""
+    order = np.tile(np.arange(T.shape[1]), (len(T), 1))
+    for b, seed in enumerate(seeds):
         rng = np.random.default_rng(seed)
         for s in (0, 1, 2):
-            at = np.flatnonzero(segments == s)
-            order[b, at] = rng.permutation(at)
-    return pick_rows(T, torch.from_numpy(order).to(T.device))
+            words = np.flatnonzero(word_seg[b].cpu().numpy() == s)
+            order[b, words] = rng.permutation(words)
+    return T.gather(1, torch.from_numpy(order).to(T.device)[:, :, None].expand_as(T))
 
 
-def distillation_losses(model: RewardModel, teacher: InteractionTeacher | None, examples: list[Example],
-                        swap: np.ndarray, cfg: Config, device, seeds: list, progress: float = 1.0) -> dict[str, Tensor]:
-    """Every term of L (E7) per pair, (B,) each: bt (or preference in its place), teacher (E4, where it co-trains),
-    score, intra, inter, center, batch_sum, sft, and their weighted sum loss; also the rewards (B, 2). seeds: one for
-    each pair; progress: 0 to 1. The maps of both models go as they are pooled."""
-    batch, attending = collate(examples, model.stock.config.get_text_config().pad_token_id, device), None
-    if 0 < cfg.align_max_tokens < batch["ids"].shape[1] and model.layers:
-        attending = sample_words(examples, cfg.align_max_tokens, seeds).to(device)
-        batch = with_rows(batch, attending)
-    word_seg, W, R = batch["word_seg"], batch["word_seg"].shape[1], 0 if attending is None else attending.shape[1]
-    targets = [None] * len(model.layers)
-    if teacher is not None:  # before the student, whose activations would wait in memory
-        asked = bool(cfg.lambda_score) or cfg.teacher_co_train or cfg.fsdp  # a sharded layer must end what it began
-        with torch.set_grad_enabled(cfg.teacher_co_train):
-            verdict, maps = teacher.read(examples, swap, W, attending, verdict=asked)
-        targets = maps or targets
-    rewards = model(batch)
-    out = {"rewards": rewards.detach(), "bt": bt_loss(rewards[:, 0], rewards[:, 1])}
-    out["loss"] = out["bt"]
-
-    def add(name: str, term: Tensor, weight: float) -> None:  # weight 0: only logged
-        out[name] = out.get(name, 0) + term.detach()
-        out["loss"] = out["loss"] + weight * term if weight else out["loss"]
-
-    if cfg.preference_loss != "bt" or cfg.margin_field != "none":
-        given = {k: torch.tensor([getattr(e.pair, k) or 0.0 for e in examples], device=device)
-                 for k in ("margin", "strength")}
-        out["preference"] = preference_loss(rewards[:, 0], rewards[:, 1], cfg.preference_loss, cfg.flip_rate,
-                                            given.get(cfg.margin_field, 0.0), given["strength"],
-                                            cfg.margin_field == "strength")
-        out["loss"] = out["preference"]
-    if cfg.teacher_co_train:
-        add("teacher", bt_loss(verdict, torch.zeros_like(verdict)), 1.0)
-    if cfg.lambda_score:
-        add("score", (rewards[:, 0] - rewards[:, 1] - verdict.detach()).square(), cfg.lambda_score)
-    scale = {"constant": 1.0, "warmup": min(1.0, progress / 0.3), "decay": 1.0 - progress}[cfg.lambda_schedule]
-    blocks = block_masks(word_seg, cfg.align_support, attending)
-    for T in targets if model.maps else ():
-        with torch.autocast(torch.device(device).type, enabled=False):
-            S = pool_words(model.maps.pop(0), batch["word"], W, batch.get("row_word"), R)
-            T = torch.ones_like(S) if cfg.align_target == "uniform" else T
-            if cfg.align_target == "shuffled":
-                T = shuffle_rows(T, segments_of(word_seg, attending), seeds)
-            for name, weight, block in zip(("intra", "inter"), (cfg.lambda_intra, cfg.lambda_inter), blocks):
-                add(name, alignment_loss(T, S, block, cfg.align_loss) / len(model.layers), weight * scale)
-    if cfg.center_rewards:
-        add("center", rewards.sum(1).square(), cfg.center_rewards)
-    if cfg.batch_sum:  # (sum of 2B rewards)^2 / 4B, as in the authors' code; the same for every pair
-        add("batch_sum", (len(rewards) * rewards.mean().square()).expand(len(rewards)), cfg.batch_sum)
-    if cfg.lambda_sft:
-        embedding = model.stock.get_input_embeddings().weight
-        add("sft", sft_loss(model.hidden, batch["ids"], batch["seg"], embedding), cfg.lambda_sft)
-    return out
+ALIGN_TARGETS = {
+    "teacher": teacher_target,
+    "uniform": uniform_target,
+    "shuffled": shuffled_target,
+    "column": column_target,
+}
 
 
-# ----------------------------------------------------------------------------------------------------- evaluation
+# ------------------------------------------------------------------------------------- total loss
+
+
+def total_loss(
+    rewards: Tensor,
+    student_maps: list[Tensor],
+    teacher_maps: list[Tensor],
+    word_seg: Tensor,
+    verdict: Tensor | None = None,
+    *,
+    lambda_intra=1.0,
+    lambda_inter=1.0,
+    lambda_score=0.0,
+    center_rewards=0.0,
+    align_loss="kl",
+    align_target="teacher",
+    align_support="full",
+    seeds=(),
+    **preference,
+) -> dict[str, Tensor]:
+    """Every term of L per pair, (B,) each, and L itself as "loss"   (E7).
+
+    Args:
+        rewards: (B, 2), r_c and r_r.
+        student_maps, teacher_maps: word maps S and T of the aligned layers, (B, W, W) each.
+        word_seg: (B, W) segment of each word, -1 = unseen by one of the models.
+        verdict: (B,), the teacher's; only lambda_score needs it.
+        lambda_intra, lambda_inter: weights of the two alignment losses.
+        lambda_score: weight of MarginMSE against the verdict (arXiv 2010.02666).
+        center_rewards: weight of the squared sum of a pair's rewards (arXiv 2312.09244).
+        align_loss, align_target, align_support: see ALIGN_LOSSES, ALIGN_TARGETS, block_masks.
+        seeds: one a pair, for the shuffled target.
+        preference: see pair_loss.
+    """
+    blocks = block_masks(word_seg, align_support)
+    L_intra, L_inter = rewards.new_zeros(2, len(rewards))
+    for S, T in zip(student_maps, teacher_maps):
+        target = ALIGN_TARGETS[align_target]
+        intra, inter = (
+            alignment_loss(target(T, block, word_seg, seeds), S, block, align_loss)
+            for block in blocks
+        )
+        L_intra = L_intra + intra / len(student_maps)
+        L_inter = L_inter + inter / len(student_maps)
+    L_BT = pair_loss(rewards, **preference)
+    L_center = rewards.sum(1).square()
+    L_score = torch.zeros_like(L_BT)
+    if verdict is not None:
+        L_score = (rewards[:, 0] - rewards[:, 1] - verdict).square()
+
+    L = (  # (E7)
+        L_BT
+        + lambda_intra * L_intra
+        + lambda_inter * L_inter
+        + lambda_score * L_score
+        + center_rewards * L_center
+    )
+    return dict(loss=L, bt=L_BT, intra=L_intra, inter=L_inter, score=L_score, center=L_center)
+
+
+# ==================================================================================================
+# Part 2: training. The method is complete above.
+# ==================================================================================================
+
+
+def flag(default, help, choices=None, low=0, high=math.inf):
+    """A field of Config: default, help text, and the values it takes."""
+    kind = {"default": default}
+    if isinstance(default, list):
+        kind = {"default_factory": lambda: list(default)}
+    limits = {"help": help, "choices": choices and list(choices), "low": low, "high": high}
+    return dataclasses.field(**kind, metadata=limits)
+
+
+@dataclass
+class Config:
+    # input and output
+    model: str = flag("", "student: directory or hub id of a decoder (none: the offline demo)")
+    teacher: str = flag("", "teacher: directory or hub id of an encoder (none: ModernBERT-base)")
+    data: list[str] = flag([], "training pairs: JSONL files, plain or .gz (none: HH-RLHF helpful)")
+    val_data: list[str] = flag([], "pairs that choose the checkpoint (none: carved from --data)")
+    eval_data: list[str] = flag([], "held-out pairs, reported at the end, never used to choose")
+    output_dir: str = flag("", "run directory (none: runs/MODEL-METHOD)")
+    resume: bool = flag(False, "go on from the newest whole checkpoint in --output-dir")
+    overwrite: bool = flag(False, "replace an earlier run in --output-dir")
+    # method
+    method: str = flag("id", "id = interaction distillation, bt = plain BT", ["id", "bt"])
+    lambda_intra: float = flag(1.0, "weight of the intra-sequence alignment loss")
+    lambda_inter: float = flag(1.0, "weight of the inter-sequence alignment loss")
+    lambda_score: float = flag(0.0, "weight of MarginMSE against the verdict (arXiv 2010.02666)")
+    align_loss: str = flag("kl", "kl, or mse as in VIRT (arXiv 2112.04195)", ALIGN_LOSSES)
+    align_layers: str = flag(
+        "last",
+        "student:teacher layers: last, middle, all, or 12:3,5:2 (from 0; from the end: "
+        "--align-layers=-1:-1)",
+    )
+    align_target: str = flag(
+        "teacher",
+        "controls: uniform = every word alike, shuffled = the teacher's rows permuted in each "
+        "segment, column = each row replaced by the mean row of its block",
+        ALIGN_TARGETS,
+    )
+    align_support: str = flag(
+        "full", "causal = compare only where the student attends", ["full", "causal"]
+    )
+    teacher_epochs: float = flag(1.0, "passes of the teacher over the data; 0 = use it as it is")
+    encoding: str = flag(
+        "packed",
+        "packed = one tree-masked row a pair; siamese = two causal rows (any decoder; from about "
+        "2,000 tokens the faster one)",
+        ["packed", "siamese"],
+    )
+    max_length: int = flag(1024, "longest prompt + response, in student tokens", low=1)
+    overlong: str = flag(
+        "truncate",
+        "pairs over --max-length: truncate cuts the oldest of the prompt, never a response (a "
+        "pair that still does not fit is dropped)",
+        ["truncate", "drop", "error"],
+    )
+    # baselines
+    preference_loss: str = flag(
+        "bt",
+        "smooth = label smoothing, soft = only where strength < 0 (arXiv 2401.06080), "
+        "robust = unbiased under random flips (arXiv 2403.00409)",
+        PREFERENCE_LOSSES,
+    )
+    flip_rate: float = flag(
+        0.1, "share of wrong labels that smooth, soft, robust reckon with", high=0.49
+    )
+    margin_field: str = flag(
+        "none",
+        "field of a pair by which r_c is to exceed r_r: margin (arXiv 2307.09288) or strength "
+        "(arXiv 2401.06080)",
+        ["none", "margin", "strength"],
+    )
+    flip_negative_strength: bool = flag(False, "exchange responses of pairs with strength < 0")
+    label_noise: float = flag(
+        0.0, "share of training labels flipped on purpose; held-out pairs stay", high=1
+    )
+    center_rewards: float = flag(0.0, "weight of (r_c + r_r)^2 (arXiv 2312.09244)")
+    # optimiser
+    epochs: float = flag(1.0, "passes of the student over the training pairs")
+    max_steps: int = flag(0, "steps of the student in place of --epochs; 0 = --epochs decides")
+    batch_size: int = flag(16, "pairs a step, over all processes", low=1)
+    grad_accum: int = flag(1, "micro-batches a step is cut into (less memory, same loss)", low=1)
+    lr: float = flag(1e-5, "peak learning rate of the student (AdamW)")
+    teacher_lr: float = flag(5e-5, "peak learning rate of the teacher (AdamW)")
+    warmup: float = flag(0.05, "share of the steps with rising rate, then cosine to 0", high=1)
+    weight_decay: float = flag(0.01, "AdamW decay of the matrices (none on norms, biases)")
+    clip: float = flag(1.0, "largest gradient norm; longer ones are scaled down to it", low=1e-9)
+    # evaluation and logging
+    val_fraction: float = flag(0.1, "share of --data carved for validation", high=0.9)
+    val_max: int = flag(512, "most pairs of the carved validation split")
+    log_every: int = flag(10, "steps between lines of metrics.jsonl", low=1)
+    eval_every: int = flag(0, "steps between validations; 0 = at a half and at the end")
+    save_every: int = flag(0, "steps between checkpoints; 0 = at each validation")
+    # system
+    seed: int = flag(0, "seed of every random stream")
+    seeds: int = flag(1, "demo only: repeat with this many seeds", low=1)
+    dtype: str = flag(
+        "auto",
+        "autocast type, weights stay fp32; auto = bf16 where it is faster",
+        ["auto", "fp32", "bf16"],
+    )
+    device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps ...")
+    gradient_checkpointing: bool = flag(False, "recompute activations in backward (less memory)")
+    fsdp: bool = flag(False, "under torchrun: shard weights, gradients and optimizer (FSDP2)")
+
+
+# --------------------------------------------------------------------------------- scoring pairs
+
 
 @torch.no_grad()
-def score_pairs(model: RewardModel, examples: list[Example], batch_size: int, device, amp,
-                name: str = "") -> np.ndarray:
+def score_pairs(model: RewardModel, examples, batch_size: int, device, amp, name="") -> np.ndarray:
     """Rewards (N, 2) in fp32 of encoded pairs, in their order; only scalars are kept."""
-    scores, was = np.full((len(examples), 2), -np.inf, dtype=np.float32), model.training
+    scores, was_training = np.full((len(examples), 2), -np.inf, dtype=np.float32), model.training
     model.eval()
     for index in shares(examples, batch_size, name):
-        batch = collate([examples[i] for i in index], model.stock.config.get_text_config().pad_token_id, device)
+        batch = student_batch([examples[i] for i in index], pad_id_of(model.stock), device)
         with amp():
-            scores[index] = model(batch).float().cpu().numpy()
-    model.train(was)
-    return together(scores, device)
+            rewards, _ = model(batch)
+        scores[index] = rewards.float().cpu().numpy()
+    model.train(was_training)
+    return over_processes(scores, "MAX", device)
 
 
 @torch.no_grad()
-def teacher_verdicts(teacher: InteractionTeacher, examples: list[Example], batch_size: int, device, amp,
-                     name: str = "") -> np.ndarray:
-    """The teacher's verdict (N,), mean of both orders."""
-    verdicts, was = np.full(len(examples), -np.inf, dtype=np.float32), teacher.training
+def teacher_verdicts(
+    teacher: InteractionTeacher, examples, batch_size: int, device, amp, name=""
+) -> np.ndarray:
+    """The teacher's verdicts (N,), mean of both orders."""
+    verdicts, was_training = np.full(len(examples), -np.inf, dtype=np.float32), teacher.training
     teacher.eval()
     for index in shares(examples, batch_size, name):
-        some = [examples[i] for i in index]
-        batches = [collate_teacher(some, np.full(len(some), s), teacher.tokenizer, device) for s in (False, True)]
-        with amp():
-            verdicts[index] = sum(teacher(b).float().cpu().numpy() for b in batches) / 2
-    teacher.train(was)
-    return together(verdicts, device)
+        part, both = [examples[i] for i in index], 0
+        for swap in (False, True):
+            order = np.full(len(part), swap)
+            batch = teacher_batch(part, order, teacher.tokenizer, teacher.room, device)
+            with amp():
+                both = both + teacher(batch)[0].float()
+        verdicts[index] = (both / 2).cpu().numpy()
+    teacher.train(was_training)
+    return over_processes(verdicts, "MAX", device)
 
 
 def outcomes(margins):
@@ -674,90 +828,153 @@ def accuracy(margins: np.ndarray) -> float:
     return float(outcomes(margins).mean())
 
 
-# ------------------------------------------------------------------------------------------------------- training
+def longer_margins(pairs: list[Pair]) -> np.ndarray:
+    """The length baseline: characters of chosen minus characters of rejected, (N,)."""
+    return np.array([len(p.chosen.strip()) - len(p.rejected.strip()) for p in pairs])
+
+
+# -------------------------------------------------------------------------------------- the loop
+
+
+@dataclass
+class Phase:
+    """What the loop trains: the teacher first, then the student.
+
+    terms(index, epoch) -> per-pair terms (B,) with "loss", and "rewards" (B, 2); validate() -> dict
+    with "accuracy" and "loss"; save_best() writes the stock directory of the best so far.
+    """
+
+    name: str
+    model: nn.Module
+    examples: list[Example]
+    terms: object
+    validate: object
+    save_best: object
+    lr: float
+    steps: int
+
 
 def make_optimizer(model: nn.Module, lr: float, decay: float) -> torch.optim.AdamW:
     """AdamW; decay on matrices only."""
     params = [p for p in model.parameters() if p.requires_grad]
-    groups = [{"params": [p for p in params if p.ndim >= 2], "weight_decay": decay},
-              {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0}]
+    groups = [
+        {"params": [p for p in params if p.ndim >= 2], "weight_decay": decay},
+        {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0},
+    ]
     # fused: a step over 17 million weights takes 10 ms in place of 62 (two CPU cores)
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=(0.9, 0.95), fused=True)
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr, (0.9, 0.95), fused=True)
 
 
-def fit(run: Run, phase: int, model: nn.Module, examples: list[Example], losses, validate, save_best, lr: float,
-        epochs: float, max_steps: int, device, amp) -> None:
-    """The one training loop, of the teacher (phase 0) and the student (phase 1).
+def learning_rate(step: int, steps: int, warmup: float) -> float:
+    """Share of the peak rate: linear rise over `warmup` of the steps, then cosine to 0."""
+    warm = max(1, round(warmup * steps))
+    if step <= warm:
+        return step / warm
+    return 0.5 + 0.5 * math.cos(math.pi * (step - warm) / (steps - warm + 1))
 
-    losses(examples, indices, epoch, progress) -> dict of per-pair terms (B,) with "loss", and "rewards" (B, 2);
-    validate() -> dict with "accuracy" and "loss"; save_best() writes the stock directory whenever validation accuracy
-    (then loss) is the best so far. Raises UserError when the loss or its gradient is not finite."""
-    cfg, name = run.cfg, ("teacher", "student")[phase]
-    lengths = np.array([len(e.ids) for e in examples])
-    per_epoch = math.ceil(len(examples) / cfg.batch_size)
-    optimizer = make_optimizer(model, lr, cfg.weight_decay)
-    total = max_steps or max(1, round(epochs * per_epoch))
-    warm, every, plan = max(1, round(cfg.warmup * total)), cfg.eval_every or math.ceil(total / 2), []
-    torch.manual_seed(cfg.seed + 10 + phase)  # dropout of the teacher
-    done, best, skipped = run.restore(phase, model, optimizer)
-    model.train()
-    pbar = bar(None, name, total=total, initial=done, unit="step", leave=True)
-    for step in range(done + 1, total + 1):
-        epoch, at = divmod(step - 1, per_epoch)
-        if at == 0 or not plan:  # a new epoch, or resumed inside one
-            plan = plan_epoch(lengths, cfg.batch_size, cfg.seed + phase, epoch)
-        began, index, sums = time.perf_counter(), plan[at], Counter()
-        if WORLD > 1:  # each process draws its own dropout, a resumed run the same again
-            torch.manual_seed(hash((cfg.seed, phase, step, RANK)))
-        rate = lr * min(step / warm, 0.5 + 0.5 * math.cos(math.pi * max(0, step - warm) / (total - warm + 1)))
+
+def plan_epoch(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
+    """Steps of one epoch as index arrays: shuffled, then sorted by length in windows of 64 steps.
+
+    On HH-RLHF with 16 pairs a step: padding 58 % without, 22 % in windows of 8 steps, 5 % in 64.
+    """
+    rng = np.random.default_rng([seed, epoch, 11])
+    order, steps = rng.permutation(len(lengths)), []
+    for start in range(0, len(order), batch_size * 64):
+        part = order[start : start + batch_size * 64]
+        part = part[np.argsort(lengths[part], kind="stable")]
+        steps += [part[i : i + batch_size] for i in range(0, len(part), batch_size)]
+    return [steps[i] for i in rng.permutation(len(steps))]
+
+
+def training_step(phase: Phase, optimizer, index: np.ndarray, epoch: int, cfg, device, amp) -> dict:
+    """Forward, backward, clip, update on the pairs `index`; the means of all terms over them."""
+    sums = Counter()
+    parts = np.array_split(index[RANK::WORLD], min(cfg.grad_accum, math.ceil(len(index) / WORLD)))
+    for k, part in enumerate(parts):
+        if WORLD > 1:  # gradients travel once a step; sharded ones always
+            phase.model.set_requires_gradient_sync(cfg.fsdp or k == len(parts) - 1)
+        weight = 1.0
+        if not len(part):  # no pair is left for this process: it computes along, for nothing
+            part, weight = index[:1], 0.0
+        with amp():
+            terms = phase.terms(part, epoch)
+        # the mean over the pairs of the whole step, however it is cut (processes take the mean)
+        (weight * WORLD * terms["loss"].sum() / len(index)).backward()
+        rewards = terms.pop("rewards").float()
+        margin = rewards[:, 0] - rewards[:, 1]
+        terms |= {"accuracy": outcomes(margin), "margin": margin}
+        terms |= {"reward_mean": rewards.mean(1), "reward_square": rewards.square().mean(1)}
+        values = torch.stack([v.detach().float() for v in terms.values()]).cpu().double().sum(1)
+        sums.update(dict(zip(terms, (weight * values / len(index)).tolist())))
+    norm = nn.utils.clip_grad_norm_(phase.model.parameters(), cfg.clip)
+    sums = dict(zip(sums, over_processes(np.array(list(sums.values())), "SUM", device).tolist()))
+    sums["reward_std"] = max(0.0, sums.pop("reward_square") - sums["reward_mean"] ** 2) ** 0.5
+    sums["grad_norm"] = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+    if math.isfinite(sums["grad_norm"] + sums["loss"]):
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return sums
+
+
+def fit(run: Run, phase: Phase, device, amp) -> None:
+    """The one training loop. Raises UserError when the loss or its gradient is not finite."""
+    cfg, name = run.cfg, phase.name
+    lengths = np.array([len(e.ids) for e in phase.examples])
+    per_epoch = math.ceil(len(lengths) / cfg.batch_size)
+    eval_every = cfg.eval_every or math.ceil(phase.steps / 2)
+    stream = cfg.seed + (name == "student")
+    optimizer = make_optimizer(phase.model, phase.lr, cfg.weight_decay)
+    done, best = run.restore(phase, optimizer)
+    phase.model.train()
+    progress = bar(None, name, total=phase.steps, initial=done, unit="step")
+    for step in range(done + 1, phase.steps + 1):
+        epoch, place = divmod(step - 1, per_epoch)
+        if place == 0 or step == done + 1:
+            plan = plan_epoch(lengths, cfg.batch_size, stream, epoch)
+        index, began = plan[place], time.perf_counter()
+        torch.manual_seed(hash((cfg.seed, name == "student", step, RANK)))  # also when resumed
+        lr = phase.lr * learning_rate(step, phase.steps, cfg.warmup)
         for group in optimizer.param_groups:
-            group["lr"] = rate
-        parts = np.array_split(index[RANK::WORLD], min(cfg.grad_accum, math.ceil(len(index) / WORLD)))
-        for k, part in enumerate(parts):
-            if WORLD > 1:  # gradients travel once a step; sharded ones always, or each process would hold them whole
-                model.set_requires_gradient_sync(cfg.fsdp or k == len(parts) - 1)
-            some, weight = (part, 1.0) if len(part) else (index[:1], 0.0)  # no pair left: compute along, for nothing
-            with amp():
-                terms = losses([examples[i] for i in some], some, epoch, step / total)
-            (weight * WORLD * terms["loss"].sum() / len(index)).backward()  # mean over the pairs of the whole step
-            r = terms.pop("rewards").float()
-            margin = r[:, 0] - r[:, 1]
-            terms |= {"accuracy": outcomes(margin), "margin": margin, "reward_mean": r.mean(1),
-                      "reward_std": r.square().mean(1)}  # a mean square until all are summed
-            values = torch.stack([v.detach().float() for v in terms.values()]).cpu().double().sum(1)  # no MPS double
-            sums.update(dict(zip(terms, (weight * values / len(index)).tolist())))
-        norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
-        norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
-        sums = summed(sums, device)
-        sums["reward_std"] = max(0.0, sums["reward_std"] - sums["reward_mean"] ** 2) ** 0.5
-        if math.isfinite(norm + sums["loss"]):
-            optimizer.step()
-        else:
-            skipped += 1
-            run.bad_batch(name, step, [examples[i].pair for i in index], skipped, sums["loss"], norm)
-        optimizer.zero_grad(set_to_none=True)
-        pbar.update()
-        pbar.set_postfix({k: f"{sums[k]:.3f}" for k in sums if k[:6] not in ("reward", "margin")}, refresh=False)
-        if step % cfg.log_every == 0 or step == total:
-            run.log(phase=name, step=step, **sums, lr=rate, grad_norm=norm,
-                    pairs_per_s=len(index) / (time.perf_counter() - began))
-        due = step % every == 0 or step == total
-        if due:
-            value = validate()
+            group["lr"] = lr
+        sums = training_step(phase, optimizer, index, epoch, cfg, device, amp)
+        if not math.isfinite(sums["grad_norm"] + sums["loss"]):
+            raise not_finite(name, step, sums, [phase.examples[i].pair for i in index])
+        progress.update()
+        progress.set_postfix(
+            loss=f"{sums['loss']:.3f}", accuracy=f"{sums['accuracy']:.2f}", refresh=False
+        )
+        if step % cfg.log_every == 0 or step == phase.steps:
+            speed = len(index) / (time.perf_counter() - began)
+            run.log(phase=name, step=step, **sums, lr=lr, pairs_per_s=speed)
+        is_due = step % eval_every == 0 or step == phase.steps
+        if is_due:
+            value = phase.validate()
             run.log(phase=name, step=step, **{"val_" + k: v for k, v in value.items()})
-            pbar.write(f"{name} step {step}: " + ", ".join(f"validation {k} {v:.4f}" for k, v in value.items()))
+            shown = ", ".join(f"{k} {v:.4f}" for k, v in value.items())
+            progress.write(f"{name} step {step}: validation {shown}")
             if [value["accuracy"], -value["loss"]] > best:
                 best = [value["accuracy"], -value["loss"]]
-                save_best()
+                phase.save_best()
         stop = run.agreed_stop(device)
-        if (step % cfg.save_every == 0 if cfg.save_every else due) or stop or step == total:
-            run.checkpoint(phase, step, model, optimizer, best=best, skipped=skipped)
+        is_saved = step % cfg.save_every == 0 if cfg.save_every else is_due
+        if is_saved or stop or step == phase.steps:
+            run.checkpoint(phase, step, optimizer, best)
         if stop:
-            pbar.close()
-            run.leave(f"{name} step {step} of {total}", stop)
-    run.rest = f"{name} step {total} of {total}"
-    pbar.close()
-    barrier()
+            progress.close()
+            run.leave(f"{name} step {step} of {phase.steps}", stop)
+    progress.close()
+
+
+def not_finite(name: str, step: int, sums: dict, pairs: list[Pair]) -> UserError:
+    """What to say when a loss turns to NaN or infinity."""
+    ids = ", ".join(p.id or repr(p.chosen[:30]) for p in pairs[:8])
+    what = f"loss {sums['loss']}, gradient norm {sums['grad_norm']}, on the pairs {ids} ..."
+    advice = "the last checkpoint stays; try a lower learning rate or --dtype fp32"
+    return UserError(f"{name} step {step}: not finite: {what}; {advice}")
+
+
+# -------------------------------------------------------------- a whole run, from pairs to table
 
 
 def scored_at_once(cfg: Config) -> int:
@@ -765,128 +982,1210 @@ def scored_at_once(cfg: Config) -> int:
     return max(1, 2 * cfg.batch_size // (cfg.grad_accum * WORLD))
 
 
-def train_teacher(run: Run, teacher: InteractionTeacher, examples, validation, swaps, device, amp) -> None:
-    """Fine-tunes the teacher on E4; the best by validation accuracy is RUN/teacher."""
-    cfg, tokenizer = run.cfg, teacher.tokenizer
+LOSS_OPTIONS = (  # arguments of total_loss that are flags too
+    *("lambda_intra", "lambda_inter", "lambda_score", "center_rewards", "preference_loss"),
+    *("align_loss", "align_target", "align_support", "flip_rate"),
+)
 
-    def losses(part, index, epoch, progress):
-        v = teacher(collate_teacher(part, swaps(index, epoch), tokenizer, device))
-        return {"loss": bt_loss(v, torch.zeros_like(v)), "rewards": torch.stack([v, -v], 1).detach() / 2}
+
+def distillation_terms(
+    model, teacher, part: list[Example], swap, layers, seeds, cfg, device
+) -> dict:
+    """The terms of L (E7) for some pairs: batches, both models, loss.
+
+    Args:
+        model: RewardModel; teacher: InteractionTeacher, frozen, or None.
+        part: B pairs; swap: (B,) booleans, the teacher's order.
+        layers: ((student's), (teacher's)).
+        seeds: one a pair, for the shuffled target.
+        cfg, device: weights and choices; where the tensors go.
+    """
+    batch = student_batch(part, pad_id_of(model.stock), device)
+    rows = None
+    if teacher is not None:
+        rows = teacher_batch(part, swap, teacher.tokenizer, teacher.room, device)
+    rewards, verdict, S, T, word_seg = interaction_maps(model, teacher, batch, rows, layers)
+    options = {name: getattr(cfg, name) for name in LOSS_OPTIONS}
+    if needed_fields(cfg):
+        fields = {
+            name: torch.tensor([getattr(e.pair, name) or 0.0 for e in part], device=device)
+            for name in ("margin", "strength")
+        }
+        options |= dict(strength=fields["strength"], margin=fields.get(cfg.margin_field, 0.0))
+        options["signed"] = cfg.margin_field == "strength"
+    terms = total_loss(rewards, S, T, word_seg, verdict, seeds=seeds, **options)
+    return {**terms, "rewards": rewards.detach()}
+
+
+def train_teacher(run: Run, teacher, examples, validation, swaps, device, amp) -> None:
+    """Fine-tunes the teacher on (E4); the best by validation accuracy is RUN/teacher."""
+    cfg = run.cfg
+
+    def terms(index, epoch):
+        part = [examples[i] for i in index]
+        batch = teacher_batch(part, swaps(index, epoch), teacher.tokenizer, teacher.room, device)
+        verdict, _ = teacher(batch)
+        rewards = torch.stack([verdict, -verdict], dim=1).detach() / 2
+        return {"loss": bt_loss(verdict, torch.zeros_like(verdict)), "rewards": rewards}
 
     def validate():
         v = teacher_verdicts(teacher, validation, scored_at_once(cfg), device, amp)
         return {"accuracy": accuracy(v), "loss": float(np.logaddexp(0, -v).mean())}
 
-    fit(run, 0, teacher, examples, losses, validate, lambda: run.save_model(teacher, tokenizer, "teacher"),
-        cfg.teacher_lr, cfg.teacher_epochs, 0, device, amp)
+    def save_best():
+        run.save_model(teacher, teacher.tokenizer, "teacher")
+
+    steps = max(1, round(cfg.teacher_epochs * math.ceil(len(examples) / cfg.batch_size)))
+    phase = Phase("teacher", teacher, examples, terms, validate, save_best, cfg.teacher_lr, steps)
+    fit(run, phase, device, amp)
 
 
-def train_student(run: Run, model: RewardModel, tokenizer, teacher, examples, validation, swaps, device,
-                  amp) -> None:
-    """Trains the reward model on E7; the best by validation accuracy is RUN/student."""
+def train_student(
+    run: Run, model, tokenizer, teacher, layers, examples, validation, swaps, device, amp
+):
+    """Trains the reward model on L (E7); the best by validation accuracy is RUN/student."""
     cfg = run.cfg
 
-    def losses(part, index, epoch, progress):
+    def terms(index, epoch):
+        part = [examples[i] for i in index]
         seeds = [[cfg.seed, epoch, int(i)] for i in index]
-        return distillation_losses(model, teacher, part, swaps(index, epoch), cfg, device, seeds, progress)
+        swap = swaps(index, epoch)
+        return distillation_terms(model, teacher, part, swap, layers, seeds, cfg, device)
 
     def validate():
-        s = score_pairs(model, validation, scored_at_once(cfg), device, amp)
-        return {"accuracy": accuracy(s[:, 0] - s[:, 1]), "loss": float(np.logaddexp(0, s[:, 1] - s[:, 0]).mean()),
-                "reward_mean": float(s.mean()), "reward_std": float(s.std())}
+        r = score_pairs(model, validation, scored_at_once(cfg), device, amp)
+        loss = float(np.logaddexp(0, r[:, 1] - r[:, 0]).mean())
+        spread = {"reward_mean": float(r.mean()), "reward_std": float(r.std())}
+        return {"accuracy": accuracy(r[:, 0] - r[:, 1]), "loss": loss, **spread}
 
     def save_best():
         run.save_model(model, tokenizer, "student")
-        if cfg.teacher_co_train:
-            run.save_model(teacher, teacher.tokenizer, "teacher-co-trained")  # a resumed run needs the other
 
-    learners = nn.ModuleList([model, teacher]) if cfg.teacher_co_train else model
-    fit(run, 1, learners, examples, losses, validate, save_best, cfg.lr, cfg.epochs, cfg.max_steps, device, amp)
+    steps = max(1, round(cfg.epochs * math.ceil(len(examples) / cfg.batch_size)))
+    steps = cfg.max_steps or steps
+    fit(
+        run,
+        Phase("student", model, examples, terms, validate, save_best, cfg.lr, steps),
+        device,
+        amp,
+    )
 
 
 def train(cfg: Config) -> dict:
-    """One whole run: data, teacher, student, final table; returns what RUN/results.json holds. Raises UserError."""
+    """One whole run: pairs, teacher, student, table; returns what RUN/results.json holds.
+
+    Raises UserError for all that a person can mend, before anything slow where it can be known.
+    """
     needs_teacher = check_config(cfg)
     device, amp = set_up_device(cfg)
     with Run(cfg) as run:
-        return train_in(run, cfg, needs_teacher, device, amp)
+        needed = needed_fields(cfg)
+        noise = dict(label_noise=cfg.label_noise, flip_negative_strength=cfg.flip_negative_strength)
+        files = (cfg.data, cfg.val_data, cfg.eval_data, cfg.val_fraction, cfg.val_max, cfg.seed)
+        pairs, held_pairs, counts = read_splits(*files, needed=needed, **noise)
+        is_trained = run.has_trained_teacher()  # a resumed student needs the teacher made for it
+        model, tokenizer, teacher, layers = load_models(run, needs_teacher, is_trained, device)
+        examples, held = encode_all(cfg, model, tokenizer, teacher, pairs, held_pairs, counts)
+        run.begin(counts)
+        started = time.perf_counter()
 
+        def swaps(index: np.ndarray, epoch: int) -> np.ndarray:  # the order that the teacher reads
+            return np.random.default_rng([cfg.seed, epoch, 12]).random(len(examples))[index] < 0.5
 
-def train_in(run: Run, cfg: Config, needs_teacher: bool, device, amp) -> dict:
-    pairs, held_pairs, counts = read_all(cfg)
-    trained = False  # a resumed student needs the teacher that was trained for it
-    if needs_teacher:
-        trained = cfg.resume and cfg.teacher_epochs > 0 and any(phase == 1 for phase, *_ in run.checkpoints())
-        name = str(run.dir / "teacher") if trained else cfg.teacher
-        teacher_stock, reader_tokenizer, room = load_teacher(name, cfg.seed)
-    stock, tokenizer = load_student(cfg.model, cfg.seed, cfg.max_length, cfg.lambda_sft > 0)
-    layers, matched = ((), ()), cfg.align_heads == "matched"
-    if cfg.lambda_intra > 0 or cfg.lambda_inter > 0:
-        layers = parse_layers(cfg.align_layers, attention_layers(stock),
-                              teacher_stock.config.num_hidden_layers if needs_teacher else None)
-    reads = layers[1] if cfg.align_target != "uniform" else ()  # whose maps the teacher shows
-    bf16 = amp is not nullcontext  # so set_up_device says fp32
-    home = "cpu" if cfg.fsdp and WORLD > 1 else device  # distribute moves each layer as it shards it
-    whole = cfg.gradient_checkpointing or cfg.lambda_sft > 0  # what recomputes, or reads all tokens
-    model = RewardModel(stock.to(home), cfg.encoding, layers[0], matched, whole)
-    teacher = InteractionTeacher(teacher_stock.to(home), reader_tokenizer, reads, matched) if needs_teacher else None
-    probe_student(model, cfg.model, cfg.max_length)
-    check_teacher(cfg, model, teacher)
-    if cfg.lora_rank:
-        add_lora(stock, cfg.lora_rank)
-    if cfg.gradient_checkpointing:
-        recompute_activations(stock)
-    encoder = Encoder(tokenizer, cfg.max_length, cfg.overlong, teacher.tokenizer if teacher else None,
-                      min(room, 2 * cfg.max_length) if teacher else 0)
-    examples, held = encode_all(encoder, pairs, held_pairs, counts)
-    largest = max(sum(p.numel() for p in m.parameters()) for m in (model, teacher) if m is not None)
-    started, teacher_accuracy = time.perf_counter(), {}
-    run.begin(largest, "teacher" if needs_teacher else "student", counts)
-
-    def swaps(index: np.ndarray, epoch: int) -> np.ndarray:  # the teacher's random order, seeded for each epoch
-        return np.random.default_rng([cfg.seed, epoch, 12]).random(len(examples))[index] < 0.5
-
-    if needs_teacher:
-        if cfg.teacher_epochs > 0 and not trained:
-            distribute(teacher, device, cfg.fsdp, bf16)
-            train_teacher(run, teacher, examples, held["validation"], swaps, device, amp)
-            teacher_stock = load_teacher(str(run.dir / "teacher"))[0].to(home)  # the best, from disk
-            teacher = InteractionTeacher(teacher_stock, reader_tokenizer, reads, matched)
-        teacher.eval().requires_grad_(cfg.teacher_co_train)
-        teacher.cache = TeacherCache(cfg.cache_teacher, teacher, bf16) if cfg.cache_teacher else None
-        if cfg.fsdp or cfg.teacher_co_train:  # a whole one that is frozen has nothing to share, and may stop midway
-            distribute(teacher, device, cfg.fsdp, bf16)
+        verdicts = {}
+        if teacher is not None:
+            if cfg.teacher_epochs > 0 and not is_trained:
+                distribute(teacher, device, cfg.fsdp, amp)
+                train_teacher(run, teacher, examples, held["validation"], swaps, device, amp)
+                room = teacher.room
+                teacher = place(load_teacher(str(run.dir / "teacher")), cfg, device)  # the best
+                teacher.room = room
+            teacher.eval().requires_grad_(False)
+            if cfg.fsdp:  # a whole frozen model has nothing to share
+                distribute(teacher, device, True, amp)
+            for name, part in held.items():
+                shown = f"teacher: {name}"
+                verdicts[name] = teacher_verdicts(
+                    teacher, part, scored_at_once(cfg), device, amp, shown
+                )
+            report_teacher(verdicts["validation"])
+        distribute(model, device, cfg.fsdp, amp)
+        validation = held["validation"]
+        train_student(
+            run, model, tokenizer, teacher, layers, examples, validation, swaps, device, amp
+        )
+        stock, _ = load_student(str(run.dir / "student"))  # the best
+        model = place(RewardModel(stock, cfg.encoding), cfg, device)
+        if cfg.fsdp:
+            distribute(model, device, True, amp)
+        results = {"method": cfg.method, "seed": cfg.seed, "sets": {}}
         for name, part in held.items():
-            v = teacher_verdicts(teacher, part, scored_at_once(cfg), device, amp, f"teacher: {name}")
-            teacher_accuracy[name] = accuracy(v)
-        report_teacher(teacher_accuracy["validation"], len(held["validation"]), cfg.teacher_co_train)
-    distribute(model, device, cfg.fsdp, bf16)
-    train_student(run, model, tokenizer, teacher, examples, held["validation"], swaps, device, amp)
-    if needs_teacher and teacher.cache:
-        teacher.cache.report(device)
-    stock = load_student(str(run.dir / "student"))[0].to(home)  # the best, from disk
-    model = model.around(stock)
-    distribute(model, device, cfg.fsdp, bf16)
-    results = {"method": cfg.method, "seed": cfg.seed, "seconds": round(time.perf_counter() - started, 1), "sets": {}}
-    for name, part in held.items():
-        s = score_pairs(model, part, scored_at_once(cfg), device, amp, f"student: {name}")
-        results["sets"][name] = {"pairs": len(part), "student": accuracy(s[:, 0] - s[:, 1]),
-                                 "ties": int((s[:, 0] == s[:, 1]).sum()), "teacher": teacher_accuracy.get(name),
-                                 "longer": accuracy(longer_margins([e.pair for e in part])),
-                                 "reward_mean": float(s.mean()), "reward_std": float(s.std())}
-    run.write("results.json", results)
-    return results
+            r = score_pairs(model, part, scored_at_once(cfg), device, amp, f"student: {name}")
+            results["sets"][name] = table_row(part, r, verdicts.get(name))
+        results["seconds"] = round(time.perf_counter() - started, 1)
+        run.write("results.json", results)
+        return results
+
+
+def table_row(examples: list[Example], rewards: np.ndarray, verdicts: np.ndarray | None) -> dict:
+    """One row of the final table: rewards (N, 2), the teacher's verdicts (N,) if there are any."""
+    margins = rewards[:, 0] - rewards[:, 1]
+    return {
+        "pairs": len(examples),
+        "student": accuracy(margins),
+        "ties": int((margins == 0).sum()),
+        "teacher": None if verdicts is None else accuracy(verdicts),
+        "longer": accuracy(longer_margins([e.pair for e in examples])),
+        "reward_mean": float(rewards.mean()),
+        "reward_std": float(rewards.std()),
+    }
+
+
+def report_teacher(verdicts: np.ndarray) -> None:
+    """What is known of the teacher before it is used."""
+    value, pairs = accuracy(verdicts), len(verdicts)
+    print(f"teacher: validation accuracy {value:.4f} on {pairs} pairs, frozen")
+    if value < 0.5 + 1.64 * math.sqrt(0.25 / pairs):  # one-sided 95 %
+        print(
+            f"warning: the teacher is at chance ({value:.3f} on {pairs} pairs); its attention has "
+            "little to teach. Train it longer (--teacher-epochs) or faster (--teacher-lr)"
+        )
+
+
+def print_table(results: dict) -> None:
+    """Accuracy in % of the student beside the teacher and two baselines."""
+    columns = ("pairs", "student", "teacher", "longer", "majority")
+    print(f"\n{'accuracy %':24}" + "".join(f"{c:>10}" for c in columns))
+    for name, row in results["sets"].items():
+        values = [row[k] for k in ("student", "teacher", "longer")] + [0.5]
+        cells = ["-" if v is None else f"{100 * v:.1f}" for v in values]
+        print(f"{name:24}{row['pairs']:>10}" + "".join(f"{c:>10}" for c in cells))
+    print("(majority: either side of a pair comes first, so a constant answer is right in half)")
+
+
+# ------------------------------------------------------------------------------ the notebook door
+
+
+@torch.no_grad()
+def maps_of_pair(student, teacher, prompt, chosen: str, rejected: str, layers=(-1,)):
+    """Simulated and teacher map of one pair, by the same steps as in training.
+
+    Args:
+        student, teacher: directory, hub id, or a model that load_student / load_teacher gave.
+        prompt: text or messages; chosen, rejected: texts.
+        layers: numbers of the layers to show, the same of both models; -1 = the last.
+
+    Returns words (W strings), segments (W,), S and T (len(layers), W, W), over the words that both
+    models see. Rows of S and T sum to at most 1: markup, which is no word, takes the rest.
+    """
+    model, tokenizer = open_student(student)
+    teacher = load_teacher(teacher) if isinstance(teacher, str | Path) else teacher
+    length = positions_of(model.stock)
+    encoder = Encoder(tokenizer, length, "truncate", teacher.tokenizer)
+    examples = encoder([Pair(prompt, chosen, rejected)])
+    if not examples:
+        raise UserError(f"the pair does not fit into the student's {length} positions")
+    batch = student_batch(examples, pad_id_of(model.stock), model.stock.device)
+    order = (teacher.tokenizer, teacher.room, teacher.stock.device)
+    rows = teacher_batch(examples, np.array([False]), *order)
+    _, _, S, T, word_seg = interaction_maps(model, teacher, batch, rows, (layers, layers))
+    seen = (word_seg[0] >= 0).cpu()
+    words = [word for word, is_seen in zip(examples[0].words, seen.tolist()) if is_seen]
+    if not words:
+        raise UserError("no word of the pair is seen by both models")
+    S, T = (torch.cat(maps).cpu()[:, seen][:, :, seen] for maps in (S, T))
+    return words, word_seg[0].cpu()[seen], S, T
+
+
+# ==================================================================================================
+# Part 3: plumbing. The training is complete above; what follows is needed by a program only.
+# ==================================================================================================
+
+# ------------------------------------------------------------------------------ models at the door
+
+# There is no list of supported models: each is tried on eight tokens before any long work, and
+# refused with the reason and the flag that helps.
+
+HEADS = re.compile(r"(^|[._])(v_head|value_head|reward_head|regression_head|score|classifier)\b")
+
+
+def load(auto, name: str, **kwargs):
+    """from_pretrained with errors in one line; no remote code; offline from the cache alone."""
+    hint, folder = "", Path(name)
+    if not folder.is_dir():
+        hint = " (no such directory, and as a hub id it could not be fetched)"
+    elif (folder / "adapter_config.json").exists():
+        hint = " (a peft adapter: merge it into its base model and save that)"
+    try:
+        return auto.from_pretrained(name, trust_remote_code=False, **kwargs)
+    except Exception as why:  # the hub, the disk and every model class raise kinds of their own
+        raise UserError(f"{name}: cannot be loaded{hint}: {first_line(why)}") from None
+
+
+def positions_of(model, name: str = "", max_length: int = 0) -> int:
+    """The longest input in tokens, 10**6 = no limit; UserError where max_length is over it."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or -1
+    positions = positions if positions > 0 else 10**6  # XLNet says -1
+    for part, table in model.named_modules():
+        if part.endswith("position_embeddings") and getattr(table, "padding_idx", None) is not None:
+            # RoBERTa's kin count positions from pad + 1
+            positions = min(positions, table.num_embeddings - table.padding_idx - 1)
+    if max_length > positions:
+        advice = f"over the model's {positions} positions; use --max-length {positions}"
+        raise UserError(f"{name}: --max-length {max_length} is {advice}")
+    return positions
+
+
+def refuse_missing(name: str, model, keys: list[str]) -> None:
+    """Weights that a checkpoint lacks would be random."""
+    if keys:
+        kind = type(model).__name__
+        raise UserError(
+            f"{name}: its weights lack {len(keys)} tensors of {kind}, {min(keys)} first"
+        )
+
+
+def pad_id_of(stock) -> int:
+    return stock.config.get_text_config().pad_token_id
+
+
+def configs_of(config) -> list:
+    """A config and those inside it (composite models: text, vision)."""
+    inner = [getattr(config, name, None) for name in getattr(config, "sub_configs", {})]
+    return [config, *(c for part in inner if part is not None for c in configs_of(part))]
+
+
+def choose_pad(tokenizer, rows: int) -> None:
+    """A pad token that is not the end token, if possible within the model's `rows` of embeddings.
+
+    The stock class reads the reward at the right-most token that is not pad: with pad = eos it
+    would skip the end token (transformers #35352). Any other special token serves.
+    """
+    tokenizer.padding_side = "right"
+    unfit = {None, tokenizer.eos_token_id}
+    candidates = (tokenizer.pad_token_id, tokenizer.unk_token_id, *tokenizer.all_special_ids)
+    spare = [i for i in candidates if i not in unfit and i < rows]
+    if spare:
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(spare[0])
+    else:
+        tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
+
+
+def load_student(name: str, seed: int = 0, max_length: int = 0):
+    """(stock sequence classifier with one label in fp32, tokenizer); a new head is seeded.
+
+    Raises UserError for what is no decoder or cannot hold max_length tokens.
+    """
+    tokenizer = load_tokenizer(name)
+    config = load(AutoConfig, name)
+    kind = (getattr(config, "architectures", None) or [""])[0]
+    if kind.endswith("ForSequenceClassification") and config.num_labels != 1:
+        raise UserError(f"{name}: {kind} has {config.num_labels} labels, a reward model has 1")
+    if type(config) not in transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        what = f"no sequence-classification class for {config.model_type}, which a student needs"
+        raise UserError(f"{name}: transformers has {what}; take another model")
+    config.num_labels = 1
+    for part in configs_of(config):
+        for key, value in part.to_dict().items():
+            if ("drop" in key or "jitter" in key) and isinstance(value, float):
+                setattr(part, key, 0.0)  # noise in r would be noise in the margin
+    torch.manual_seed(seed)  # before the load: a missing head is drawn in it
+    options = dict(config=config, dtype=torch.float32, output_loading_info=True)
+    model, info = load(AutoModelForSequenceClassification, name, **options)
+    if not hasattr(model, "score"):
+        what = f"{type(model).__name__} is no decoder reward model"
+        raise UserError(f"{name}: {what} (an encoder serves as --teacher)")
+    refuse_missing(name, model, [k for k in info["missing_keys"] if not k.startswith("score")])
+    if info["missing_keys"]:
+        for key in filter(HEADS.search, info["unexpected_keys"]):
+            advice = "rename it to score.weight, or remove it to start from a new head"
+            raise UserError(f"{name}: holds a trained head under another name, {key}: {advice}")
+        std = 1 / math.sqrt(model.score.in_features + 1)  # arXiv 2009.01325
+        nn.init.normal_(model.score.weight, std=std)
+    positions_of(model, name, max_length)
+    say_rope(model, name, max_length)
+    rows = model.get_input_embeddings().num_embeddings
+    choose_pad(tokenizer, rows)
+    if tokenizer.pad_token_id >= rows:
+        model.resize_token_embeddings(tokenizer.pad_token_id + 1)
+    for part in configs_of(model.config):  # every config that some part of the model may read
+        part.pad_token_id = tokenizer.pad_token_id
+    return model, tokenizer
+
+
+def say_rope(model, name: str, max_length: int) -> None:
+    """LongRoPE turns to other frequencies for a whole batch once one row is over the old window."""
+    config = model.config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    window = rope.get("original_max_position_embeddings", 10**6)
+    if rope.get("rope_type") in ("longrope", "dynamic") and max_length > window:
+        what = f"over {window} tokens a row changes the frequencies of its whole batch"
+        print(f"warning: {name}: {what}, and so its rewards; --max-length {window} avoids it")
+
+
+def attention_layers(model) -> int:
+    """Layers that call the attention interface (hybrids have fewer than num_hidden_layers)."""
+    with torch.no_grad(), AttentionTap(model, ()) as tap:
+        model.base_model(torch.tensor([[5, 6, 7]], device=model.device), use_cache=False)
+    return tap.calls
+
+
+def hides_window(config, max_length: int) -> bool:
+    """Whether the tree mask would take the place of a sliding window that max_length reaches."""
+    kinds = set(getattr(config, "layer_types", None) or ["unknown"])
+    is_used = getattr(config, "use_sliding_window", True) and kinds != {"full_attention"}
+    return is_used and max_length > (getattr(config, "sliding_window", None) or 10**6)
+
+
+def attempt(function, *args, **kwargs):
+    """What a model gives, or the first line of what it raises, of whatever kind."""
+    try:
+        return function(*args, **kwargs)
+    except Exception as why:
+        return first_line(why)
+
+
+def agree(a, b, tolerance: float = 1e-3) -> bool:
+    """Whether two attempts gave the same finite numbers."""
+    if isinstance(a, str) or isinstance(b, str):
+        return False
+    return bool(torch.isfinite(a).all()) and torch.allclose(a, b, atol=tolerance, rtol=tolerance)
+
+
+@torch.no_grad()
+def probe_student(model: RewardModel, name: str, max_length: int = 0, layers=()) -> None:
+    """Compares stock, siamese, packed and eager on eight tokens: x of three, y_c two, y_r three.
+
+    Raises UserError with the reason and the flag to use.
+    """
+    stock, config = model.stock, model.stock.config.get_text_config()
+    free = [i for i in range(stock.get_input_embeddings().num_embeddings) if i != pad_id_of(stock)]
+    ids = [free[(len(free) // 2 + i) % len(free)] for i in range(8)]
+    rows = dict(ids=ids, seg=[0, 0, 0, 1, 1, 2, 2, 2], pos=[0, 1, 2, 3, 4, 3, 4, 5], last=[4, 7])
+    batch = {k: torch.tensor([v], device=stock.device) for k, v in rows.items()}
+    chosen = batch["ids"][:, :5]
+    other = torch.cat([chosen[:, :4], batch["ids"][:, 7:]], dim=1)
+
+    def reward_of(encoding: str) -> Tensor:
+        return RewardModel(stock, encoding)(batch)[0]
+
+    def early(tokens: Tensor) -> Tensor:
+        return stock.base_model(tokens, use_cache=False).last_hidden_state[0, 2]
+
+    was_training = stock.training
+    stock.eval()
+    alone = attempt(lambda: stock(input_ids=chosen, use_cache=False).logits[0, 0].float())
+    apart = attempt(reward_of, "siamese")
+    why = next((f" ({x})" for x in (alone, apart) if isinstance(x, str)), "")
+    siamese, bt = "use --encoding siamese", "use --method bt"
+    checks = [
+        (not why, f"cannot be a student{why}"),
+        (agree(alone, alone), "gives rewards that are not finite; its weights are damaged"),
+        (why or agree(apart[0, 0], alone), "does not read its reward at the last token"),
+        (
+            agree(*(attempt(early, t) for t in (chosen, other)), 1e-4),
+            "is not causal: early tokens see late ones; an encoder serves as --teacher",
+        ),
+    ]
+    if model.encoding == "packed":
+        packed = attempt(reward_of, "packed")
+        is_hidden = hides_window(config, max_length)
+        checks += [
+            (not is_hidden, f"has a sliding window under --max-length; shorten that, or {siamese}"),
+            (agree(packed, apart), f"cannot take the tree mask; {siamese}"),
+        ]
+    if layers:
+        is_capped = getattr(config, "attn_logit_softcapping", None)
+        told = attempt(maps_agree, stock, chosen, layers)
+        checks += [
+            (not is_capped, f"caps its attention logits, which no map of Q and K tells; {bt}"),
+            (
+                told is True,
+                f"attends in a way that its queries and keys do not tell ({told}); {bt}",
+            ),
+        ]
+    stock.train(was_training)
+    for is_true, what in checks:
+        if not is_true:
+            raise UserError(f"{name}: {type(stock).__name__} {what}")
+
+
+def maps_agree(stock, ids: Tensor, layers) -> bool:
+    """Whether the tap changes nothing, and shows what eager attention shows (no sink, no bias)."""
+    n, before = ids.shape[1], stock.config._attn_implementation
+    plain = stock.base_model(ids, use_cache=False).last_hidden_state
+    with AttentionTap(stock, layers) as tap:
+        hidden = stock.base_model(ids, use_cache=False).last_hidden_state
+    try:
+        stock.set_attn_implementation("eager")
+        out = stock.base_model(ids, use_cache=False, output_attentions=True)
+    finally:
+        stock.set_attn_implementation(before)
+    eager = [A.float().mean(1) for A in out.attentions or () if A is not None]
+    if len(eager) <= max(layers):  # some hybrids show no maps: the hidden state must do
+        return agree(hidden, plain)
+    causal = torch.ones(1, 1, n, n, dtype=torch.bool, device=ids.device).tril()
+    maps = [attention_map(*tap.kept[layer][:3], causal) for layer in layers]
+    return agree(hidden, plain) and all(agree(eager[k], S) for k, S in zip(layers, maps))
+
+
+def load_teacher(name: str, seed: int = 0) -> InteractionTeacher:
+    """A stock token classifier with one label in fp32, tried on four tokens. Raises UserError."""
+    tokenizer = load_tokenizer(name)
+    config = load(AutoConfig, name, num_labels=1)
+    torch.manual_seed(seed + 1)
+    if type(config) not in transformers.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING:
+        what = f"{config.model_type} has no token-classification class"
+        raise UserError(f"{name}: {what}; a teacher is a bidirectional encoder")
+    options = dict(config=config, dtype=torch.float32, output_loading_info=True)
+    model, info = load(AutoModelForTokenClassification, name, **options)
+    base = model.base_model_prefix + "."  # a missing head is new, and trained
+    refuse_missing(name, model, [k for k in info["missing_keys"] if k.startswith(base)])
+    for kinds in (("pad", "pad"), ("sep", "eos"), ("cls", "bos")):
+        if all(getattr(tokenizer, f"{kind}_token_id") is None for kind in kinds):
+            what = f"the tokenizer has no {kinds[0]} token"
+            raise UserError(f"{name}: {what}; a teacher is a bidirectional encoder")
+    trial = copy.deepcopy(model).eval()  # BigBird turns from sparse to full for good on short rows
+    is_told = attempt(tap_tells, trial)
+    if isinstance(is_told, str):
+        raise UserError(f"{name}: {type(model).__name__} cannot be a teacher: {is_told}")
+    if not is_told:
+        model.set_attn_implementation("eager")
+        print(f"{name}: its maps are read by output_attentions, in eager attention (slower)")
+    return InteractionTeacher(model, tokenizer, positions_of(model), eager=not is_told)
+
+
+@torch.no_grad()
+def tap_tells(model) -> bool:
+    """Whether queries and keys give an encoder's maps: no position bias (T5, DeBERTa), no sink.
+
+    Raises ValueError where it is causal, damaged, or eager attention shows no maps either.
+    """
+    ids, layers = torch.tensor([[5, 6, 7, 8]]), range(model.config.num_hidden_layers)
+    other, there = torch.tensor([[5, 6, 7, 9]]), torch.ones_like(ids)
+    early = [model.base_model(i).last_hidden_state[0, 0] for i in (ids, other)]
+    if not torch.stack(early).isfinite().all():
+        raise ValueError("its hidden states are not finite; the weights are damaged")
+    if torch.equal(*early):
+        raise ValueError("it is causal, early tokens never see late ones; take an encoder")
+    tapped = None
+    with suppress(UserError):
+        with AttentionTap(model, layers) as tap:
+            logits = model(ids, attention_mask=there).logits
+        tapped = tap.kept
+    model.set_attn_implementation("eager")
+    out = model(ids, attention_mask=there, output_attentions=True)
+    eager = [A.float().mean(1) for A in out.attentions or () if A is not None]
+    is_map = [A.shape[1:] == (4, 4) and agree(A.sum(-1), torch.ones(1, 4)) for A in eager]
+    if len(eager) < len(layers) or not all(is_map):
+        raise ValueError("it shows no attention maps whose rows are probabilities; take another")
+    if tapped is None:
+        return False
+    for layer in layers:
+        query, key, scale, mask = tapped[layer]
+        T = attention_map(query, key, scale, InteractionTeacher.visible(there, mask))
+        if not agree(T, eager[layer], 1e-4):
+            return False
+    return agree(logits, out.logits)
+
+
+def open_student(student) -> tuple[RewardModel, object]:
+    """(RewardModel, tokenizer) of a directory, a hub id, or a stock model that is loaded already."""
+    if isinstance(student, str | Path):
+        stock, tokenizer = load_student(str(student))
+        return RewardModel(stock.eval()), tokenizer
+    stock = getattr(student, "stock", student)
+    return RewardModel(stock), load_tokenizer(stock.name_or_path)
+
+
+# ------------------------------------------------------------- what a run needs before its first step
+
+
+def check_config(cfg: Config) -> bool:
+    """Fills in defaults, refuses flags that cannot work; returns whether a teacher is needed."""
+    for f in dataclasses.fields(cfg):
+        value, low, high = getattr(cfg, f.name), f.metadata["low"], f.metadata["high"]
+        if isinstance(value, int | float) and not (low <= value <= high and math.isfinite(value)):
+            reach = f"from {low:g} to {high:g}".removesuffix(" to inf")
+            raise UserError(f"{option_of(f.name)} must be a finite number {reach}, is {value}")
+    if not cfg.epochs and not cfg.max_steps:
+        raise UserError("--epochs 0 needs --max-steps")
+    if cfg.method == "bt":
+        if cfg.lambda_score:
+            raise UserError(
+                "--lambda-score needs a teacher: --method id (the verdict alone: with "
+                "--lambda-intra 0 --lambda-inter 0)"
+            )
+        cfg.lambda_intra = cfg.lambda_inter = 0.0
+    has_maps = cfg.lambda_intra > 0 or cfg.lambda_inter > 0
+    needs_teacher = cfg.lambda_score > 0 or (has_maps and cfg.align_target != "uniform")
+    defaults = {"output_dir": f"runs/{Path(cfg.model).name}-{cfg.method}"}
+    if needs_teacher:
+        defaults["teacher"] = "answerdotai/ModernBERT-base"
+    if not cfg.data:
+        defaults |= {"data": ["hh-rlhf"], "eval_data": ["hh-rlhf:test"]}
+    for name, value in defaults.items():
+        if not getattr(cfg, name):
+            setattr(cfg, name, value)
+            print(f"default: {option_of(name)} {value if isinstance(value, str) else value[0]}")
+    return needs_teacher
+
+
+def needed_fields(cfg: Config) -> dict[str, str]:
+    """{field that every training pair must have: the flag that needs it}."""
+    needed = {}
+    if cfg.flip_negative_strength:
+        needed["strength"] = "--flip-negative-strength"
+    if cfg.preference_loss == "soft":
+        needed["strength"] = "--preference-loss soft"
+    if cfg.margin_field != "none":
+        needed[cfg.margin_field] = f"--margin-field {cfg.margin_field}"
+    return needed
+
+
+def parse_layers(spec: str, student: int, teacher: int) -> tuple[tuple, tuple]:
+    """'last', 'middle', 'all' or 'S:T,S:T' -> layer numbers from 0, ((student's), (teacher's)).
+
+    'all' pairs each of the teacher's layers with the student's at the same relative depth.
+    """
+    named = {
+        "last": [(-1, -1)],
+        "middle": [((student - 1) // 2, (teacher - 1) // 2)],
+        "all": [(math.ceil((t + 1) * student / teacher) - 1, t) for t in range(teacher)],
+    }
+    try:
+        pairs = named.get(spec) or [map(int, part.split(":")) for part in spec.split(",")]
+        return tuple(zip(*((range(student)[s], range(teacher)[t]) for s, t in pairs)))
+    except (ValueError, IndexError):
+        within = f"within {student} student and {teacher} teacher layers"
+        advice = "give last, middle, all, or student:teacher pairs such as '-1:-1,5:2'"
+        raise UserError(f"--align-layers {spec!r}: {advice}, {within}") from None
+
+
+def load_models(run: Run, needs_teacher: bool, is_trained: bool, device):
+    """RewardModel, its tokenizer, InteractionTeacher or None, and the aligned layers; all tried."""
+    cfg, teacher, layers = run.cfg, None, ((), ())
+    if needs_teacher:
+        teacher = load_teacher(str(run.dir / "teacher") if is_trained else cfg.teacher, cfg.seed)
+        teacher.room = min(teacher.room, 2 * cfg.max_length)
+        place(teacher, cfg, device)
+    stock, tokenizer = load_student(cfg.model, cfg.seed, cfg.max_length)
+    model = place(RewardModel(stock, cfg.encoding), cfg, device)
+    if cfg.lambda_intra > 0 or cfg.lambda_inter > 0:
+        depth = attempt(attention_layers, stock)
+        if isinstance(depth, str):
+            raise UserError(f"{cfg.model}: {depth}, so it shows no maps; use --method bt")
+        teacher_depth = teacher.stock.config.num_hidden_layers if needs_teacher else depth
+        layers = parse_layers(cfg.align_layers, depth, teacher_depth)
+    probe_student(model, cfg.model, cfg.max_length, layers[0])
+    if cfg.gradient_checkpointing:  # non-reentrant, which the tap works with
+        stock.gradient_checkpointing_enable({"use_reentrant": False})
+    return model, tokenizer, teacher, layers
+
+
+def encode_all(cfg: Config, model, tokenizer, teacher, pairs, held_pairs, counts: Counter):
+    """(examples of the training pairs, {name: examples} of the held-out ones); counts are printed.
+
+    Raises UserError where nothing is left, or where a token id is beyond a model's embeddings: a
+    tokenizer may know more than its model, what counts is which ids occur.
+    """
+    reader = None if teacher is None else teacher.tokenizer
+    encoder, encoded = Encoder(tokenizer, cfg.max_length, cfg.overlong, reader), {}
+    for name, part in {"training": pairs, **held_pairs}.items():
+        encoder.counts.clear()
+        encoded[name] = examples = encoder(part, progress=f"encoding {name}")
+        if not examples:
+            raise UserError(f"{name}: no pair fits into --max-length {cfg.max_length}")
+        encoder.counts["pairs"] = len(examples)
+        read = [(cfg.model, model.stock, [e.ids for e in examples])]
+        if teacher is not None:
+            runs = [np.concatenate([ids for ids, _ in e.runs]) for e in examples]
+            encoder.counts["cut for the teacher"] = sum(len(r) + 4 > teacher.room for r in runs)
+            read.append((cfg.teacher, teacher.stock, runs))
+        for model_name, stock, rows in read:
+            known, largest = stock.get_input_embeddings().num_embeddings, max(map(np.max, rows))
+            if largest >= known:
+                what = f"the pairs hold the token id {largest}, the model has {known} embeddings"
+                raise UserError(f"{model_name}: {what}")
+        counts.update({f"{what} ({name})": k for what, k in encoder.counts.items()})
+    print("data: " + ", ".join(f"{k} {what}" for what, k in counts.items() if k))
+    return encoded.pop("training"), encoded
+
+
+# -------------------------------------------------------------------------------------- processes
+
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # of torchrun
+
+
+def computes_in_bf16(kind: str) -> bool:
+    """Whether bf16 is the faster type. On x86 it has 0.6 of fp32's speed without units for it, 1.6
+    with AVX512-BF16, 4 times with AMX (measured)."""
+    if kind == "cuda":
+        return torch.cuda.is_bf16_supported()
+    names = [f"_is_{unit}_supported" for unit in ("avx512_bf16", "amx_tile")]
+    has_units = any(getattr(torch.cpu, name, bool)() for name in names)
+    is_x86 = platform.machine() in ("x86_64", "AMD64")
+    return (
+        kind == "cpu" and (has_units or not is_x86) and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
+
+
+def set_up_device(cfg):
+    """(device, amp): amp() is bf16 autocast, or nothing. Joins the other processes of torchrun."""
+    name = cfg.device
+    if name == "auto":
+        name = "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else name
+    if name == "cuda" and WORLD > 1:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as why:
+        raise UserError(f"--device {name}: not usable here ({first_line(why)})") from None
+    if WORLD > 1 and not dist.is_initialized():
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(minutes=30))
+        atexit.register(dist.destroy_process_group)
+    if cfg.dtype == "bf16" or (cfg.dtype == "auto" and computes_in_bf16(device.type)):
+        return device, functools.partial(torch.autocast, device.type, dtype=torch.bfloat16)
+    return device, nullcontext
+
+
+def place(model: nn.Module, cfg: Config, device) -> nn.Module:
+    """On its device; what will be sharded waits on the CPU, and is moved layer by layer."""
+    return model.to("cpu" if cfg.fsdp and WORLD > 1 else device)
+
+
+def distribute(model: nn.Module, device, shard: bool, amp) -> None:
+    """Under torchrun: gradients are averaged over the processes; shard: weights, gradients and
+    optimizer are split among them too (FSDP2). One engine for both: without shard each process is
+    a group of its own that holds all."""
+    if WORLD == 1:
+        return
+    shape = (1, WORLD) if shard else (WORLD, 1)
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
+    dtype = torch.bfloat16 if shard and amp is not nullcontext else None
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    layers = max((m for m in model.modules() if isinstance(m, nn.ModuleList)), key=len)
+    for layer in layers:
+        fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=shard)
+    fully_shard(model, mesh=mesh, reshard_after_forward=False)  # embeddings and head stay in fp32
+
+
+def shares(examples: list[Example], batch_size: int, name: str):
+    """Index arrays of this process's batches, longest first: too little memory shows at once.
+
+    Every process has equally many (some twice): a sharded model computes only in all together.
+    """
+    order = np.argsort([-len(e.ids) for e in examples], kind="stable")
+    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    rounds = math.ceil(len(batches) / WORLD) * WORLD
+    return bar([batches[k % len(batches)] for k in range(RANK, rounds, WORLD)], name)
+
+
+def over_processes(values: np.ndarray, operation: str, device) -> np.ndarray:
+    """ "SUM" or "MAX" over all processes, element by element."""
+    if WORLD == 1:
+        return values
+    everyones = torch.from_numpy(values).to(device)
+    dist.all_reduce(everyones, getattr(dist.ReduceOp, operation))
+    return everyones.cpu().numpy()
+
+
+def barrier() -> None:
+    if WORLD > 1:
+        dist.barrier()
+
+
+# ------------------------------------------------------------------------------- the run directory
+
+
+def remove(path: Path) -> None:
+    """Deletes a file or folder, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    path.unlink(missing_ok=True) if not path.is_dir() else None
+
+
+def swap_in(aside: Path, to: Path) -> None:
+    """A folder that was written aside takes its place; Run mends a kill between the renames."""
+    old = to.with_name(to.name + ".old")
+    remove(old)
+    if to.exists():
+        os.replace(to, old)
+    os.replace(aside, to)
+    remove(old)
+
+
+def save_stock(stock, tokenizer, to: Path, weights: dict | None = None) -> None:
+    """A stock directory, written aside and swapped in; weights: where the model's own are sharded.
+
+    Raises UserError where the disk refuses, or the reward head was lost (OpenRLHF #209).
+    """
+    aside = to.with_name(to.name + ".tmp")
+    weights = stock.state_dict() if weights is None else weights
+    remove(aside)
+    try:
+        stock.save_pretrained(aside, state_dict=weights)
+        tokenizer.save_pretrained(aside)
+        if hasattr(stock, "score"):
+            saved = {}
+            for path in aside.glob("*.safetensors"):
+                saved |= load_file(path)
+            torch.testing.assert_close(saved["score.weight"], weights["score.weight"].cpu())
+    except Exception as why:  # safetensors has errors of its own
+        remove(aside)
+        raise UserError(f"{aside}: cannot be written ({first_line(why)}); {to} stays") from None
+    swap_in(aside, to)
+
+
+class Run:
+    """RUN/: lock, config.json, metrics.jsonl, checkpoints/, teacher/, student/, results.json.
+
+    One rule: the folder is empty, or holds our config.json. Under torchrun the first process
+    writes, and all of them write the checkpoints. Raises UserError for a folder that cannot serve.
+    """
+
+    outputs = ("checkpoints", "results.json", "student", "teacher", "metrics.jsonl")
+    may_change = (  # flags that change no step
+        *("resume", "overwrite", "output_dir", "eval_data", "log_every", "save_every", "device"),
+        *("fsdp", "grad_accum", "gradient_checkpointing"),
+    )
+
+    def __init__(self, cfg: Config):
+        self.cfg, self.stop, self.handlers = cfg, 0, {}
+        self.dir = Path(cfg.output_dir).absolute()  # no name below it can be taken for a hub id
+        self.lock = FileLock(self.dir / "lock", timeout=0)
+
+    def __enter__(self):
+        if RANK > 0:
+            return self
+        try:
+            self.dir.mkdir(parents=True, exist_ok=True)
+            self.lock.acquire()
+            self.check_folder()
+        except BaseException as why:
+            self.lock.release()
+            if isinstance(why, Timeout):
+                what = "in use by another run; choose another --output-dir"
+                raise UserError(f"{self.dir}: {what}") from None
+            if isinstance(why, OSError):
+                raise UserError(f"{self.dir}: cannot be written ({why.strerror})") from None
+            raise
+        return self
+
+    def __exit__(self, kind, why, *_) -> None:
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        self.lock.release()
+        if isinstance(why, OSError):
+            where = why.filename or self.dir
+            raise UserError(
+                f"{where}: {why.strerror or why}; what was saved before is whole"
+            ) from None
+
+    def check_folder(self) -> None:
+        """The one rule, and that this run may go on or replace what is there."""
+        cfg = self.cfg
+        for name in ("student", "teacher"):  # killed between two renames: the old one is whole
+            old = self.dir / f"{name}.old"
+            if old.exists() and not (self.dir / name).exists():
+                os.replace(old, self.dir / name)
+        try:
+            before = json.loads((self.dir / "config.json").read_text(encoding="utf-8"))
+            before["flags"]["seed"]  # any model directory has a config.json: ours lists flags
+        except (OSError, ValueError, KeyError, TypeError):
+            foreign = sorted(path.name for path in self.dir.iterdir() if path.name != "lock")
+            if foreign:
+                what = f"holds {foreign[0]} and is no earlier run; choose a new --output-dir"
+                raise UserError(f"{self.dir}: {what}") from None
+            return
+        if cfg.resume:
+            return self.check_resume(before)
+        if not cfg.overwrite:
+            advice = (
+                "go on with --resume, replace it with --overwrite, or choose another --output-dir"
+            )
+            raise UserError(f"{self.dir}: holds an earlier run; {advice}")
+        for path in [cfg.model, cfg.teacher, *cfg.data, *cfg.val_data, *cfg.eval_data]:
+            if path and Path(path).resolve().is_relative_to(self.dir.resolve()):
+                raise UserError(f"{self.dir}: holds {path}, an input; choose another --output-dir")
+
+    def check_resume(self, before: dict) -> None:
+        """--resume with other flags or other pairs is refused, but for flags that change no step."""
+        now = json.loads(json.dumps(asdict(self.cfg)))
+        was = {**asdict(Config()), **before["flags"]}
+        fixed = [k for k in now if k not in self.may_change and was[k] != now[k]]
+        changed = [f"{option_of(k)} was {was[k]!r}, is {now[k]!r}" for k in fixed]
+        read = before.get("inputs", {})
+        changed += [
+            f"{p} changed" for p, crc in self.checksums().items() if read.get(p, crc) != crc
+        ]
+        if changed:
+            what = f"--resume with other flags or pairs: {'; '.join(changed)}"
+            raise UserError(f"{self.dir}: {what}. Restore them, or start anew with --overwrite")
+        if (self.dir / "results.json").exists() and not self.checkpoints():
+            what = "a finished run without its checkpoints: nothing to resume; use --overwrite"
+            raise UserError(f"{self.dir}: {what}")
+
+    def checksums(self) -> dict[str, int]:
+        """CRC-32 of each file of training and validation pairs."""
+        files = [Path(p) for p in [*self.cfg.data, *self.cfg.val_data] if Path(p).is_file()]
+        return {str(path): zlib.crc32(path.read_bytes()) for path in files}
+
+    def begin(self, counts: Counter) -> None:
+        """Data and models are known to be good: only now is an earlier run replaced."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self.handlers[number] = signal.signal(number, self.on_signal)
+        if RANK > 0:
+            return
+        if not (self.cfg.resume and self.checkpoints()):
+            for name in self.outputs:  # checkpoints first: killed in here, a resumed run begins
+                remove(self.dir / name)
+            if self.cfg.resume:
+                print(f"{self.dir}: no checkpoint to resume from; starting at the beginning")
+            self.log(phase="data", step=0, data=dict(counts))
+        versions = {m.__name__: m.__version__ for m in (torch, transformers, np)}
+        versions["python"] = platform.python_version()
+        config = {"flags": asdict(self.cfg), "versions": versions, "inputs": self.checksums()}
+        self.write("config.json", config)
+
+    def write(self, name: str, obj) -> None:
+        if RANK == 0:
+            with written(self.dir / name) as f:
+                json.dump(obj, f, indent=1)
+
+    def log(self, **line) -> None:
+        """One line of metrics.jsonl; NaN, which is no JSON, becomes null."""
+        if RANK == 0:
+            finite = {k: v for k, v in line.items() if not isinstance(v, float) or math.isfinite(v)}
+            with open(self.dir / "metrics.jsonl", "a", encoding="utf-8") as f:
+                f.write(json.dumps({**dict.fromkeys(line), **finite}) + "\n")
+
+    def on_signal(self, number, _) -> None:
+        self.stop = number
+        signal.signal(number, signal.SIG_DFL)  # a second one ends at once
+        if RANK == 0:
+            print("\nstopping after this step; once more ends at once", file=sys.stderr)
+
+    def agreed_stop(self, device) -> int:
+        """The signal that any process has had, the same answer in all of them; 0 = none."""
+        return int(over_processes(np.array([self.stop]), "MAX", device)[0])
+
+    def leave(self, where: str, stop: int) -> None:
+        """Ends the process after a saved step: 130 after Ctrl-C, 0 after SIGTERM."""
+        start = ["torchrun", "--nproc-per-node", str(WORLD)] if WORLD > 1 else ["python"]
+        argv = [*start, *(a for a in sys.argv if a not in ("--overwrite", "--resume")), "--resume"]
+        print(f"stopped and saved after {where}. Go on with:\n  {shlex.join(argv)}")
+        raise SystemExit(130 if stop == signal.SIGINT else 0)
+
+    def save_model(self, model: nn.Module, tokenizer, name: str) -> None:
+        """RUN/name as a stock directory, gathered from all processes, written by the first."""
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        weights, _ = get_state_dict(model, (), options=options)
+        if RANK == 0:
+            weights = {k.removeprefix("stock."): v for k, v in weights.items()}
+            save_stock(model.stock, tokenizer, self.dir / name, weights)
+
+    def checkpoints(self) -> list[Path]:
+        """Folders 1-teacher-STEP and 2-student-STEP, newest first; whole, since renamed when done."""
+        return sorted((self.dir / "checkpoints").glob("*-*-*[0-9]"), reverse=True)
+
+    def has_trained_teacher(self) -> bool:
+        """Whether this run resumes a student whose teacher is already in RUN/teacher."""
+        is_student = any("student" in path.name for path in self.checkpoints())
+        return self.cfg.resume and self.cfg.teacher_epochs > 0 and is_student
+
+    def checkpoint(self, phase: Phase, step: int, optimizer, best: list[float]) -> None:
+        """Weights and moments of all processes, and the log so far, in one folder; the last two stay."""
+        number = 1 + (phase.name == "student")
+        folder = self.dir / "checkpoints" / f"{number}-{phase.name}-{step:08d}"
+        aside = folder.with_name("aside")
+        weights, moments = get_state_dict(phase.model, optimizer)
+        state = {"model": weights, "optimizer": moments}
+        if RANK == 0:
+            remove(aside)
+        barrier()
+        try:
+            dcp.save(state, checkpoint_id=aside, no_dist=WORLD == 1)
+            if RANK == 0:
+                shutil.copy(self.dir / "metrics.jsonl", aside)
+                (aside / "best.json").write_text(json.dumps(best))
+        except (Exception, CheckpointException) as why:
+            what = f"cannot be written ({first_line(why)}); the checkpoint before is whole"
+            raise UserError(f"{folder}: {what}") from None
+        if RANK == 0:
+            swap_in(aside, folder)
+            for old in self.checkpoints()[2:]:
+                remove(old)
+        barrier()
+
+    def restore(self, phase: Phase, optimizer) -> tuple[int, list[float]]:
+        """--resume: weights, moments and log of the newest checkpoint, if it is of this phase.
+
+        Returns the steps done, and [accuracy, -loss] of the best validation.
+        """
+        done, best = 0, [-1.0, 0.0]
+        if not (self.cfg.resume and self.checkpoints()):
+            return done, best
+        folder = self.checkpoints()[0]
+        try:
+            if RANK == 0:
+                shutil.copy(folder / "metrics.jsonl", self.dir)
+            if phase.name in folder.name:
+                done, best = int(folder.name[-8:]), json.loads((folder / "best.json").read_text())
+                weights, moments = get_state_dict(phase.model, optimizer)
+                state = {"model": weights, "optimizer": moments}
+                # partial: weights that never get a gradient have no moments (composite models)
+                planner = DefaultLoadPlanner(allow_partial_load=True)
+                dcp.load(state, checkpoint_id=folder, planner=planner, no_dist=WORLD == 1)
+                loaded = dict(model_state_dict=weights, optim_state_dict=moments)
+                set_state_dict(phase.model, optimizer, **loaded)
+                print(f"resuming the {phase.name} after step {done}")
+        except (Exception, CheckpointException) as why:
+            what = f"is damaged ({first_line(why)}); remove it to go on from the one before"
+            raise UserError(f"{folder}: {what}") from None
+        return done, best
+
+
+# ----------------------------------------------------------------------------------------- the demo
+
+DEMO = dict(  # its flags; the teacher's recipe was chosen by validation accuracy
+    batch_size=32,
+    lr=1e-3,
+    teacher_lr=2e-3,
+    epochs=2.0,
+    teacher_epochs=8.0,
+    max_length=128,
+    dtype="fp32",
+    eval_every=400,
+    log_every=20,
+)
+DEMO_SETS = ("in-distribution", "cue-neutral", "cue-reversed")  # the cue is right in 90, 50, 10 %
+DEMO_ARMS = {  # name -> folder, purpose, flags
+    "ID": ("id", "the method: a teacher, then a student pulled to its map", {}),
+    "BT": ("bt", "the plain reward model on the same pairs", {"method": "bt"}),
+    "ID, uniform target": (
+        "uniform",
+        "the control: the same loss, a map that says nothing",
+        {"align_target": "uniform"},
+    ),
+}
+
+
+def make_demo_models(to: Path, seed: int) -> None:
+    """A word-level Llama and a word-level ModernBERT, untrained, as ordinary directories."""
+    tokenizer = demo_tokenizer()
+    size = dict(
+        vocab_size=len(tokenizer), hidden_size=64, num_hidden_layers=2, num_attention_heads=4
+    )
+    size |= dict(intermediate_size=128, max_position_embeddings=256, pad_token_id=0, bos_token_id=2)
+    size |= dict(eos_token_id=4, cls_token_id=2, sep_token_id=3)
+    torch.manual_seed(seed)
+    student = transformers.LlamaForCausalLM(transformers.LlamaConfig(**size))
+    # all layers global, larger initial weights: with 0.02, or a post-norm BERT, it does not learn
+    extra = dict(num_labels=1, initializer_range=0.1, global_attn_every_n_layers=1)
+    config = transformers.ModernBertConfig(**size, **extra)
+    teacher = transformers.ModernBertForTokenClassification(config)
+    for model, name in ((student, "student"), (teacher, "teacher")):
+        model.save_pretrained(to / name)
+        tokenizer.save_pretrained(to / name)
+
+
+def demo_arm(cfg: Config, here: Path, folder: str, **flags) -> dict:
+    """One run of the demo in the folder of its seed: {set: row of the final table}."""
+    models, data = here / "models", here / "data"
+    own = dict(model=str(models / "student"), teacher=str(models / "teacher"))
+    own |= dict(data=[str(data / "train.jsonl")], output_dir=str(here / folder), overwrite=True)
+    own |= dict(eval_data=[str(data / f"{name}.jsonl") for name in DEMO_SETS])
+    return train(replace(cfg, **{**own, **flags}))["sets"]
+
+
+def demo_seed(cfg: Config, here: Path) -> dict[str, list[float]]:
+    """Pairs, models and all arms of one seed: {arm: accuracy on each set}, kept in HERE/demo.json."""
+    print(
+        f"\nseed {cfg.seed}: pairs of a small language. In 90 % of the training pairs a closing cue"
+    )
+    print("goes with the label; what always decides is a word at the beginning.")
+    write_demo_data(here / "data", cfg.seed, overwrite=True)
+    make_demo_models(here / "models", cfg.seed)
+    table: dict[str, list[float]] = {"teacher": [], "BT": []}
+    for name, (folder, purpose, flags) in DEMO_ARMS.items():
+        print(f"\n--- {name}: {purpose}")
+        sets = demo_arm(cfg, here, folder, **flags)
+        table[name] = [sets[s]["student"] for s in DEMO_SETS]
+        if name == "ID":
+            table["teacher"] = [sets[s]["teacher"] for s in DEMO_SETS]
+    with written(here / "demo.json") as f:
+        json.dump(table, f, indent=1)
+    return table
+
+
+def print_demo(tables: list[dict[str, list[float]]]) -> None:
+    """Mean (and standard deviation) over seeds, in %."""
+    width = 2 + max(map(len, tables[0]))
+    print(f"\n{'accuracy %':{width}}" + "".join(f"{c:>17}" for c in DEMO_SETS))
+    print(f"{'cue right in':{width}}" + "".join(f"{c:>17}" for c in ("90 %", "50 %", "10 %")))
+    for name in tables[0]:
+        rows = 100 * np.array([table[name] for table in tables])
+        cells = [f"{mean:.1f}" for mean in rows.mean(0)]
+        if len(tables) > 1:
+            cells = [f"{m:.1f} ({s:.1f})" for m, s in zip(rows.mean(0), rows.std(0, ddof=1))]
+        print(f"{name:{width}}" + "".join(f"{c:>17}" for c in cells))
+    print(f"600 pairs a column, {len(tables)} seed(s), mean (standard deviation)")
+
+
+def demo(cfg: Config) -> None:
+    """`python idistill.py`: which of four models reads the content, which the cue?
+
+    With flags of the method, one arm with these flags, beside the rows of the last demo with that
+    seed (which is made first where there is none); its row joins ROOT/seedN/ablations.json.
+    """
+    typed = typed_flags(cfg, Config(**DEMO))
+    root = Path(cfg.output_dir or "runs/demo")
+    if WORLD > 1 or cfg.resume:
+        raise UserError("torchrun and --resume need --model beside them; the demo starts anew")
+    later = [root.with_name(f"{root.name}-{i}") for i in range(2, 10_000)]
+    roots = [root] + [path for path in later if path.exists()]
+    seeds, tables = range(cfg.seed, cfg.seed + cfg.seeds), []
+    made = [r for r in roots if all((r / f"seed{s}/demo.json").exists() for s in seeds)]
+    if typed and made:
+        root = made[-1]
+    elif root.exists() and not cfg.overwrite:  # an earlier demo is never overwritten
+        root = next(path for path in later if not path.exists())
+    for seed in seeds:
+        here = root / f"seed{seed}"
+        if typed and made:
+            table = json.loads((here / "demo.json").read_text(encoding="utf-8"))
+        else:
+            table = demo_seed(Config(**DEMO, seed=seed, device=cfg.device), here)
+        if typed:
+            table |= ablation(replace(cfg, seed=seed), here, typed)
+        tables.append(table)
+    print_demo(tables)
+    if not typed:
+        print(
+            "\nWhere the cue lies (last column), who reads the content stays near 100, who reads the"
+        )
+        print("cue falls to 10: the teacher's map hands over what to read, a uniform map does not.")
+    print(
+        f"Files: {root}. Look closer: python eval.py show {root}/seed{cfg.seed}/bt/student "
+        f"{root}/seed{cfg.seed}/id/student --data {root}/seed{cfg.seed}/data/cue-reversed.jsonl"
+    )
+
+
+def ablation(cfg: Config, here: Path, typed: dict[str, str]) -> dict[str, list[float]]:
+    """One arm with other flags, and those before it: {name: accuracy on each set}."""
+    name, path = " ".join(typed.values()), here / "ablations.json"
+    flags = (
+        {}
+        if {"teacher_epochs", "teacher_lr"} & set(typed)
+        else {"teacher": str(here / "id/teacher"), "teacher_epochs": 0.0}
+    )  # the demo's is reused
+    print(f"\n--- {name}")
+    folder = "ablations/" + re.sub(r"[^\w.]+", "-", name).strip("-")
+    sets = demo_arm(cfg, here, folder, **flags)
+    rows = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    rows[name] = [sets[s]["student"] for s in DEMO_SETS]
+    with written(path) as f:
+        json.dump(rows, f, indent=1)
+    return rows
+
+
+# --------------------------------------------------------------------------------- the command line
+
+GROUPS = {  # the first field of each group of Config
+    "model": "input and output",
+    "method": "method",
+    "preference_loss": "baselines",
+    "epochs": "optimiser",
+    "val_fraction": "evaluation and logging",
+    "seed": "system",
+}
+NO_ABLATION = {"output_dir", "overwrite", "resume", "seed", "seeds", "device", "dtype"}
+
+
+def option_of(field: str) -> str:
+    return "--" + field.replace("_", "-")
+
+
+def parse_flags(argv: list[str] | None = None, defaults: dict | None = None) -> Config:
+    """The command line, made from Config; a wrong flag is one line and exit code 2."""
+    layout = functools.partial(argparse.HelpFormatter, max_help_position=32, width=100)
+    about = __doc__.split("\n")[0]
+    parser = Parser(description=about, formatter_class=layout, allow_abbrev=False)
+    config = Config(**(defaults or {}))
+    for f in dataclasses.fields(Config):
+        if f.name in GROUPS:
+            group = parser.add_argument_group(GROUPS[f.name])
+        value = getattr(config, f.name)
+        options = {"default": value, "type": type(value), "choices": f.metadata["choices"]}
+        if isinstance(value, bool):
+            options = {"action": "store_true"}
+        elif isinstance(value, list):
+            options = {"nargs": "+", "default": value}
+        shown = "" if value in ("", [], False) else f" (default: {value})"
+        group.add_argument(option_of(f.name), help=f.metadata["help"] + shown, **options)
+    return Config(**vars(parser.parse_args(argv)))
+
+
+def typed_flags(cfg: Config, before: Config) -> dict[str, str]:
+    """{field: the flag as a person types it} of what differs from the demo's own flags."""
+    typed = {}
+    for name, value in asdict(cfg).items():
+        if name not in NO_ABLATION and value != getattr(before, name):
+            typed[name] = option_of(name)
+            if value is not True:
+                typed[name] += f" {value if isinstance(value, str) else format(value, 'g')}"
+    return typed
+
+
+def quiet() -> None:
+    """No chatter of libraries between our lines."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module")  # its outputs are never written to
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+
+
+@contextmanager
+def errors_in_one_line(output_dir: str):
+    """What a person can mend, or the death of another process, ends a run with one line; only the
+    first process speaks of what goes well."""
+    if RANK > 0:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    with exit_codes():
+        try:
+            yield
+        except UserError as why:
+            if RANK == 0:
+                raise
+            time.sleep(5)  # torchrun ends this process in here, if the first one says the same
+            raise UserError(f"{why} (process {RANK} of {WORLD})") from None
+        except RuntimeError as why:  # another process died: this one must not wait for it
+            if WORLD == 1:
+                raise
+            is_saved = any(Path(output_dir).glob("checkpoints/*-*"))
+            then = "go on with --resume" if is_saved else "nothing was saved yet"
+            raise UserError(
+                f"process {RANK} of {WORLD} lost another ({first_line(why)}); {then}"
+            ) from why
 
 
 def main(argv: list[str] | None = None) -> None:
-    cfg = parse_flags(Config, __doc__.split("\n")[0], argv)
+    cfg = parse_flags(argv)
     quiet()
     with errors_in_one_line(cfg.output_dir):
         if not cfg.model:
-            return demo(cfg, train)
-        results = train(cfg)
-    print_table(results)
-    print(f"\nreward model: {Path(cfg.output_dir) / 'student'}  (a stock AutoModelForSequenceClassification directory)")
+            if cfg.teacher or cfg.data or cfg.val_data or cfg.eval_data:
+                raise UserError("--model is needed beside --teacher and data; without: the demo")
+            return demo(parse_flags(argv, DEMO))
+        print_table(train(cfg))
+        folder = Path(cfg.output_dir) / "student"
+        print(f"\nreward model: {folder}  (a stock AutoModelForSequenceClassification directory)")
 
 
 if __name__ == "__main__":
