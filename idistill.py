@@ -72,6 +72,16 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 import transformers
+from filelock import FileLock, Timeout
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.utils.checkpoint import checkpoint
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
 from data_prep import (
     Encoder,
     Example,
@@ -87,23 +97,6 @@ from data_prep import (
     write_demo_data,
     written,
 )
-from filelock import FileLock, Timeout
-from safetensors.torch import load_file
-from torch import Tensor, nn
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.utils.checkpoint import checkpoint
-from transformers import (
-    AttentionInterface,
-    AutoConfig,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-)
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 # ==================================================================================================
 # Part 1: the method. Tensors and numbers only, so that each piece works in a notebook.
@@ -207,29 +200,6 @@ def teacher_batch(
     return {name: stack_rows([row[name] for row in rows], fills[name], device) for name in fills}
 
 
-def two_rows(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """A packed batch as 2B ordinary rows, (x, y_c) of all pairs, then (x, y_r): --encoding siamese.
-
-    Returns source (2B, m): which of the B n packed tokens stands at each place (see take);
-    mask (2B, m): 1 = a token; where (B, n): the place of each packed token in the 2B m places.
-    """
-    seg, pos = batch["seg"], batch["pos"]
-    B, m = len(seg), int(pos.max()) + 1
-    pair = torch.arange(B, device=seg.device)[:, None]
-    packed = torch.arange(seg.numel(), device=seg.device).view_as(seg)
-    source, mask = seg.new_zeros(2 * B * m), seg.new_zeros(2 * B * m)
-    for k, mine in ((0, seg < 2), (1, (seg == 0) | (seg == 2))):
-        place = ((pair + k * B) * m + pos)[mine]
-        source[place], mask[place] = packed[mine], 1
-    where = torch.where(seg == 2, pair + B, pair) * m + pos
-    return source.view(2 * B, m), mask.view(2 * B, m), where
-
-
-def take(t: Tensor, index: Tensor) -> Tensor:
-    """t (B, n, ...), numbers (R, m) of its B n tokens -> (R, m, ...)."""
-    return t.flatten(0, 1).index_select(0, index.flatten()).unflatten(0, index.shape)
-
-
 # ---------------------------------------------------------------------- tap and simulated map
 
 TAP = "idistill_tap"
@@ -243,7 +213,7 @@ def tapped_attention(module, query, key, value, attention_mask, **kwargs):
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 
-AttentionInterface.register(TAP, tapped_attention)
+transformers.AttentionInterface.register(TAP, tapped_attention)
 AttentionMaskInterface.register(TAP, sdpa_mask)
 
 
@@ -319,9 +289,8 @@ def attention_map(query: Tensor, key: Tensor, scale: float, visible: Tensor) -> 
     key = key.repeat_interleave(H // key.shape[1], dim=1)  # grouped queries share a key head
     if query.shape[2] < LONG_ROW:
         return attention_probabilities(query, key, scale, visible).mean(dim=1)
-    total = (
-        0  # long rows: one head at a time, recomputed in backward, so that no head's map is kept
-    )
+    # long rows: one head at a time, recomputed in backward, so that no head's map is kept
+    total = 0
     for q, k in zip(query.split(1, dim=1), key.split(1, dim=1)):
         args = (attention_probabilities, q, k, scale, visible)
         total = total + checkpoint(*args, use_reentrant=False, preserve_rng_state=False)[:, 0]
@@ -332,45 +301,39 @@ def attention_map(query: Tensor, key: Tensor, scale: float, visible: Tensor) -> 
 
 
 class RewardModel(nn.Module):
-    """A stock decoder for sequence classification with one label: the student.
+    """The student: a stock decoder for sequence classification with one label, on packed rows."""
 
-    encoding "packed" reads one row a pair under the tree mask; "siamese" reads two ordinary causal
-    rows, which any decoder can do. The rewards are the same.
-    """
-
-    def __init__(self, stock, encoding: str = "packed"):
+    def __init__(self, stock):
         super().__init__()
-        self.stock, self.encoding = stock, encoding
+        self.stock = stock
 
     def forward(self, batch: dict[str, Tensor], layers=()) -> tuple[Tensor, list[Tensor]]:
         """Batch of student_batch -> rewards (B, 2) = (r_c, r_r) in fp32   (E1);
         simulated token maps S, (B, n, n) each, one for each of `layers`   (E3)."""
-        ids, seg = batch["ids"], batch["seg"]
-        if self.encoding == "packed":
-            inputs = dict(attention_mask=tree_mask(seg), position_ids=batch["pos"])
-        else:
-            source, mask, where = two_rows(batch)
-            ids, inputs = take(ids, source), dict(attention_mask=mask)
         tap = AttentionTap(self.stock, layers) if layers else nullcontext()
         with tap:
-            out = self.stock.base_model(input_ids=ids, **inputs, use_cache=False)
-        hidden = out.last_hidden_state
-        if self.encoding == "siamese":
-            hidden = take(hidden, where)
+            hidden = self.encode(batch)
         rewards = self.rewards_at(hidden, batch["last"])
 
-        visible = (seg != 3)[
-            :, None, None, :
-        ]  # (E3) the mask is lifted: every query sees every key
+        # (E3) The mask is lifted: every query sees every key, later ones and those of the other
+        # response too. Only padding stays hidden.
+        visible = (batch["seg"] != 3)[:, None, None, :]
         maps = []
         for layer in layers:
             query, key, scale, _ = tap.kept.pop(layer)
-            if (
-                self.encoding == "siamese"
-            ):  # the prompt's queries and keys are those of the first row
-                query, key = (take(t.transpose(1, 2), where).transpose(1, 2) for t in (query, key))
+            query, key = self.as_packed(query, batch), self.as_packed(key, batch)
             maps.append(attention_map(query, key, scale, visible))
         return rewards, maps
+
+    def encode(self, batch: dict[str, Tensor]) -> Tensor:
+        """The last hidden state (B, n, k) of the packed rows, under the tree mask."""
+        inputs = dict(attention_mask=tree_mask(batch["seg"]), position_ids=batch["pos"])
+        out = self.stock.base_model(input_ids=batch["ids"], **inputs, use_cache=False)
+        return out.last_hidden_state
+
+    def as_packed(self, heads: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        """Queries or keys (B, H, n, d) in the order of the packed row, as they are."""
+        return heads
 
     def rewards_at(self, hidden: Tensor, last: Tensor) -> Tensor:
         """w.h at the two last tokens: hidden (B, n, k), last (B, 2) -> (B, 2)   (E1)."""
@@ -1115,7 +1078,7 @@ def train(cfg: Config) -> dict:
             run, model, tokenizer, teacher, layers, examples, validation, swaps, device, amp
         )
         stock, _ = load_student(str(run.dir / "student"))  # the best
-        model = place(RewardModel(stock, cfg.encoding), cfg, device)
+        model = place(ENCODINGS[cfg.encoding](stock), cfg, device)
         if cfg.fsdp:
             distribute(model, device, True, amp)
         results = {"method": cfg.method, "seed": cfg.seed, "sets": {}}
@@ -1161,40 +1124,6 @@ def print_table(results: dict) -> None:
         cells = ["-" if v is None else f"{100 * v:.1f}" for v in values]
         print(f"{name:24}{row['pairs']:>10}" + "".join(f"{c:>10}" for c in cells))
     print("(majority: either side of a pair comes first, so a constant answer is right in half)")
-
-
-# ------------------------------------------------------------------------------ the notebook door
-
-
-@torch.no_grad()
-def maps_of_pair(student, teacher, prompt, chosen: str, rejected: str, layers=(-1,)):
-    """Simulated and teacher map of one pair, by the same steps as in training.
-
-    Args:
-        student, teacher: directory, hub id, or a model that load_student / load_teacher gave.
-        prompt: text or messages; chosen, rejected: texts.
-        layers: numbers of the layers to show, the same of both models; -1 = the last.
-
-    Returns words (W strings), segments (W,), S and T (len(layers), W, W), over the words that both
-    models see. Rows of S and T sum to at most 1: markup, which is no word, takes the rest.
-    """
-    model, tokenizer = open_student(student)
-    teacher = load_teacher(teacher) if isinstance(teacher, str | Path) else teacher
-    length = positions_of(model.stock)
-    encoder = Encoder(tokenizer, length, "truncate", teacher.tokenizer)
-    examples = encoder([Pair(prompt, chosen, rejected)])
-    if not examples:
-        raise UserError(f"the pair does not fit into the student's {length} positions")
-    batch = student_batch(examples, pad_id_of(model.stock), model.stock.device)
-    order = (teacher.tokenizer, teacher.room, teacher.stock.device)
-    rows = teacher_batch(examples, np.array([False]), *order)
-    _, _, S, T, word_seg = interaction_maps(model, teacher, batch, rows, (layers, layers))
-    seen = (word_seg[0] >= 0).cpu()
-    words = [word for word, is_seen in zip(examples[0].words, seen.tolist()) if is_seen]
-    if not words:
-        raise UserError("no word of the pair is seen by both models")
-    S, T = (torch.cat(maps).cpu()[:, seen][:, :, seen] for maps in (S, T))
-    return words, word_seg[0].cpu()[seen], S, T
 
 
 # ==================================================================================================
@@ -1277,7 +1206,7 @@ def load_student(name: str, seed: int = 0, max_length: int = 0):
     Raises UserError for what is no decoder or cannot hold max_length tokens.
     """
     tokenizer = load_tokenizer(name)
-    config = load(AutoConfig, name)
+    config = load(transformers.AutoConfig, name)
     kind = (getattr(config, "architectures", None) or [""])[0]
     if kind.endswith("ForSequenceClassification") and config.num_labels != 1:
         raise UserError(f"{name}: {kind} has {config.num_labels} labels, a reward model has 1")
@@ -1291,7 +1220,7 @@ def load_student(name: str, seed: int = 0, max_length: int = 0):
                 setattr(part, key, 0.0)  # noise in r would be noise in the margin
     torch.manual_seed(seed)  # before the load: a missing head is drawn in it
     options = dict(config=config, dtype=torch.float32, output_loading_info=True)
-    model, info = load(AutoModelForSequenceClassification, name, **options)
+    model, info = load(transformers.AutoModelForSequenceClassification, name, **options)
     if not hasattr(model, "score"):
         what = f"{type(model).__name__} is no decoder reward model"
         raise UserError(f"{name}: {what} (an encoder serves as --teacher)")
@@ -1330,11 +1259,12 @@ def attention_layers(model) -> int:
     return tap.calls
 
 
-def hides_window(config, max_length: int) -> bool:
-    """Whether the tree mask would take the place of a sliding window that max_length reaches."""
+def sliding_window(config) -> int:
+    """Tokens that a layer attends over, 10**6 = all before it."""
+    config = config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ["unknown"])
     is_used = getattr(config, "use_sliding_window", True) and kinds != {"full_attention"}
-    return is_used and max_length > (getattr(config, "sliding_window", None) or 10**6)
+    return (is_used and getattr(config, "sliding_window", None)) or 10**6
 
 
 def attempt(function, *args, **kwargs):
@@ -1353,92 +1283,101 @@ def agree(a, b, tolerance: float = 1e-3) -> bool:
 
 
 @torch.no_grad()
+def sees_ahead(model, ids: Tensor) -> bool:
+    """Whether an early token's hidden state changes with the last token (1, n)."""
+    other = torch.cat([ids[:, :-1], ids[:, :1]], dim=1)
+    states = [model.base_model(i).last_hidden_state[0, 0] for i in (ids, other)]
+    return not agree(*states, 1e-4)
+
+
+@torch.no_grad()
+def readable_maps(model, ids: Tensor, layers, is_causal: bool) -> str:
+    """How the maps of a model can be read, tried on ids (1, n): "tap", "eager" or "".
+
+    "tap": the tap changes nothing, and queries and keys give what eager attention shows (they do
+    not with a position bias (T5, DeBERTa), a sink or capped logits). "eager": by output_attentions,
+    whose rows are probabilities.
+    """
+    n, there, before = ids.shape[1], torch.ones_like(ids), model.config._attn_implementation
+    causal = torch.ones(1, 1, n, n, dtype=torch.bool, device=ids.device).tril()
+    plain = model.base_model(ids, attention_mask=there).last_hidden_state
+    hidden, tapped = "", {}
+    with suppress(UserError, ValueError):
+        with AttentionTap(model, layers) as tap:
+            hidden = model.base_model(ids, attention_mask=there).last_hidden_state
+        tapped = tap.kept
+    model.set_attn_implementation("eager")
+    out = attempt(model.base_model, ids, attention_mask=there, output_attentions=True)
+    model.set_attn_implementation(before)
+    eager = [A.float() for A in getattr(out, "attentions", None) or () if A is not None]
+    eager = [A.mean(1) for A in eager if A.shape[2:] == (n, n)]
+    eager = [A for A in eager if agree(A.sum(-1), torch.ones_like(A[0]))]
+    has_all = len(eager) > max(layers)  # some hybrids show none: the hidden state must do
+    is_told = agree(hidden, plain) and not getattr(model.config, "attn_logit_softcapping", None)
+    for layer in layers if is_told and has_all else ():
+        query, key, scale, mask = tapped[layer]
+        visible = causal if is_causal else InteractionTeacher.visible(there, mask)
+        is_told &= agree(attention_map(query, key, scale, visible), eager[layer])
+    if is_told:
+        return "tap"
+    return "eager" if has_all else ""
+
+
+@torch.no_grad()
 def probe_student(model: RewardModel, name: str, max_length: int = 0, layers=()) -> None:
-    """Compares stock, siamese, packed and eager on eight tokens: x of three, y_c two, y_r three.
+    """Compares stock, siamese and packed rewards on eight tokens: x of three, y_c two, y_r three.
 
     Raises UserError with the reason and the flag to use.
     """
-    stock, config = model.stock, model.stock.config.get_text_config()
-    free = [i for i in range(stock.get_input_embeddings().num_embeddings) if i != pad_id_of(stock)]
-    ids = [free[(len(free) // 2 + i) % len(free)] for i in range(8)]
-    rows = dict(ids=ids, seg=[0, 0, 0, 1, 1, 2, 2, 2], pos=[0, 1, 2, 3, 4, 3, 4, 5], last=[4, 7])
-    batch = {k: torch.tensor([v], device=stock.device) for k, v in rows.items()}
-    chosen = batch["ids"][:, :5]
-    other = torch.cat([chosen[:, :4], batch["ids"][:, 7:]], dim=1)
-
-    def reward_of(encoding: str) -> Tensor:
-        return RewardModel(stock, encoding)(batch)[0]
-
-    def early(tokens: Tensor) -> Tensor:
-        return stock.base_model(tokens, use_cache=False).last_hidden_state[0, 2]
-
-    was_training = stock.training
+    stock, was_training = model.stock, model.stock.training
+    rows = stock.get_input_embeddings().num_embeddings
+    free = [i for i in range(rows // 2, rows) if i != pad_id_of(stock)]
+    batch = dict(seg=[0, 0, 0, 1, 1, 2, 2, 2], pos=[0, 1, 2, 3, 4, 3, 4, 5], last=[4, 7])
+    batch["ids"] = [free[i % len(free)] for i in range(8)]
+    batch = {k: torch.tensor([v], device=stock.device) for k, v in batch.items()}
+    chosen, siamese = batch["ids"][:, :5], "use --encoding siamese"
     stock.eval()
     alone = attempt(lambda: stock(input_ids=chosen, use_cache=False).logits[0, 0].float())
-    apart = attempt(reward_of, "siamese")
-    why = next((f" ({x})" for x in (alone, apart) if isinstance(x, str)), "")
-    siamese, bt = "use --encoding siamese", "use --method bt"
-    checks = [
-        (not why, f"cannot be a student{why}"),
-        (agree(alone, alone), "gives rewards that are not finite; its weights are damaged"),
-        (why or agree(apart[0, 0], alone), "does not read its reward at the last token"),
-        (
-            agree(*(attempt(early, t) for t in (chosen, other)), 1e-4),
-            "is not causal: early tokens see late ones; an encoder serves as --teacher",
-        ),
-    ]
-    if model.encoding == "packed":
-        packed = attempt(reward_of, "packed")
-        is_hidden = hides_window(config, max_length)
-        checks += [
-            (not is_hidden, f"has a sliding window under --max-length; shorten that, or {siamese}"),
-            (agree(packed, apart), f"cannot take the tree mask; {siamese}"),
-        ]
-    if layers:
-        is_capped = getattr(config, "attn_logit_softcapping", None)
-        told = attempt(maps_agree, stock, chosen, layers)
-        checks += [
-            (not is_capped, f"caps its attention logits, which no map of Q and K tells; {bt}"),
-            (
-                told is True,
-                f"attends in a way that its queries and keys do not tell ({told}); {bt}",
-            ),
-        ]
+    apart = attempt(lambda: SiameseRewardModel(stock)(batch)[0])
+    why = next((x for x in (alone, apart) if isinstance(x, str)), "")
+    if why:
+        checks = {f"cannot be a student: {why}": False}
+    else:
+        checks = {
+            "gives rewards that are not finite; its weights are damaged": agree(alone, alone),
+            "does not read its reward at the last token": agree(apart[0, 0], alone),
+            "is not causal: early tokens see late ones; an encoder serves as --teacher": attempt(
+                sees_ahead, stock, chosen
+            )
+            is False,
+        }
+    if not why and not isinstance(model, SiameseRewardModel):
+        packed, window = attempt(lambda: model(batch)[0]), sliding_window(stock.config)
+        checks |= {
+            f"attends within {window} tokens, which the tree mask does not: use --max-length "
+            f"{window}, or --encoding siamese": max_length <= window,
+            f"cannot take the tree mask; {siamese}": agree(packed, apart),
+        }
+    if layers and not why:
+        checks["attends in a way that its queries and keys do not tell; use --method bt"] = (
+            attempt(readable_maps, stock, chosen, layers, True) == "tap"
+        )
     stock.train(was_training)
-    for is_true, what in checks:
+    for what, is_true in checks.items():
         if not is_true:
             raise UserError(f"{name}: {type(stock).__name__} {what}")
-
-
-def maps_agree(stock, ids: Tensor, layers) -> bool:
-    """Whether the tap changes nothing, and shows what eager attention shows (no sink, no bias)."""
-    n, before = ids.shape[1], stock.config._attn_implementation
-    plain = stock.base_model(ids, use_cache=False).last_hidden_state
-    with AttentionTap(stock, layers) as tap:
-        hidden = stock.base_model(ids, use_cache=False).last_hidden_state
-    try:
-        stock.set_attn_implementation("eager")
-        out = stock.base_model(ids, use_cache=False, output_attentions=True)
-    finally:
-        stock.set_attn_implementation(before)
-    eager = [A.float().mean(1) for A in out.attentions or () if A is not None]
-    if len(eager) <= max(layers):  # some hybrids show no maps: the hidden state must do
-        return agree(hidden, plain)
-    causal = torch.ones(1, 1, n, n, dtype=torch.bool, device=ids.device).tril()
-    maps = [attention_map(*tap.kept[layer][:3], causal) for layer in layers]
-    return agree(hidden, plain) and all(agree(eager[k], S) for k, S in zip(layers, maps))
 
 
 def load_teacher(name: str, seed: int = 0) -> InteractionTeacher:
     """A stock token classifier with one label in fp32, tried on four tokens. Raises UserError."""
     tokenizer = load_tokenizer(name)
-    config = load(AutoConfig, name, num_labels=1)
+    config = load(transformers.AutoConfig, name, num_labels=1)
     torch.manual_seed(seed + 1)
     if type(config) not in transformers.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING:
         what = f"{config.model_type} has no token-classification class"
         raise UserError(f"{name}: {what}; a teacher is a bidirectional encoder")
     options = dict(config=config, dtype=torch.float32, output_loading_info=True)
-    model, info = load(AutoModelForTokenClassification, name, **options)
+    model, info = load(transformers.AutoModelForTokenClassification, name, **options)
     base = model.base_model_prefix + "."  # a missing head is new, and trained
     refuse_missing(name, model, [k for k in info["missing_keys"] if k.startswith(base)])
     for kinds in (("pad", "pad"), ("sep", "eos"), ("cls", "bos")):
@@ -1446,51 +1385,23 @@ def load_teacher(name: str, seed: int = 0) -> InteractionTeacher:
             what = f"the tokenizer has no {kinds[0]} token"
             raise UserError(f"{name}: {what}; a teacher is a bidirectional encoder")
     trial = copy.deepcopy(model).eval()  # BigBird turns from sparse to full for good on short rows
-    is_told = attempt(tap_tells, trial)
-    if isinstance(is_told, str):
-        raise UserError(f"{name}: {type(model).__name__} cannot be a teacher: {is_told}")
-    if not is_told:
+    ids, kind = torch.tensor([[5, 6, 7, 8]]), type(model).__name__
+    ahead = attempt(sees_ahead, trial, ids)
+    how = attempt(readable_maps, trial, ids, range(model.config.num_hidden_layers), False)
+    if not ahead:
+        what = "is causal, its early tokens never see late ones; a teacher is an encoder (BERT ...)"
+        raise UserError(f"{name}: {kind} {what}")
+    if isinstance(ahead, str) or how not in ("tap", "eager"):
+        what = how or "it shows no attention maps whose rows are probabilities"
+        raise UserError(f"{name}: {kind} cannot be a teacher: {what}")
+    if how == "eager":
         model.set_attn_implementation("eager")
         print(f"{name}: its maps are read by output_attentions, in eager attention (slower)")
-    return InteractionTeacher(model, tokenizer, positions_of(model), eager=not is_told)
-
-
-@torch.no_grad()
-def tap_tells(model) -> bool:
-    """Whether queries and keys give an encoder's maps: no position bias (T5, DeBERTa), no sink.
-
-    Raises ValueError where it is causal, damaged, or eager attention shows no maps either.
-    """
-    ids, layers = torch.tensor([[5, 6, 7, 8]]), range(model.config.num_hidden_layers)
-    other, there = torch.tensor([[5, 6, 7, 9]]), torch.ones_like(ids)
-    early = [model.base_model(i).last_hidden_state[0, 0] for i in (ids, other)]
-    if not torch.stack(early).isfinite().all():
-        raise ValueError("its hidden states are not finite; the weights are damaged")
-    if torch.equal(*early):
-        raise ValueError("it is causal, early tokens never see late ones; take an encoder")
-    tapped = None
-    with suppress(UserError):
-        with AttentionTap(model, layers) as tap:
-            logits = model(ids, attention_mask=there).logits
-        tapped = tap.kept
-    model.set_attn_implementation("eager")
-    out = model(ids, attention_mask=there, output_attentions=True)
-    eager = [A.float().mean(1) for A in out.attentions or () if A is not None]
-    is_map = [A.shape[1:] == (4, 4) and agree(A.sum(-1), torch.ones(1, 4)) for A in eager]
-    if len(eager) < len(layers) or not all(is_map):
-        raise ValueError("it shows no attention maps whose rows are probabilities; take another")
-    if tapped is None:
-        return False
-    for layer in layers:
-        query, key, scale, mask = tapped[layer]
-        T = attention_map(query, key, scale, InteractionTeacher.visible(there, mask))
-        if not agree(T, eager[layer], 1e-4):
-            return False
-    return agree(logits, out.logits)
+    return InteractionTeacher(model, tokenizer, positions_of(model), eager=how == "eager")
 
 
 def open_student(student) -> tuple[RewardModel, object]:
-    """(RewardModel, tokenizer) of a directory, a hub id, or a stock model that is loaded already."""
+    """(RewardModel, tokenizer) of a directory, a hub id, or a loaded stock model."""
     if isinstance(student, str | Path):
         stock, tokenizer = load_student(str(student))
         return RewardModel(stock.eval()), tokenizer
@@ -1498,7 +1409,85 @@ def open_student(student) -> tuple[RewardModel, object]:
     return RewardModel(stock), load_tokenizer(stock.name_or_path)
 
 
-# ------------------------------------------------------------- what a run needs before its first step
+# ------------------------------------------------------------------------------ the notebook door
+
+
+@torch.no_grad()
+def maps_of_pair(student, teacher, prompt, chosen: str, rejected: str, layers=(-1,)):
+    """Simulated and teacher map of one pair, by the same steps as in training.
+
+    Args:
+        student, teacher: directory, hub id, or a model that load_student / load_teacher gave.
+        prompt: text or messages; chosen, rejected: texts.
+        layers: numbers of the layers to show, the same of both models; -1 = the last.
+
+    Returns words (W strings), segments (W,), S and T (len(layers), W, W), over the words that both
+    models see. Rows of S and T sum to at most 1: markup, which is no word, takes the rest.
+    """
+    model, tokenizer = open_student(student)
+    teacher = load_teacher(teacher) if isinstance(teacher, str | Path) else teacher
+    length = positions_of(model.stock)
+    encoder = Encoder(tokenizer, length, "truncate", teacher.tokenizer)
+    examples = encoder([Pair(prompt, chosen, rejected)])
+    if not examples:
+        raise UserError(f"the pair does not fit into the student's {length} positions")
+    batch = student_batch(examples, pad_id_of(model.stock), model.stock.device)
+    order = (teacher.tokenizer, teacher.room, teacher.stock.device)
+    rows = teacher_batch(examples, np.array([False]), *order)
+    _, _, S, T, word_seg = interaction_maps(model, teacher, batch, rows, (layers, layers))
+    seen = (word_seg[0] >= 0).cpu()
+    words = [word for word, is_seen in zip(examples[0].words, seen.tolist()) if is_seen]
+    if not words:
+        raise UserError("no word of the pair is seen by both models")
+    S, T = (torch.cat(maps).cpu()[:, seen][:, :, seen] for maps in (S, T))
+    return words, word_seg[0].cpu()[seen], S, T
+
+
+# ------------------------------------------------------------------------------ --encoding siamese
+
+
+def two_rows(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """A packed batch as 2B ordinary rows, (x, y_c) of all pairs, then (x, y_r): --encoding siamese.
+
+    Returns source (2B, m): which of the B n packed tokens stands at each place (see take);
+    mask (2B, m): 1 = a token; where (B, n): the place of each packed token in the 2B m places.
+    """
+    seg, pos = batch["seg"], batch["pos"]
+    B, m = len(seg), int(pos.max()) + 1
+    pair = torch.arange(B, device=seg.device)[:, None]
+    packed = torch.arange(seg.numel(), device=seg.device).view_as(seg)
+    source, mask = seg.new_zeros(2 * B * m), seg.new_zeros(2 * B * m)
+    for k, mine in ((0, seg < 2), (1, (seg == 0) | (seg == 2))):
+        place = ((pair + k * B) * m + pos)[mine]
+        source[place], mask[place] = packed[mine], 1
+    where = torch.where(seg == 2, pair + B, pair) * m + pos
+    return source.view(2 * B, m), mask.view(2 * B, m), where
+
+
+def take(t: Tensor, index: Tensor) -> Tensor:
+    """t (B, n, ...), numbers (R, m) of its B n tokens -> (R, m, ...)."""
+    return t.flatten(0, 1).index_select(0, index.flatten()).unflatten(0, index.shape)
+
+
+class SiameseRewardModel(RewardModel):
+    """The same rewards and maps from two causal rows a pair, which any decoder can read."""
+
+    def encode(self, batch: dict[str, Tensor]) -> Tensor:
+        source, mask, where = two_rows(batch)
+        ids = take(batch["ids"], source)
+        out = self.stock.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
+        return take(out.last_hidden_state, where)
+
+    def as_packed(self, heads: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        """(2B, H, m, d) -> (B, H, n, d): the prompt's heads are those of the first row."""
+        where = two_rows(batch)[2]
+        return take(heads.transpose(1, 2), where).transpose(1, 2)
+
+
+ENCODINGS = {"packed": RewardModel, "siamese": SiameseRewardModel}
+
+
+# --------------------------------------------------------- what a run needs before its first step
 
 
 def check_config(cfg: Config) -> bool:
@@ -1570,7 +1559,7 @@ def load_models(run: Run, needs_teacher: bool, is_trained: bool, device):
         teacher.room = min(teacher.room, 2 * cfg.max_length)
         place(teacher, cfg, device)
     stock, tokenizer = load_student(cfg.model, cfg.seed, cfg.max_length)
-    model = place(RewardModel(stock, cfg.encoding), cfg, device)
+    model = place(ENCODINGS[cfg.encoding](stock), cfg, device)
     if cfg.lambda_intra > 0 or cfg.lambda_inter > 0:
         depth = attempt(attention_layers, stock)
         if isinstance(depth, str):
@@ -1815,7 +1804,7 @@ class Run:
                 raise UserError(f"{self.dir}: holds {path}, an input; choose another --output-dir")
 
     def check_resume(self, before: dict) -> None:
-        """--resume with other flags or other pairs is refused, but for flags that change no step."""
+        """--resume with other flags or pairs is refused, but for flags that change no step."""
         now = json.loads(json.dumps(asdict(self.cfg)))
         was = {**asdict(Config()), **before["flags"]}
         fixed = [k for k in now if k not in self.may_change and was[k] != now[k]]
@@ -1891,7 +1880,7 @@ class Run:
             save_stock(model.stock, tokenizer, self.dir / name, weights)
 
     def checkpoints(self) -> list[Path]:
-        """Folders 1-teacher-STEP and 2-student-STEP, newest first; whole, since renamed when done."""
+        """Folders 1-teacher-STEP and 2-student-STEP, newest first; renamed when whole."""
         return sorted((self.dir / "checkpoints").glob("*-*-*[0-9]"), reverse=True)
 
     def has_trained_teacher(self) -> bool:
@@ -1900,7 +1889,7 @@ class Run:
         return self.cfg.resume and self.cfg.teacher_epochs > 0 and is_student
 
     def checkpoint(self, phase: Phase, step: int, optimizer, best: list[float]) -> None:
-        """Weights and moments of all processes, and the log so far, in one folder; the last two stay."""
+        """Weights and moments of all processes and the log, in one folder; the last two stay."""
         number = 1 + (phase.name == "student")
         folder = self.dir / "checkpoints" / f"{number}-{phase.name}-{step:08d}"
         aside = folder.with_name("aside")
@@ -1914,7 +1903,7 @@ class Run:
             if RANK == 0:
                 shutil.copy(self.dir / "metrics.jsonl", aside)
                 (aside / "best.json").write_text(json.dumps(best))
-        except (Exception, CheckpointException) as why:
+        except (Exception, dcp.CheckpointException) as why:
             what = f"cannot be written ({first_line(why)}); the checkpoint before is whole"
             raise UserError(f"{folder}: {what}") from None
         if RANK == 0:
@@ -1940,12 +1929,12 @@ class Run:
                 weights, moments = get_state_dict(phase.model, optimizer)
                 state = {"model": weights, "optimizer": moments}
                 # partial: weights that never get a gradient have no moments (composite models)
-                planner = DefaultLoadPlanner(allow_partial_load=True)
+                planner = dcp.DefaultLoadPlanner(allow_partial_load=True)
                 dcp.load(state, checkpoint_id=folder, planner=planner, no_dist=WORLD == 1)
                 loaded = dict(model_state_dict=weights, optim_state_dict=moments)
                 set_state_dict(phase.model, optimizer, **loaded)
                 print(f"resuming the {phase.name} after step {done}")
-        except (Exception, CheckpointException) as why:
+        except (Exception, dcp.CheckpointException) as why:
             what = f"is damaged ({first_line(why)}); remove it to go on from the one before"
             raise UserError(f"{folder}: {what}") from None
         return done, best
@@ -2005,11 +1994,11 @@ def demo_arm(cfg: Config, here: Path, folder: str, **flags) -> dict:
 
 
 def demo_seed(cfg: Config, here: Path) -> dict[str, list[float]]:
-    """Pairs, models and all arms of one seed: {arm: accuracy on each set}, kept in HERE/demo.json."""
+    """Pairs, models, all arms of one seed: {arm: accuracy on each set}, kept as demo.json."""
     print(
-        f"\nseed {cfg.seed}: pairs of a small language. In 90 % of the training pairs a closing cue"
+        f"\nseed {cfg.seed}: pairs of a small language. What decides is a word at the beginning; in"
     )
-    print("goes with the label; what always decides is a word at the beginning.")
+    print("90 % of the training pairs a closing cue goes with the label too.")
     write_demo_data(here / "data", cfg.seed, overwrite=True)
     make_demo_models(here / "models", cfg.seed)
     table: dict[str, list[float]] = {"teacher": [], "BT": []}
@@ -2068,9 +2057,11 @@ def demo(cfg: Config) -> None:
     print_demo(tables)
     if not typed:
         print(
-            "\nWhere the cue lies (last column), who reads the content stays near 100, who reads the"
+            "\nWhere the cue lies (last column), who reads the content stays near 100 and who reads"
         )
-        print("cue falls to 10: the teacher's map hands over what to read, a uniform map does not.")
+        print(
+            "the cue falls to 10: the teacher's map hands over what to read, a uniform one does not."
+        )
     print(
         f"Files: {root}. Look closer: python eval.py show {root}/seed{cfg.seed}/bt/student "
         f"{root}/seed{cfg.seed}/id/student --data {root}/seed{cfg.seed}/data/cue-reversed.jsonl"
