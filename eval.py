@@ -1,243 +1,372 @@
 #!/usr/bin/env python3
-"""Looks at reward models: stock Hugging Face sequence classifiers (directory or hub id), trained here or not.
+"""Looks at reward models: stock Hugging Face sequence classifiers, trained here or elsewhere.
 
-    python eval.py VERB MODEL... --data FILE... [--json OUT] [--plot OUT.png]     (flags: eval.py VERB --help)
+    python eval.py VERB MODEL... --data FILE... [--json OUT] [--plot OUT.png]
+    python eval.py VERB --help                      # the flags of a verb
 
-    accuracy   Does it rank pairs rightly? By subset, beside length alone; six benchmarks in their own terms
-    attention  Where does it look? Accuracy as the response is masked stage by stage, attention by stage
-    show       What does it read in one pair? Words shaded, maps: in the terminal, --html, --plot
-    attack     Is it fooled by the surface? Edits of the rejected response alone; more of them by --edits
-    bestofn    Does choosing harder choose better? Reward and gold score of the best of n candidates
-    stability  Do several runs agree? Spread, rank correlation, calibration of sigma(margin), drift
-    speed      What does a training step cost? Ways to train as ratios of pairs a second, --memory (results/speed.py)
+    accuracy   Does it rank pairs rightly? By subset, beside length alone; benchmarks in their terms
+    attention  Where does it look? Accuracy and attention by stages of the response
+    show       What does it read in one pair? Attention, maps, what each word does for the reward
+    attack     Is it fooled by the surface? Edits of the rejected response alone
+    bestofn    Does choosing harder choose better? Reward and gold score of the best of n
+    stability  Do several runs agree? Spread, rank correlation, calibration of sigma(margin)
 
-Every verb but speed shows several models side by side. A model is scored as its stock class scores it: the
-string of data_prep.Formatter, tokenised with add_special_tokens=False, read at the right-most token that is
-not pad. A RUN/teacher is scored too: its verdict, mean of both orders, as (verdict / 2, -verdict / 2).
+Every verb shows several models side by side. A model is scored as its stock class scores it: the
+string of the tokenizer's own chat template, tokenised with add_special_tokens=False, read at the
+right-most token that is not pad. A RUN/teacher is scored too: its verdict, the mean of both orders,
+stands as (verdict / 2, -verdict / 2).
 
-Letters: N pairs, k responses each; P prompts, N candidates each; K stages; B rows a batch, n tokens, W words.
+Letters: N pairs, k responses each; P prompts, N candidates each; K stages; B rows a batch;
+n tokens, W words.
 """
+
 from __future__ import annotations
 
 import argparse
 import json
+import re
+import sys
+import textwrap
 from bisect import bisect
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import chain
+from itertools import chain, zip_longest
 from math import lgamma
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+import transformers
 from torch.nn.utils.rnn import pad_sequence
 
-from data_prep import (BENCHMARKS, Encoder, Example, Pair, Parser, UserError, bar, check_outputs, collate,
-                       collate_teacher, drift, edited, exit_codes, is_teacher, load_reward_model, load_teacher,
-                       load_tokenizer, longer_margins, own_cells, prompt_key, quiet, read_candidates, read_edits,
-                       read_files, set_up_device, write_pairs, written)
-from idistill import (AttentionTap, InteractionTeacher, RewardModel, attention_layers, attention_map, block_masks,
-                      outcomes, pool_words, row_divergence, teacher_verdicts)
-from results.output import (HTML, WRITTEN, canvas, plot_accuracy, plot_attack, plot_attention, plot_bestofn,
-                            plot_show, plot_stability, print_accuracy, print_attack, print_attention, print_bestofn,
-                            print_page, print_stability, save_json)
-from results.speed import add_flags, speed
+import data_prep
+import idistill
+from data_prep import Encoder, Example, Pair, Parser, UserError, bar, prompt_key, written
+from idistill import InteractionTeacher, outcomes
 
-# ---------------------------------------------------------------------------------------------------- scoring
+# ------------------------------------------------------------------------------------- scoring
+
+
+def both_responses(pair: Pair) -> list[str]:
+    return [pair.chosen, pair.rejected]
+
 
 @dataclass
 class Judge:
-    """A loaded model that scores pairs: a reward model, or an interaction teacher; encoder fits it."""
-    name: str
+    """A loaded model that scores pairs: a reward model, or an interaction teacher."""
+
+    name: str  # as the user typed it
+    label: str  # as people read it
     model: torch.nn.Module
     encoder: Encoder
     device: torch.device
-    amp: object  # amp() is a context: bf16 autocast, or nothing
+    amp: Callable  # amp() is a context: bf16 autocast, or nothing
+    pair_encoding: bool = False  # reads (question, answer) in place of the chat template
 
-    @cached_property
-    def attends(self) -> tuple[int, bool]:
-        """(layers that attend, whether queries and keys alone give their maps: not where logits are capped, biased or
-        share their mass with a sink; eager attention shows those). Raises UserError where neither shows the maps."""
-        inputs = dict(input_ids=torch.tensor([[5, 6, 7, 8]], device=self.device))
-        with torch.no_grad():
-            plain = self.model.base_model(**inputs, use_cache=False).last_hidden_state
-            eager, hidden = self.layer_maps(inputs, None)
-            if not eager:  # some hybrids show none
-                return attention_layers(self.model), True
-            if not (hidden - plain).abs().max() <= 0.05 * plain.abs().max():
-                raise UserError(f"{self.name}: {type(self.model).__name__} does not show its attention")
-            try:
-                taps = self.layer_maps(inputs, list(range(len(eager))))[0]
-            except (UserError, ValueError):  # it takes no custom attention
-                return len(eager), False
-        loose = 0.05 if plain.dtype == torch.bfloat16 else 1e-3
-        return len(eager), all((a - b).abs().max() <= loose for a, b in zip(eager, taps))
+    def score(self, items: list, batch_size: int, responses: Callable = both_responses):
+        """Scores the responses of each of N pairs, or prompts with candidates.
 
-    def layer_maps(self, inputs: dict[str, torch.Tensor], layers: list[int] | None):
-        """Maps (B, n, n) of some layers by the tap, or (None) of all by eager attention, mean over heads; the last
-        hidden state."""
-        n, before = inputs["input_ids"].shape[1], self.model.config._attn_implementation
-        try:
-            if layers is None:
-                self.model.set_attn_implementation("eager")
-                seen = self.model.base_model(**inputs, use_cache=False, output_attentions=True)
-                return [A.float().mean(1) for A in seen.attentions or () if A is not None], seen.last_hidden_state
-            with AttentionTap(self.model, layers) as tap:
-                hidden = self.model.base_model(**inputs, use_cache=False).last_hidden_state
-        finally:
-            self.model.set_attn_implementation(before)
-        maps, causal = [], torch.ones(1, 1, n, n, dtype=torch.bool, device=self.device).tril()
-        for query, key, scale, mask in (tap.kept[k] for k in layers):
-            visible = causal if mask is None else mask if mask.dtype == torch.bool else mask == 0
-            maps.append(attention_map(query, key, scale, visible)[:, 0])
-        return maps, hidden
+        An overlong prompt loses its oldest part, the same for all responses of an item. Where one
+        response does not fit, all rewards of the item are NaN and it has no strings.
 
-    def score(self, items: list, batch_size: int, responses=lambda pair: [pair.chosen, pair.rejected]):
-        """Of the k responses of each item: (rewards (N, k) in fp32, the k scored strings). An overlong prompt
-        loses its oldest part, the same for all; where one does not fit, all are NaN and the strings None."""
-        if isinstance(self.model, InteractionTeacher):  # always of pairs
-            examples = self.encoder(items, progress="encoding")
-            if len(examples) < len(items):
-                refused = len(items) - len(examples)
-                raise UserError(f"{self.name}: its chat template refuses the roles of {refused} pairs")
-            verdict = teacher_verdicts(self.model, examples, batch_size, self.device, self.amp, self.name)
-            self.check(verdict)
-            return np.stack([verdict / 2, -verdict / 2], 1), [responses(p) for p in items]
-        texts, rows, k = [], {}, len(responses(items[0]))  # rows: equal strings are scored once (RM-Bench has many)
+        Returns:
+            The rewards (N, k) in fp32, NaN also after the last response of an item that has fewer;
+            for each item the list of its scored strings.
+        """
+        if isinstance(self.model, InteractionTeacher):
+            return self.verdicts(items, batch_size), [responses(item) for item in items]
+        encode = self.question_answer_rows if self.pair_encoding else self.template_rows
+        texts = []
+        rows = {}  # scored string -> tokens: equal strings are scored once (RM-Bench has many)
+        for encoded in encode(items, responses):
+            texts.append([text for text, _ in encoded])
+            rows |= encoded
+        rewards = dict(zip(rows, self.score_rows(list(rows.values()), batch_size)))
+        out = np.full((len(items), max(len(responses(item)) for item in items)), np.nan, np.float32)
+        for row, strings in zip(out, texts):
+            row[: len(strings)] = [rewards[text] for text in strings]
+        return out, texts
+
+    def verdicts(self, pairs: list[Pair], batch_size: int) -> np.ndarray:
+        """The verdict of an interaction teacher as two rewards, (N, 2)."""
+        examples = self.encoder(pairs, progress="encoding")
+        refused = len(pairs) - len(examples)
+        if refused:
+            raise UserError(f"{self.name}: its chat template refuses the roles of {refused} pairs")
+        model, device = self.model, self.device
+        verdict = idistill.teacher_verdicts(
+            model, examples, batch_size, device, self.amp, self.label
+        )
+        self.check(verdict)
+        return np.stack([verdict / 2, -verdict / 2], 1)
+
+    def template_rows(self, items: list, responses: Callable) -> Iterator[list[tuple]]:
+        """For each item the (scored string, token ids) of its responses, [] where it is dropped."""
         for fitted in chain.from_iterable(self.encoder.fit(items, responses, "encoding")):
-            if fitted is None:
-                texts.append(None)
-                continue
-            _, prompt, sides, tokens, _ = fitted
-            texts.append([self.encoder.formatter(prompt, y)[0] for y in sides])
-            rows |= zip(texts[-1], (ids.tolist() for ids, _ in tokens))
-        reward = dict(zip(rows, self.score_rows(list(rows.values()), batch_size)))
-        rewards = [[reward[t] for t in some] if some else [np.nan] * k for some in texts]
-        return np.array(rewards, dtype=np.float32), texts
+            tokens = fitted.tokens if fitted else []
+            texts = fitted.texts if fitted else []
+            yield [(text, ids.tolist()) for text, (ids, _) in zip(texts, tokens)]
 
-    def batches(self, rows: list[list[int]], batch_size: int, hidden: list[tuple[int, int]] | None = None):
-        """Token rows batched by length, behind a progress bar, padded on the right: (index (B,), the model's
-        inputs (B, n), scoring position (B,)). hidden: a range of each row that keeps its place unattended."""
+    def question_answer_rows(self, items: list, responses: Callable) -> Iterator[list[tuple]]:
+        """template_rows for a cross-encoder: tokenizer(question, answer). The question is the
+        prompt; where it has several turns, each is named by its role."""
+        tokenizer, clean = self.encoder.tokenizer, self.encoder.formatter.clean
+        for item in bar(items, "encoding"):
+            question = clean(item.prompt[0]["content"])
+            if len(item.prompt) > 1:
+                turns = [f"{m['role'].capitalize()}: {clean(m['content'])}" for m in item.prompt]
+                question = "\n\n".join(turns)
+            answers = [clean(y) for y in responses(item)]
+            fitted = self.cut_question(question, max(answers, key=lambda y: len(tokenizer(y)[0])))
+            self.encoder.counts["dropped"] += fitted is None
+            self.encoder.counts["truncated"] += fitted not in (None, question)
+            rows = [] if fitted is None else [tokenizer(fitted, y)["input_ids"] for y in answers]
+            yield [(tokenizer.decode(row), row) for row in rows]
+
+    def cut_question(self, question: str, answer: str) -> str | None:
+        """The question without its oldest part, so that both fit; None: the answer does not fit."""
+        tokenizer, limit = self.encoder.tokenizer, self.encoder.max_length
+        while (size := len(tokenizer(question, answer)["input_ids"])) > limit:
+            alone = tokenizer(question, add_special_tokens=False, return_offsets_mapping=True)
+            offsets = alone["offset_mapping"]
+            if size - limit > len(offsets):
+                return None
+            question = question[max(1, offsets[size - limit - 1][1]) :].lstrip()
+        return question
+
+    def batches(self, rows: list[list[int]], batch_size: int, hidden: list | None = None):
+        """Token rows batched by length, padded on the right, behind a progress bar. Of each batch:
+        indices into rows (B,), the model's inputs (B, n), the scoring position (B,).
+
+        hidden: for each row a range of tokens that keep their place, but are not attended to."""
+        self.check_vocabulary(rows)
         pad = self.model.config.get_text_config().pad_token_id
         order = np.argsort([-len(row) for row in rows], kind="stable")
-        parts = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
-        for index in bar(parts, self.name, unit="batch"):
-            ids = pad_sequence([torch.tensor(rows[i]) for i in index], batch_first=True, padding_value=-1)
-            there, place = ids >= 0, torch.arange(ids.shape[1])
+        parts = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+        for index in bar(parts, self.label, unit="batch"):
+            ids = pad_sequence([torch.tensor(rows[i]) for i in index], True, -1)
+            is_token, place = ids >= 0, torch.arange(ids.shape[1])
             # as the stock class: the last token that is not pad, even where pad = eos ends the text
-            at = (place * (there & (ids != (-1 if pad is None else pad)))).argmax(1)
-            inputs = dict(input_ids=ids.where(there, pad or 0), attention_mask=there.long())
-            if hidden is not None:  # OPT would count positions by the mask
+            last = (place * (is_token & (ids != (-1 if pad is None else pad)))).argmax(1)
+            inputs = {"input_ids": ids.where(is_token, pad or 0), "attention_mask": is_token.long()}
+            if self.pair_encoding and "token_type_ids" in self.encoder.tokenizer.model_input_names:
+                is_sep = ids == self.encoder.tokenizer.sep_token_id
+                behind = is_sep.cumsum(1) > is_sep.long()  # after the first [SEP]: the answer
+                inputs["token_type_ids"] = (behind & is_token).long()
+            if hidden is not None:
                 for b, i in enumerate(index):
                     inputs["attention_mask"][b, slice(*hidden[i])] = 0
-                inputs["position_ids"] = place.repeat(len(index), 1)
-            yield index, {k: v.to(self.device) for k, v in inputs.items()}, at.to(self.device)
+                inputs["position_ids"] = place.repeat(len(index), 1)  # OPT would count by the mask
+            yield index, {k: v.to(self.device) for k, v in inputs.items()}, last.to(self.device)
 
     @torch.no_grad()
-    def score_rows(self, rows: list[list[int]], batch_size: int, hidden=None) -> np.ndarray:
-        """Rewards (N,) of N token rows; hidden as in batches."""
-        rewards, head = np.zeros(len(rows), dtype=np.float32), getattr(self.model, "score", None)
-        for index, inputs, at in self.batches(rows, batch_size, hidden):
+    def score_rows(self, rows: list[list[int]], batch_size: int, hidden: list | None = None):
+        """Rewards (N,) of N token rows, an array; hidden as in batches."""
+        rewards = np.zeros(len(rows), dtype=np.float32)
+        head = getattr(self.model, "score", None)
+        for index, inputs, last in self.batches(rows, batch_size, hidden):
             with self.amp():
-                if head is None:  # other heads (DeBERTa, BERT ...) as they are
+                if head is None:  # the heads of encoders (DeBERTa, BERT ...) as they are
                     out = self.model(**inputs).logits
                 else:
                     out = self.model.base_model(**inputs, use_cache=False).last_hidden_state
             if head is not None:  # bf16 logits tie often: the head in fp32
-                out = F.linear(out[torch.arange(len(index)), at].float(), head.weight.float(), head.bias)
+                out = out[torch.arange(len(index)), last].float()
+                out = F.linear(out, head.weight.float(), head.bias)
             rewards[index] = out[:, 0].float().cpu().numpy()
         self.check(rewards)
         return rewards
 
+    def check_vocabulary(self, rows: list[list[int]]) -> None:
+        """Raises UserError for a token without embedding. One that no text uses does no harm."""
+        size = self.model.get_input_embeddings().num_embeddings
+        largest = max(map(max, rows), default=0)
+        if largest >= size:
+            token = self.encoder.tokenizer.convert_ids_to_tokens(largest)
+            raise UserError(
+                f"{self.name}: the texts hold the token {token!r}, number {largest}, and the model "
+                f"has only {size} embeddings; the tokenizer belongs to another model"
+            )
+
     def check(self, rewards: np.ndarray) -> None:
         """Raises UserError where rewards (any shape) hold NaN or infinity."""
         if not np.isfinite(rewards).all():
-            raise UserError(f"{self.name}: {(~np.isfinite(rewards)).sum()} of {rewards.size} rewards are no numbers; "
-                            "its weights are damaged, or need --dtype fp32")
+            raise UserError(
+                f"{self.name}: {(~np.isfinite(rewards)).sum()} of {rewards.size} rewards are no "
+                "numbers; its weights are damaged, or need --dtype fp32"
+            )
 
     @torch.no_grad()
+    def eager_maps(self, inputs: dict[str, torch.Tensor]) -> tuple[list, torch.Tensor]:
+        """The attention of every layer that attends, (B, n, n) each, mean over heads; the last
+        hidden state. Eager attention shows it in all families, with sinks, caps and biases."""
+        before = self.model.config._attn_implementation
+        try:
+            self.model.set_attn_implementation("eager")
+            out = self.model.base_model(**inputs, use_cache=False, output_attentions=True)
+        finally:
+            self.model.set_attn_implementation(before)
+        maps = [A.float().mean(1) for A in out.attentions or () if A is not None]
+        return maps, out.last_hidden_state
+
+    @cached_property
+    def layer_count(self) -> int:
+        """Layers that show their attention, tried on four tokens. Raises UserError for none."""
+        inputs = {"input_ids": torch.tensor([[5, 6, 7, 8]], device=self.device)}
+        with torch.no_grad():
+            plain = self.model.base_model(**inputs, use_cache=False).last_hidden_state
+        maps, hidden = self.eager_maps(inputs)
+        if not maps or not (hidden - plain).abs().max() <= 0.05 * plain.abs().max():
+            raise UserError(f"{self.name}: {type(self.model).__name__} does not show its attention")
+        return len(maps)
+
     def end_attention(self, rows: list[list[int]], layers: str, rollout: bool, batch_size: int):
-        """What the scoring position attends to: (n,) for a row, mean over heads and layers; rollout: through
-        all layers, half of each step on the residual stream (arXiv 2005.00928). Raises UserError."""
-        out, chosen = [np.zeros(0)] * len(rows), pick_layers(self, "all" if rollout else layers)
-        for index, inputs, at in self.batches(rows, batch_size):
+        """What the scoring position attends to: shares (n,) of each row, mean over heads, layers.
+
+        rollout: through all layers, half of each step on the residual stream (arXiv 2005.00928)."""
+        chosen = pick_layers(self, layers)
+        heads = self.model.config.get_text_config().num_attention_heads
+        held = self.layer_count * heads * max(map(len, rows)) ** 2  # numbers of all maps of a row
+        shares = [np.zeros(0)] * len(rows)
+        for index, inputs, last in self.batches(rows, max(1, min(batch_size, 2**28 // held))):
             with self.amp():
-                maps = self.layer_maps(inputs, chosen if self.attends[1] else None)[0]
-            end = rolled = F.one_hot(at, inputs["input_ids"].shape[1]).float()[:, None]  # (B, 1, n)
-            mean = 0
-            for A in reversed(maps if self.attends[1] else [maps[k] for k in chosen]):
-                rolled, mean = rolled / 2 + rolled @ A / 2, mean + end @ A / len(chosen)
-            for i, values in zip(index, (rolled if rollout else mean)[:, 0].cpu().numpy()):
-                out[i] = values[:len(rows[i])]
-        return out
+                maps, _ = self.eager_maps(inputs)
+            end = F.one_hot(last, inputs["input_ids"].shape[1]).float()[:, None]  # (B, 1, n)
+            seen = sum(end @ maps[k] for k in chosen) / len(chosen)
+            if rollout:
+                seen = end
+                for A in reversed(maps):
+                    seen = seen / 2 + seen @ A / 2
+            for i, values in zip(index, seen[:, 0].cpu().numpy()):
+                shares[i] = values[: len(rows[i])]
+        return shares
 
 
 def pick_layers(judge: Judge, spec: str) -> list[int]:
     """last, all, or numbers as 0,3,-1 -> attention layers from 0."""
-    count = judge.attends[0]
+    count = judge.layer_count
     try:
-        layers = {"last": [-1], "all": list(range(count))}.get(spec) or [int(k) for k in spec.split(",")]
+        named = {"last": [-1], "all": list(range(count))}
+        layers = named.get(spec) or [int(k) for k in spec.split(",")]
         return [range(count)[k] for k in layers]
     except (ValueError, IndexError):
-        raise UserError(f"--layers {spec!r}: give last, all, or numbers within the {count} attention layers "
-                        f"of {judge.name}, such as 0,-1") from None
+        raise UserError(
+            f"--layers {spec!r}: give last, all, or numbers within the {count} attention layers of "
+            f"{judge.name}, such as 0,-1"
+        ) from None
 
 
 def open_judge(name: str, args, decoder: bool = False) -> Judge:
-    """A reward model or interaction teacher (decoder: a decoder alone), ready to score. Raises UserError."""
-    teaches, (device, amp) = is_teacher(name), set_up_device(args)
-    if teaches:  # its own tokens serve where the student's words are asked for
-        stock, tokenizer, room = load_teacher(name)
-        model, room = InteractionTeacher(stock, tokenizer), min(room, 2 * args.max_length or room)
-        encoder = Encoder(load_tokenizer(name), 10**9, "truncate", tokenizer, room)
+    """A reward model or interaction teacher (decoder: a decoder alone) by the flags of the command
+    line, ready to score. Raises UserError."""
+    device, amp = idistill.set_up_device(args)
+    if idistill.is_teacher(name):  # its own tokens serve where the student's words are asked for
+        model = idistill.load_teacher(name)
+        model.room = min(model.room, 2 * args.max_length or model.room)
+        encoder = Encoder(data_prep.load_tokenizer(name), 10**9, "truncate", model.tokenizer)
     else:
         dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
-        model, tokenizer, length = load_reward_model(name, dtype, args.max_length)
+        model, tokenizer, length = idistill.load_reward_model(name, dtype, args.max_length)
         encoder = Encoder(tokenizer, length, "truncate")
-    if decoder and not hasattr(model, "score"):
-        raise UserError(f"{name}: {args.verb} reads decoder reward models (a teacher is given as --teacher)")
-    return Judge(name, model.to(device).eval(), encoder, device, amp)
+    is_decoder = hasattr(model, "score")
+    if decoder and not is_decoder:
+        raise UserError(f"{name}: {args.verb} reads decoder reward models")
+    as_pair = getattr(args, "pair_encoding", False) and not is_decoder
+    label = args.names.get(name, "teacher")
+    return Judge(name, label, model.to(device).eval(), encoder, device, amp, as_pair)
 
 
 def open_teacher(name: str, args) -> Judge:
-    """An interaction teacher that shows the map of its last layer, as training does. Raises UserError."""
+    """The interaction teacher of --teacher. Raises UserError."""
     judge = open_judge(name, args)
     if not isinstance(judge.model, InteractionTeacher):
-        raise UserError(f"--teacher {name}: is no interaction teacher (a token classifier with one label, as "
-                        "RUN/teacher)")
-    stock = judge.model.stock
-    judge.model = InteractionTeacher(stock, judge.encoder.teacher, (stock.config.num_hidden_layers - 1,))
+        raise UserError(
+            f"--teacher {name}: is no interaction teacher (a token classifier with one label, as "
+            "RUN/teacher)"
+        )
     return judge
 
 
-def scored(args, files: dict[str, list], result: dict, *responses):
-    """(model, file, its items, rewards, texts, counts) of each model and file, see Judge.score. One model is
-    in memory at a time; what was cut is printed; --json is written each time, so a failure loses little."""
+def own_name(model: str) -> str:
+    """BT, ID, a variant of these, or teacher for the models of a run; else the end of the path."""
+    folder = Path(model)
+    try:
+        flags = json.loads((folder.parent / "config.json").read_text(encoding="utf-8"))["flags"]
+        name = {"bt": "BT", "id": "ID"}[flags["method"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return folder.name or model
+    usual = {"BT": ("preference_loss", "bt"), "ID": ("align_target", "teacher")}[name]
+    variant = flags.get(usual[0], usual[1])
+    if folder.name == "teacher":
+        return "teacher"
+    return name if variant == usual[1] else f"{name}, {variant}"
+
+
+def display_names(models: list[str]) -> dict[str, str]:
+    """{model as typed: what people read}; equal names are told apart by where the paths differ."""
+    names = {model: own_name(model) for model in models}
+    for name in set(names.values()):
+        same = [model for model in models if names[model] == name]
+        columns = list(zip_longest(*(Path(model).parts for model in same), fillvalue=""))
+        differing = [column for column in columns if len(set(column)) > 1]
+        for model, parts in zip(same, zip(*differing)):
+            names[model] = f"{name} ({'/'.join(filter(None, parts))})"
+    return names
+
+
+def read_files(args, read: Callable = data_prep.read_pairs) -> dict[str, list]:
+    """{file: its pairs, or prompts with candidates} of --data, --subset, --limit; UserError."""
+    files, subsets = {}, set()
+    for path in args.data:
+        pairs, counts = read([path])
+        left_out = [f"{v} ({k})" for k, v in counts.items() if k != "pairs" and v]
+        if left_out:
+            print(f"{path}: left out " + ", ".join(left_out))
+        subsets |= {p.subset for p in pairs}
+        pairs = [p for p in pairs if not args.subset or p.subset in args.subset]
+        if 0 < args.limit < len(pairs):
+            rng = np.random.default_rng(args.seed)
+            kept = rng.choice(len(pairs), args.limit, replace=False)
+            pairs = [pairs[k] for k in np.sort(kept)]
+        if pairs:
+            files[data_prep.unused_name(path, files)] = pairs
+    unknown = sorted(set(args.subset) - subsets)
+    if unknown:
+        known = ", ".join(sorted(subsets - {""})) or "none"
+        raise UserError(f"--subset {' '.join(unknown)}: not in the data; there are: {known}")
+    return files
+
+
+def scored(args, files: dict[str, list], result: dict, *responses) -> Iterator[tuple]:
+    """(model, file, its items, rewards, texts, counts) of each model and file, see Judge.score.
+
+    One model is in memory at a time; --json is written after each, so a failure loses little."""
     for name in args.models:
         judge = open_judge(name, args)
         for file, items in files.items():
             judge.encoder.counts.clear()
             rewards, texts = judge.score(items, args.batch_size, *responses)
-            counts = print_counts(judge, file)
-            yield name, file, items, rewards, texts, counts
+            yield name, file, items, rewards, texts, print_counts(judge, file, judge.encoder)
             save_json(args, result)
         del judge
 
 
-def print_counts(judge: Judge, file: str) -> dict[str, int]:
+def print_counts(judge: Judge, file: str, encoder: Encoder) -> dict[str, int]:
     """What was cut, dropped or defused; also returned."""
-    counts = {k: v for k, v in judge.encoder.counts.items() if v}
+    counts = {k: v for k, v in encoder.counts.items() if v}
     if counts:
-        print(f"{judge.name} on {file}: " + ", ".join(f"{v} {k}" for k, v in counts.items()))
+        print(f"{judge.label} on {file}: " + ", ".join(f"{v} {k}" for k, v in counts.items()))
     return counts
 
 
-# ------------------------------------------------------------------------------------------------- statistics
+# ---------------------------------------------------------------------------------- statistics
 
-def resampled_means(values: np.ndarray, groups: np.ndarray, seed: int, rounds: int = 2000) -> np.ndarray:
-    """Means of values (N, ...) over bootstrap samples, (rounds, ...). Prompts (groups (N,)) are drawn, not
-    pairs: pairs that share a prompt are not independent."""
+
+def resampled_means(values: np.ndarray, groups: np.ndarray, seed: int, rounds: int = 2000):
+    """Means of values (N, ...) over bootstrap samples, (rounds, ...). Prompts (groups (N,)) are
+    drawn, not pairs: pairs that share a prompt are not independent."""
     inverse = np.unique(groups, return_inverse=True)[1]
     counts = np.bincount(inverse)
     sums = np.zeros((len(counts), *values.shape[1:]))
@@ -259,11 +388,19 @@ def bootstrap(values: np.ndarray, groups: np.ndarray, seed: int) -> list:
     return interval(resampled_means(values, groups, seed))
 
 
-def estimate(values: np.ndarray, groups: np.ndarray, seed: int, mean="accuracy", ends="interval") -> dict:
-    """{mean: of values (N,), ends: its 95 % interval over prompts}; without values both are None."""
-    if not len(values):
-        return {mean: None, ends: None}
-    return {mean: float(values.mean()), ends: bootstrap(values, groups, seed)}
+def estimate(values: np.ndarray, groups: np.ndarray, seed: int, keys="accuracy interval") -> dict:
+    """{first key: mean of values (N,), second: its 95 % interval over prompts}; None for none."""
+    found = (None, None)
+    if len(values):
+        found = float(values.mean()), bootstrap(values, groups, seed)
+    return dict(zip(keys.split(), found))
+
+
+def curve(values: np.ndarray, groups: np.ndarray, seed: int) -> dict[str, list]:
+    """Mean and 95 % interval of each column of (N, K), NaN left out."""
+    known = ~np.isnan(values)
+    columns = [estimate(v[k], groups[k], seed, "mean interval") for v, k in zip(values.T, known.T)]
+    return {key: [column[key] for column in columns] for key in ("mean", "interval")}
 
 
 def prompt_groups(pairs: list) -> np.ndarray:
@@ -272,108 +409,346 @@ def prompt_groups(pairs: list) -> np.ndarray:
 
 
 def summary(pairs: list[Pair], rewards: np.ndarray, first: np.ndarray | None, seed: int) -> dict:
-    """All that the accuracy table says of rewards (N, 2); first: those of the model compared with."""
-    scored, groups = ~np.isnan(rewards).any(1), prompt_groups(pairs)
-    if not scored.any():
+    """What the accuracy table says of rewards (N, 2); first: those of the model compared with."""
+    is_scored, groups = ~np.isnan(rewards).any(1), prompt_groups(pairs)
+    if not is_scored.any():
         return {"pairs": 0, "dropped": len(pairs)}
     lengths = np.array([(len(p.chosen.strip()), len(p.rejected.strip())) for p in pairs])
-    equal = scored & (np.abs(lengths[:, 0] - lengths[:, 1]) <= 0.1 * lengths.max(1))
-    margins, r = rewards[:, 0] - rewards[:, 1], rewards[scored]
-    right, m = outcomes(margins), margins[scored]
-    out = {"pairs": len(m), "dropped": len(pairs) - len(m), "ties": int((m == 0).sum()),
-           **estimate(right[scored], groups[scored], seed),
-           "equal_length": {"pairs": int(equal.sum()), **estimate(right[equal], groups[equal], seed)},
-           "reward_mean": float(r.mean()), "reward_std": float(r.std()),
-           "margin_mean": float(m.mean()), "margin_std": float(m.std())}
+    equal = is_scored & (np.abs(lengths[:, 0] - lengths[:, 1]) <= 0.1 * lengths.max(1))
+    margins = rewards[:, 0] - rewards[:, 1]
+    right, r, m = outcomes(margins), rewards[is_scored], margins[is_scored]
+    out = {"pairs": len(m), "dropped": len(pairs) - len(m), "ties": int((m == 0).sum())}
+    out |= estimate(right[is_scored], groups[is_scored], seed)
+    out["equal_length"] = {"pairs": int(equal.sum()), **estimate(right[equal], groups[equal], seed)}
+    for key, values in (("reward", r), ("margin", m)):
+        out |= {f"{key}_mean": float(values.mean()), f"{key}_std": float(values.std())}
     if first is not None:
-        both = scored & ~np.isnan(first).any(1)
+        both = is_scored & ~np.isnan(first).any(1)
         gain = (right - outcomes(first[:, 0] - first[:, 1]))[both]
-        out["difference"] = {"pairs": int(both.sum()), **estimate(gain, groups[both], seed, "mean")}
+        found = estimate(gain, groups[both], seed, "mean interval")
+        out["difference"] = {"pairs": int(both.sum()), **found}
     return out
 
 
-# --------------------------------------------------------------------------------------------- verb: accuracy
+# -------------------------------------------------------------------- JSON, tables and pictures
+
+WRITTEN = ("json", "plot", "dump", "html", "strength")  # flags that name a file to be written
+
+
+def save_json(args, result: dict) -> None:
+    """Where --json asks for it: the result, and the flags, names and versions it came from."""
+    if args.json:
+        versions = {m.__name__: m.__version__ for m in (torch, transformers, np)}
+        flags = {k: v for k, v in vars(args).items() if k not in ("run", "names", *WRITTEN)}
+        head = {"verb": args.verb, "flags": flags, "names": args.names, "versions": versions}
+        with written(args.json) as f:
+            json.dump({**head, **result}, f, indent=1)
+
+
+def shown(value: float | None, ends: list | None = None, form: str = ".3f", scale: float = 1):
+    """A number and its interval as text, "-" for none: 0.512 [0.431, 0.598]."""
+    if value is None:
+        return "-"
+    text, *others = (f"{scale * v:{form}}" for v in (value, *(ends or [])))
+    return f"{text} [{', '.join(others)}]" if others else text
+
+
+def percent(value: float | None, ends: list[float] | None = None, sign: str = "") -> str:
+    """A share and its interval in %: 51.2 [43.1, 59.8]."""
+    return shown(value, ends, sign + ".1f", 100)
+
+
+def print_rows(header: list[str], rows: list[list[str]]) -> None:
+    """A table: the first column at the left, the others at the right; short rows are filled up."""
+    rows = [header, *(row + [""] * (len(header) - len(row)) for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for first, *others in rows:
+        cells = [first.ljust(widths[0]), *(c.rjust(w) for c, w in zip(others, widths[1:]))]
+        print("  ".join(cells).rstrip())
+
+
+# Each series has a colour, a marker and a line of its own. The colours (Okabe and Ito) differ for
+# the colour-blind, and in lightness, so in grey print too.
+COLOURS = ("#0072B2", "#E69F00", "#000000", "#CC79A7", "#009E73", "#56B4E9")
+MARKERS, LINES = "os^DvP", ("-", "--", ":", "-.", (0, (5, 1)), (0, (1, 1)))
+
+
+def canvas(rows: int = 1, columns: int = 1, height: float = 3.2, **layout):
+    """A figure and its axes (rows, columns), rows of that height in inches. Raises UserError.
+
+    One panel is 5 inches wide, several share 9: shown at 900 pixels, 9 pt stay legible."""
+    try:
+        import matplotlib
+    except ImportError:
+        hint = "pip install matplotlib (all else works without)"
+        raise UserError(f"--plot needs matplotlib: {hint}") from None
+    matplotlib.use("Agg")  # files alone, no window
+    matplotlib.rcParams |= {"font.size": 9, "axes.titlesize": 9, "figure.constrained_layout.use": 1}
+    from matplotlib import pyplot
+
+    width = 5 if columns == 1 else max(9, 2.6 * columns)
+    size = (width, height * rows)
+    figure, axes = pyplot.subplots(rows, columns, figsize=size, squeeze=False, **layout)
+    for axis in axes.flat:
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def draw(axis, series: dict[str, tuple], names: list[str] | None = None, **settings) -> None:
+    """Series {label: (x, y, 95 % intervals or None)}, moved apart so that none hides another.
+
+    Curves; or, with names, a row of dots for each name from top to bottom: x numbers the names, and
+    the values y lie along the horizontal axis. settings: title, xlabel, limits ..."""
+    spread = np.ptp([v for x, *_ in series.values() for v in x] or [0])
+    step = 0.6 / max(1, len(series)) if names else 0.008 * spread
+    for k, (label, (x, y, ends)) in enumerate(series.items()):
+        place = np.array(x, dtype=float) + step * (k - (len(series) - 1) / 2)
+        y = np.array(y, dtype=float)
+        ends = [[np.nan] * 2 if e is None else e for e in ends or [None] * len(y)]
+        low, high = np.array(ends, dtype=float).reshape(-1, 2).T
+        errors = np.abs([y - low, high - y])
+        style = {"color": COLOURS[k % 6], "marker": MARKERS[k % 6], "label": label}
+        if names:
+            axis.errorbar(y, place, xerr=errors, linestyle="none", markersize=5, **style)
+        else:
+            line = LINES[k % 6]
+            axis.errorbar(place, y, errors, linestyle=line, markersize=4, elinewidth=0.8, **style)
+    if names:
+        axis.set_yticks(range(len(names)), [textwrap.fill(name, 28) for name in names])
+        axis.set_ylim(len(names) - 0.5, -0.5)
+        for edge in range(1, len(names)):
+            axis.axhline(edge - 0.5, color="lightgrey", linewidth=0.6)
+    label_axes(axis, **settings)
+
+
+def label_axes(axis, title: str = "", **settings) -> None:
+    """Title and labels; a long title is broken into lines that fit above its axes."""
+    inches = axis.get_position().width * axis.figure.get_figwidth()
+    axis.set(title=textwrap.fill(title, max(16, int(14 * inches))), **settings)
+
+
+def save_figure(figure, path: str) -> None:
+    """Written aside, then renamed: never half a picture. One legend below serves all panels."""
+    entries = {}
+    for axis in figure.axes:
+        entries |= dict(zip(*reversed(axis.get_legend_handles_labels())))
+    if entries:
+        fitting = int(13 * figure.get_figwidth() / (max(map(len, entries)) + 8))
+        columns = max(1, min(fitting, len(entries)))
+        place = {"loc": "outside lower center", "ncols": columns, "frameon": False}
+        figure.legend(entries.values(), entries.keys(), **place)
+    with written(path, "wb") as f:
+        figure.savefig(f, format=Path(path).suffix[1:].lower(), dpi=150)
+
+
+# ------------------------------------------------------------------------------ verb: accuracy
+
 
 def accuracy(args) -> None:
-    """Accuracy with 95 % intervals, by subset, beside what length alone and a constant answer reach.
+    """Accuracy with 95 % intervals, by subset, beside what length alone and a constant reach.
 
-    Pairs of a benchmark that data_prep.py converted have its own numbers too, in a table of their own."""
+    Pairs of a benchmark, converted by data_prep.py, have its own numbers too, in a table of their own."""
     files, result, dump = read_files(args), {}, []
     rewards = {file: [] for file in files}
     for file, pairs in files.items():
-        longer = estimate(outcomes(longer_margins(pairs)), prompt_groups(pairs), args.seed)
+        right = outcomes(idistill.longer_margins(pairs))
+        longer = estimate(right, prompt_groups(pairs), args.seed)
         baselines = {"longer response": longer, "majority": {"accuracy": 0.5}}
         result[file] = {"models": {}, "subsets": {}, "baselines": baselines}
     for name, file, pairs, r, texts, counts in scored(args, files, {"files": result}):
+        first = rewards[file][0] if rewards[file] else None
         rewards[file].append(r)
-        here, first = result[file], rewards[file][0] if len(rewards[file]) > 1 else None
+        here = result[file]
         here["models"][name] = {**counts, **summary(pairs, r, first, args.seed)}
-        subsets = sorted({p.subset for p in pairs} - {""})
-        for subset in subsets if len(subsets) > 1 else ():
-            index = [k for k, p in enumerate(pairs) if p.subset == subset]
-            some, before = [pairs[k] for k in index], None if first is None else first[index]
-            here["subsets"].setdefault(subset, {})[name] = summary(some, r[index], before, args.seed)
-        for source in sorted(BENCHMARKS.keys() & {p.source for p in pairs}):
-            index = [k for k, p in enumerate(pairs) if p.source == source]
-            some, table = [pairs[k] for k in index], here.setdefault("benchmarks", {}).setdefault(source, {})
-            table[name] = own_terms(source, some, r[index] @ [1, -1], prompt_groups(some), args.seed)
-        dump += [{"prompt": p.prompt, "text_chosen": two[0], "text_rejected": two[1],
-                  "scores_chosen": float(r_c), "scores_rejected": float(r_r),
-                  "results": float(outcomes(r_c - r_r)), "subset": p.subset, "id": p.id, "model": name,
-                  "data": file} for p, two, (r_c, r_r) in zip(pairs, texts, r) if two and args.dump]
+        subsets = parts([p.subset for p in pairs])
+        for subset, index in subsets.items() if len(subsets) > 1 else ():
+            members, before = [pairs[k] for k in index], None if first is None else first[index]
+            row = summary(members, r[index], before, args.seed)
+            here["subsets"].setdefault(subset, {})[name] = row
+        for source, index in parts([data_prep.benchmark_of(p) for p in pairs]).items():
+            numbers = own_terms(source, [pairs[k] for k in index], r[index] @ [1, -1], args.seed)
+            here.setdefault("benchmarks", {}).setdefault(source, {})[name] = numbers
+        if args.dump:
+            dump += dump_lines(name, file, pairs, r, texts)
     if args.dump:
         with written(args.dump) as f:
             f.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in dump)
     for file, pairs in files.items():
         print(f"\n{file}: {len(pairs)} pairs")
-        print_accuracy(result[file])
-    print("\n(majority: either side of a pair comes first, so a constant answer is right in half; "
-          "equal length: within 10 %\n in characters; ties count half; intervals: 95 %, bootstrap over "
-          "prompts; - first: paired with the first model)")
-    if args.strength:  # mean over the models of r_c - r_r (arXiv 2401.06080, Eq. 4), where all have scored
-        margins = [np.mean([r[:, 0] - r[:, 1] for r in of_models], axis=0) for of_models in rewards.values()]
-        scored_by_all = zip(sum(files.values(), []), np.concatenate(margins))
-        strong = [replace(p, strength=float(m)) for p, m in scored_by_all if not np.isnan(m)]
-        write_pairs(args.strength, strong, overwrite=True)
-        negative, dropped = sum(p.strength < 0 for p in strong), sum(map(len, margins)) - len(strong)
-        print(f"{args.strength}: {len(strong)} pairs with strength ({negative} negative), {dropped} dropped")
+        print_accuracy(result[file], args.names)
+    print(
+        "\n(majority: either side of a pair comes first, so a constant is right in half; equal\n"
+        " length: within 10 % in characters; ties count half; intervals: 95 %, bootstrap over\n"
+        " prompts; - first: paired with the first model)"
+    )
+    if args.strength:
+        write_strengths(args.strength, files, rewards)
     if args.plot:
-        plot_accuracy(result, args.plot)
+        plot_accuracy(result, args)
 
 
-def own_terms(source: str, pairs: list[Pair], margins: np.ndarray, groups: np.ndarray, seed: int) -> dict:
-    """The numbers of own_cells with intervals over prompts, {number: {"value", "interval", "count"}}. A mean
-    that lacks one of its numbers is left out: a part of a benchmark has no overall."""
-    cells, right, weight, means = own_cells(source, pairs, margins)
-    names = sorted({name for some in cells for name in some if name})
-    W = {name: w for name in names if (w := weight * [name in some for some in cells]).any()}  # (N,) each
-    if not W:
+def parts(values: list[str]) -> dict[str, list[int]]:
+    """{value: the places (k,) where it stands}, sorted, without the empty value."""
+    index = {value: [] for value in sorted(set(values) - {""})}
+    for k, value in enumerate(values):
+        if value:
+            index[value].append(k)
+    return index
+
+
+def own_terms(source: str, pairs: list[Pair], margins: np.ndarray, seed: int) -> dict:
+    """The numbers of a benchmark, see data_prep.own_cells, from N pairs and their margins (N,),
+    with intervals over prompts: {number: {"value", "interval", "count"}}.
+
+    A mean that lacks one of its numbers is left out: a part of a benchmark has no overall."""
+    cells, right, weight, means = data_prep.own_cells(source, pairs, margins)
+    names = sorted({name for inside in cells for name in inside if name})
+    weights = {name: weight * [name in inside for inside in cells] for name in names}  # (N,) each
+    weights = {name: w for name, w in weights.items() if w.any()}
+    if not weights:
         return {}
-    sums = np.stack([w * r for r in (right, 1) for w in W.values()], 1)
-    sums = np.vstack([sums.mean(0), resampled_means(sums, groups, seed)])
+    sums = np.stack([w * r for r in (right, 1) for w in weights.values()], 1)
+    sums = np.vstack([sums.mean(0), resampled_means(sums, prompt_groups(pairs), seed)])
     with np.errstate(invalid="ignore"):  # a sample of prompts may miss a small cell
-        drawn = dict(zip(W, (sums[:, :len(W)] / sums[:, len(W):]).T))  # (1 + rounds,) each, first that of all pairs
-    count = {name: int(np.count_nonzero(w)) for name, w in W.items()}
-    for name, parts in means.items():
-        if all(k in drawn for k in parts):
-            drawn[name], count[name] = np.mean([drawn[k] for k in parts], axis=0), sum(count[k] for k in parts)
-    known = {name: d[1:][np.isfinite(d[1:])] for name, d in drawn.items()}
-    return {name: {"value": float(d[0]), "interval": interval(known[name]) if len(known[name]) else None,
-                   "count": count[name]} for name, d in drawn.items()}
+        shares = sums[:, : len(weights)] / sums[:, len(weights) :]
+    drawn = dict(zip(weights, shares.T))  # (1 + rounds,) each, first that of all pairs
+    count = {name: int(np.count_nonzero(w)) for name, w in weights.items()}
+    for name, inside in means.items():
+        if all(k in drawn for k in inside):
+            drawn[name] = np.mean([drawn[k] for k in inside], axis=0)
+            count[name] = sum(count[k] for k in inside)
+    out = {}
+    for name, (value, *samples) in drawn.items():
+        known = np.array(samples)[np.isfinite(samples)]
+        ends = interval(known) if len(known) else None
+        out[name] = {"value": float(value), "interval": ends, "count": count[name]}
+    return out
 
 
-# -------------------------------------------------------------------------------------------- verb: attention
+def dump_lines(name: str, file: str, pairs: list[Pair], r: np.ndarray, texts: list) -> list[dict]:
+    """A line for each scored pair, with the keys of RewardBench.
+
+    Args:
+        name, file: of the model and of the data.
+        pairs: N pairs.
+        r: their rewards (N, 2).
+        texts: their scored strings, [] for a pair without.
+    """
+    lines = []
+    for p, strings, (r_c, r_r) in zip(pairs, texts, r.tolist()):
+        if strings:
+            line = {"prompt": p.prompt, "text_chosen": strings[0], "text_rejected": strings[1]}
+            line |= {"scores_chosen": r_c, "scores_rejected": r_r}
+            line |= {"results": float(outcomes(r_c - r_r)), "subset": p.subset, "id": p.id}
+            lines.append({**line, "model": name, "data": file})
+    return lines
+
+
+def write_strengths(path: str, files: dict[str, list[Pair]], rewards: dict[str, list]) -> None:
+    """Writes the pairs that all models have scored, with their mean margin (arXiv 2401.06080)."""
+    pairs = list(chain.from_iterable(files.values()))
+    margins = [np.mean([r[:, 0] - r[:, 1] for r in models], axis=0) for models in rewards.values()]
+    strengths = zip(pairs, np.concatenate(margins).tolist())
+    strong = [replace(p, strength=strength) for p, strength in strengths if not np.isnan(strength)]
+    data_prep.write_pairs(path, strong, overwrite=True)
+    negative, dropped = sum(p.strength < 0 for p in strong), len(pairs) - len(strong)
+    print(f"{path}: {len(strong)} pairs with strength ({negative} negative), {dropped} dropped")
+
+
+def accuracy_row(label: str, r: dict) -> list[str]:
+    if not r["pairs"]:
+        return [label, "-", *[""] * 5, str(r["dropped"])]
+    equal, gain = r["equal_length"], r.get("difference", {"mean": None, "interval": None})
+    row = [label, percent(r["accuracy"], r["interval"])]
+    row.append(percent(gain["mean"], gain["interval"], "+"))
+    row.append(f"{percent(equal['accuracy'])} of {equal['pairs']}")
+    row += [f"{r[k + '_mean']:.2f} ± {r[k + '_std']:.2f}" for k in ("reward", "margin")]
+    return [*row, str(r["ties"]), str(r["dropped"])]
+
+
+def print_accuracy(result: dict, names: dict[str, str]) -> None:
+    """The models, the baselines, each subset; a table a benchmark, where the nine cells of an
+    RM-Bench domain are left to --json."""
+    rows = [accuracy_row(names[model], r) for model, r in result["models"].items()]
+    for name, r in result["baselines"].items():
+        rows.append([name, percent(r["accuracy"], r.get("interval"))])
+    for subset, models in result["subsets"].items():
+        rows.append([f"{subset} ({next(iter(models.values()))['pairs']})"])
+        rows += [accuracy_row("  " + names[model], r) for model, r in models.items()]
+    header = ["accuracy %", "all [95 %]", "- first", "equal length", "reward", "margin"]
+    print_rows([*header, "ties", "dropped"], rows)
+    for source, models in result.get("benchmarks", {}).items():
+        tables = list(models.values())[::-1]  # the counts shown are those of the first model
+        counts = {k: r["count"] for numbers in tables for k, r in numbers.items()}
+        rows = []
+        for k in (k for k in counts if not re.search(r" \d-\d$", k)):
+            cells = [numbers.get(k, {"value": None}) for numbers in models.values()]
+            cells = [percent(c["value"], c.get("interval")) for c in cells]
+            rows.append([f"{k} ({counts[k]})", *cells])
+        if rows:
+            print(f"\n{source} in its own terms, a tie being a miss")
+            print_rows(["% [95 %]", *(names[model] for model in models)], rows)
+
+
+def plot_accuracy(result: dict, args) -> None:
+    """The models and what length alone reaches, for each file."""
+    series = {}
+    for name in [*args.models, "longer response"]:
+        rows = [{**r["baselines"], **r["models"]}[name] for r in result.values()]
+        values = [r.get("accuracy") for r in rows], [r.get("interval") for r in rows]
+        series[args.names.get(name, name)] = range(len(rows)), *values
+    figure, axes = canvas(height=1.2 + 0.2 * len(series) * len(result))
+    axes[0, 0].axvline(0.5, color="grey", linewidth=0.8)
+    label = "pair accuracy, 95 % interval (line: chance)"
+    draw(axes[0, 0], series, list(result), xlabel=label, xlim=(0, 1))
+    save_figure(figure, args.plot)
+
+
+# ----------------------------------------------------------------------------- verb: attention
+
+
+def attention(args) -> None:
+    """The paper's Figure 1: accuracy as the response is masked stage by stage, and the attention
+    that the scoring position pays to each stage, in rightly and wrongly ranked pairs; with
+    --teacher the KL of the maps by stage."""
+    files, result = read_files(args), {}
+    if args.with_first and args.span != "all":
+        what = "counts the first token into the stages of --span all"
+        raise UserError(f"--with-first {what}: give that too")
+    teacher = open_teacher(args.teacher, args) if args.teacher else None
+    for name in args.models:
+        judge = open_judge(name, args, decoder=True)
+        encoder = with_teacher(judge.encoder, teacher)
+        for file, pairs in files.items():
+            encoder.counts.clear()
+            examples = encoder(pairs, progress="encoding")
+            if not examples:
+                raise UserError(f"{file}: no pair fits into --max-length {encoder.max_length}")
+            groups = prompt_groups([e.pair for e in examples])
+            row = {"pairs": len(examples), **print_counts(judge, file, encoder)}
+            row |= read_stages(judge, examples, groups, args)
+            if teacher:
+                for kind, kl in teacher_agreement(judge, teacher, examples, args).items():
+                    row[f"kl_{kind}"] = curve(kl, groups, args.seed)
+            result.setdefault(file, {})[name] = row
+            print_attention(file, args.names[name], row)
+        save_json(args, {"files": result})  # after each model: a failure later loses nothing
+        del judge
+    if args.plot:
+        plot_attention(result, args)
+
 
 def response_rows(examples: list[Example]) -> tuple[list[list[int]], list[tuple[int, int]]]:
-    """Token rows of (x, y_c) and (x, y_r) of each example in turn, and the tokens of the response in each."""
+    """Token rows of (x, y_c) and (x, y_r) of each example in turn; where their responses lie."""
     rows, spans = [], []
     for e in examples:
         segment = np.where(e.word >= 0, e.word_seg[e.word], -1)
         for s in (1, 2):
-            mine = np.flatnonzero((e.seg == 0) | (e.seg == s))
-            words = np.flatnonzero(segment[mine] == s)
-            rows.append(e.ids[mine].tolist())
-            spans.append((int(words[0]), int(words[-1]) + 1) if len(words) else (len(mine) - 1,) * 2)
+            own = np.flatnonzero((e.seg == 0) | (e.seg == s))
+            words = np.flatnonzero(segment[own] == s)
+            rows.append(e.ids[own].tolist())
+            end = len(own) - 1
+            spans.append((int(words[0]), int(words[-1]) + 1) if len(words) else (end, end))
     return rows, spans
 
 
@@ -388,103 +763,22 @@ def stage_mass(attention: np.ndarray, edges: np.ndarray) -> np.ndarray:
 
 
 def stage_density(attention: np.ndarray, edges: np.ndarray) -> np.ndarray:
-    """Each stage's share of the attention (n,) inside the edges (K + 1,), over its share of the tokens: (K,),
-    1 where attention is even, NaN for a stage without token."""
+    """Each stage's share of the attention (n,) inside the edges (K + 1,), over its share of the
+    tokens: (K,), 1 where attention is even, NaN for a stage without token."""
     mass = stage_mass(attention, edges)
     size = np.diff(edges).astype(float)
     size[size == 0] = np.nan
-    return (mass / mass.sum()) / (size / np.nansum(size)) if mass.sum() > 0 else np.full(len(size), np.nan)
-
-
-@torch.no_grad()
-def word_maps(judge: Judge, teacher: Judge | None, examples: list[Example], layers: str):
-    """The simulated word map S (E3, E5), the teacher's T (mean of both orders, None without a teacher), the
-    segments: (B, W, W), (B, W, W), (B, W). Raises UserError where queries and keys do not give the map."""
-    if not judge.attends[1]:
-        raise UserError(f"{judge.name}: queries and keys alone do not give its attention (capped logits, a sink or a "
-                        "position bias), so there is no simulated map")
-    model = RewardModel(judge.model.requires_grad_(False), "siamese", tuple(pick_layers(judge, layers)))
-    batch = collate(examples, judge.model.config.get_text_config().pad_token_id or 0, judge.device)
-    W, T = batch["word_seg"].shape[1], None
-    with judge.amp(), torch.enable_grad():  # the student keeps its maps where it trains only
-        model(batch)
-    model.tap.remove()
-    S = pool_words(torch.stack(model.maps).mean(0), batch["word"], W)[:, 0]
-    for swap in (np.zeros(len(examples)), np.ones(len(examples))) if teacher else ():
-        both = collate_teacher(examples, swap, teacher.encoder.teacher, judge.device)
-        with judge.amp():
-            teacher.model(both, maps=True)
-        one = pool_words(teacher.model.maps[0], both["word"], W)[:, 0] / 2
-        T = one if T is None else T + one
-    return S, T, batch["word_seg"]
-
-
-def with_teacher(encoder: Encoder, teacher: Judge | None) -> Encoder:
-    """The same encoder, for a teacher too: words that the teacher does not see are left out of both maps."""
-    length, other = (teacher.encoder.teacher_length, teacher.encoder.teacher) if teacher else (0, None)
-    return Encoder(encoder.tokenizer, encoder.max_length, encoder.overlong, other, length)
-
-
-def teacher_agreement(judge: Judge, teacher: Judge, pairs: list[Pair], args) -> dict[str, np.ndarray]:
-    """KL(T_i || S_i) of the words of both responses, mean by stage: {"intra", "inter": (N, K)}."""
-    reader, K = with_teacher(judge.encoder, teacher), args.stages
-    examples = reader(pairs)
-    print(f"{reader.counts['words the teacher cannot see']} words that the teacher cannot see are left out of the maps")
-    whole = judge.encoder(pairs)  # the stages are cut over all words, those that the teacher does not see too
-    out = {name: np.full((len(examples), K), np.nan) for name in ("intra", "inter")}
-    few = max(1, args.batch_size // 4)  # maps need memory
-    for start in bar(range(0, len(examples), few), "teacher agreement"):
-        S, T, word_seg = word_maps(judge, teacher, examples[start:start + few], args.layers)
-        stage = np.full(word_seg.shape, -1)
-        for b, e in enumerate(whole[start:start + few]):
-            for words in (np.flatnonzero(e.word_seg == s) for s in (1, 2)):
-                stage[b, words] = np.arange(len(words)) * K // max(1, len(words))
-        for name, block in zip(out, (block[:, 0] for block in block_masks(word_seg))):
-            kl = torch.where(block.any(-1), row_divergence(T, S, block), torch.nan).cpu().numpy()  # (B, W)
-            for b, k in np.ndindex(len(kl), K):
-                values = kl[b][(stage[b] == k) & ~np.isnan(kl[b])]
-                out[name][start + b, k] = values.mean() if len(values) else np.nan
-    return out
-
-
-def curve(values: np.ndarray, groups: np.ndarray, seed: int) -> dict[str, list]:
-    """Mean and 95 % interval of each column of (N, K), NaN left out."""
-    real = ~np.isnan(values)
-    columns = [estimate(v[r], groups[r], seed, "mean") for v, r in zip(values.T, real.T)]
-    return {k: [column[k] for column in columns] for k in ("mean", "interval")}
-
-
-def attention(args) -> None:
-    """The paper's Figure 1: accuracy as the response is masked stage by stage, and the attention that the
-    scoring position pays to each stage, in rightly and wrongly ranked pairs; with --teacher the KL of the
-    maps by stage."""
-    files, result = read_files(args), {}
-    if args.with_first and args.span != "all":
-        raise UserError("--with-first counts the first token into the stages of --span all: give that too")
-    teacher = open_teacher(args.teacher, args) if args.teacher else None
-    for name in args.models:
-        judge = open_judge(name, args, decoder=True)
-        for file, pairs in files.items():
-            judge.encoder.counts.clear()
-            examples = judge.encoder(pairs, progress="encoding")
-            if not examples:
-                raise UserError(f"{file}: no pair fits into --max-length {judge.encoder.max_length}")
-            groups = prompt_groups([e.pair for e in examples])
-            row = {"pairs": len(examples), **print_counts(judge, file), **read_stages(judge, examples, groups, args)}
-            for k, kl in teacher_agreement(judge, teacher, pairs, args).items() if teacher else ():
-                row[f"kl_{k}"] = curve(kl, groups, args.seed)
-            result.setdefault(file, {})[name] = row
-            print_attention(file, name, row)
-        save_json(args, {"files": result})  # after each model: a failure later loses nothing
-        del judge
-    if args.plot:
-        plot_attention(result, args.plot)
+    if mass.sum() <= 0:
+        return np.full(len(size), np.nan)
+    return (mass / mass.sum()) / (size / np.nansum(size))
 
 
 def read_stages(judge: Judge, examples: list[Example], groups: np.ndarray, args) -> dict:
-    """Accuracy with the first (last) 0..K stages masked; attention to the stages in pairs ranked right and wrong, as
-    density and as cumulative share; shares of the attention: first token, before the stages, stages."""
-    K, first, (rows, spans) = args.stages, 0 if args.with_first else 1, response_rows(examples)
+    """Accuracy with the first (last) 0..K stages masked; attention to the stages in pairs ranked
+    right and wrong, as density and as cumulative share; shares of the attention: first token,
+    before the stages, stages."""
+    K, first = args.stages, 0 if args.with_first else 1
+    rows, spans = response_rows(examples)
     if args.span == "all":
         spans = [(first, end) for _, end in spans]
     edges = [stage_edges(*span, K) for span in spans]
@@ -499,170 +793,887 @@ def read_stages(judge: Judge, examples: list[Example], groups: np.ndarray, args)
 
     seen = judge.end_attention(rows, args.layers, args.rollout, args.batch_size)
     plain, blank = right(0, 0), right(0, K)
-    masked = {"start": [plain, *(right(0, k) for k in range(1, K)), blank],
-              "end": [plain, *(right(K - k, K) for k in range(1, K)), blank]}
+    from_start = [plain, *(right(0, k) for k in range(1, K)), blank]
+    from_end = [plain, *(right(K - k, K) for k in range(1, K)), blank]
     mass = np.array([stage_mass(a, e) for a, e in zip(seen, edges)]).cumsum(1)
-    by_stage = {"density": np.array([stage_density(a, e) for a, e in zip(seen, edges)]),
-                "cumulative": mass / np.maximum(mass[:, -1:], 1e-12)}
-    shares = {"first token": [a[0] for a in seen],
-              "stages": [a[start:end].sum() for a, (start, end) in zip(seen, spans)],
-              "before the stages": [a[first:start].sum() for a, (start, _) in zip(seen, spans)]}
-    out = {f"masked_from_{k}": curve(np.stack(v, 1), groups, args.seed) for k, v in masked.items()}
-    out["shares"] = {k: float(np.mean(v)) for k, v in shares.items()}
-    for k, those in (("right", plain == 1), ("wrong", plain == 0)):
+    density = np.array([stage_density(a, e) for a, e in zip(seen, edges)])
+    by_stage = {"density": density, "cumulative": mass / np.maximum(mass[:, -1:], 1e-12)}
+    shares = {
+        "first token": [a[0] for a in seen],
+        "stages": [a[start:end].sum() for a, (start, end) in zip(seen, spans)],
+        "before the stages": [a[first:start].sum() for a, (start, _) in zip(seen, spans)],
+    }
+    out = {"shares": {k: float(np.mean(v)) for k, v in shares.items()}}
+    for side, masked in (("start", from_start), ("end", from_end)):
+        out[f"masked_from_{side}"] = curve(np.stack(masked, 1), groups, args.seed)
+    for side, members in (("right", plain == 1), ("wrong", plain == 0)):
         for name, values in by_stage.items():
-            values = values.reshape(-1, 2, K).mean(1)[those]
-            out[f"{name}_{k}"] = {"pairs": len(values), **curve(values, groups[those], args.seed)}
+            values = values.reshape(-1, 2, K).mean(1)[members]
+            stages = curve(values, groups[members], args.seed)
+            out[f"{name}_{side}"] = {"pairs": len(values), **stages}
     return out
 
 
-# ------------------------------------------------------------------------------------------------- verb: show
+def with_teacher(encoder: Encoder, teacher: Judge | None) -> Encoder:
+    """The same encoder, for a teacher too."""
+    tokenizer = teacher.model.tokenizer if teacher else None
+    return Encoder(encoder.tokenizer, encoder.max_length, encoder.overlong, tokenizer)
+
+
+def check_simulated_map(judge: Judge) -> None:
+    """Raises UserError where queries and keys alone do not give a model's attention, tried on four
+    tokens: then there is no simulated map."""
+    ids, layers = torch.tensor([[5, 6, 7, 8]], device=judge.device), range(judge.layer_count)
+    with torch.no_grad():
+        told = idistill.attempt(idistill.maps_agree, judge.model, ids, layers)
+    is_capped = getattr(judge.model.config.get_text_config(), "attn_logit_softcapping", None)
+    is_exact = judge.model.dtype == torch.float32  # bf16 rounds too much to tell
+    if is_capped or (told is not True and is_exact):
+        raise UserError(
+            f"{judge.name}: queries and keys alone do not give its attention (capped logits, a "
+            "sink or a position bias), so there is no simulated map"
+        )
+
+
+@torch.no_grad()
+def word_maps(judge: Judge, teacher: Judge | None, examples: list[Example], layers: str):
+    """The maps of B pairs encoded for both models: the simulated map S of the student (E3, E5),
+    mean of its --layers; T, the last of the teacher, mean of both orders, None without a teacher,
+    (B, W, W) each; the segment of each word, -1 where one of the models does not see it, (B, W)."""
+    pad = judge.model.config.get_text_config().pad_token_id or 0
+    batch = idistill.student_batch(examples, pad, judge.device)
+    word_seg, W = batch["word_seg"], batch["word_seg"].shape[1]
+    with judge.amp():
+        model = idistill.SiameseRewardModel(judge.model)
+        _, maps = model(batch, tuple(pick_layers(judge, layers)))
+    S = sum(idistill.pool_words(token_map, batch["word"], W) for token_map in maps) / len(maps)
+    if teacher is None:
+        return S, None, word_seg
+    T, reader = torch.zeros_like(S), teacher.model
+    for is_swapped in (False, True):
+        swap = np.full(len(examples), is_swapped)
+        both = idistill.teacher_batch(examples, swap, reader.tokenizer, reader.room, teacher.device)
+        with teacher.amp():
+            _, maps = reader(both, (-1,))
+        T += idistill.pool_words(maps[0], both["word"], W) / 2
+        word_seg = word_seg.masked_fill(~idistill.seen_words(both["word"], W), -1)
+    return S, T, word_seg
+
+
+def teacher_agreement(judge: Judge, teacher: Judge, examples: list[Example], args) -> dict:
+    """KL(T_i || S_i) of the words of both responses, mean by stage: {"intra", "inter": (N, K)}."""
+    check_simulated_map(judge)
+    K, few, unseen = args.stages, max(1, args.batch_size // 4), 0  # few: maps need memory
+    out = {name: np.full((len(examples), K), np.nan) for name in ("intra", "inter")}
+    for start in bar(range(0, len(examples), few), "teacher agreement"):
+        batch = examples[start : start + few]
+        S, T, word_seg = word_maps(judge, teacher, batch, args.layers)
+        unseen += sum(len(e.word_seg) for e in batch) - int((word_seg >= 0).sum())
+        stage = np.full(word_seg.shape, -1)  # of all words, those that the teacher does not see too
+        for b, e in enumerate(batch):
+            for words in (np.flatnonzero(e.word_seg == s) for s in (1, 2)):
+                stage[b, words] = np.arange(len(words)) * K // max(1, len(words))
+        for name, block in zip(out, idistill.block_masks(word_seg)):
+            T_i, S_i = (idistill.renormalise(word_map, block) for word_map in (T, S))
+            kl = idistill.kl_rows(T_i, S_i) * (T_i.sum(-1) > 0)  # (B, W)
+            kl = kl.where(block.any(-1), torch.nan).cpu().numpy()
+            for b, k in np.ndindex(len(batch), K):
+                values = kl[b, stage[b] == k]
+                if not np.isnan(values).all():
+                    out[name][start + b, k] = np.nanmean(values)
+    print(f"{unseen} words that one of the models does not see are left out of the maps")
+    return out
+
+
+def print_attention(file: str, label: str, r: dict) -> None:
+    """A row a stage, 0 = nothing masked; "masked from here": this stage and all after it."""
+
+    def cells(key: str, form: str = ".2f", scale: float = 1) -> list[str]:
+        return [shown(*both, form, scale) for both in zip(r[key]["mean"], r[key]["interval"])]
+
+    start = cells("masked_from_start", ".1f", 100)
+    columns = {"masked to here %": start}
+    columns["masked from here %"] = cells("masked_from_end", ".1f", 100)[::-1]
+    for side in ("right", "wrong"):
+        pairs = r[f"density_{side}"]["pairs"]
+        columns[f"density, {pairs} {side}"] = ["", *cells(f"density_{side}")]
+    for side in ("right", "wrong"):
+        columns[f"cumulative %, {side}"] = ["", *cells(f"cumulative_{side}", ".0f", 100)]
+    for kind in ("intra", "inter"):
+        if f"kl_{kind}" in r:
+            columns[f"KL {kind}"] = ["", *cells(f"kl_{kind}")]
+    first, inside, before = (f"{100 * v:.0f} %" for v in r["shares"].values())
+    print(
+        f"\n{file}, {label}: {r['pairs']} pairs; the scoring position gives {first} to the first "
+        f"token, {inside} to the stages, {before} to what is before them"
+    )
+    rows = [[str(k), *row] for k, row in enumerate(zip(*columns.values()))]
+    print_rows(["stage", *columns], rows)
+
+
+def plot_attention(result: dict, args) -> None:
+    """For each file accuracy under masking from either side, and attention in pairs ranked right
+    and wrong; the models have one legend, neighbours one scale."""
+    figure, axes = canvas(2 * len(result), 2, height=2.7, sharey="row")
+    for above, below, (file, models) in zip(axes[::2], axes[1::2], result.items()):
+        curves = {}
+        for side in ("masked_from_start", "masked_from_end", "density_right", "density_wrong"):
+            curves[side] = {}
+            for name, r in models.items():
+                c, K = r[side], len(r["density_right"]["mean"])
+                x = np.arange(1, K + 1) if "density" in side else np.linspace(0, 100, K + 1)
+                curves[side][args.names[name]] = x, c["mean"], c["interval"]
+        for axis, side, masked in zip(above, ("start", "end"), ("first", "last")):
+            axis.axhline(0.5, color="grey", linewidth=0.8)
+            title, label = f"{file}: the {masked} part is masked", "% of the response masked"
+            draw(axis, curves[f"masked_from_{side}"], title=title, xlabel=label)
+        for axis, side in zip(below, ("right", "wrong")):
+            axis.axhline(1, color="grey", linewidth=0.8)
+            counts = ", ".join(str(r[f"density_{side}"]["pairs"]) for r in models.values())
+            title = f"pairs ranked {side} ({counts})"
+            draw(axis, curves[f"density_{side}"], title=title, xlabel="stage of the response")
+        above[0].set(ylabel="pair accuracy", ylim=(None, 1))
+        below[0].set(ylabel="attention density (1: even)", ylim=(0, None))
+    save_figure(figure, args.plot)
+
+
+# ---------------------------------------------------------------------------------- verb: show
+
 
 def show(args) -> None:
-    """One pair: its words shaded by the attention of the scoring position, and the simulated map (beside the
-    teacher's with --teacher), its rows renormalised in the intra and the inter block."""
-    pairs = [p for some in read_files(args).values() for p in some]
-    found = [p for p in pairs if p.id == args.pair] or [p for k, p in enumerate(pairs) if str(k) == args.pair]
+    """One pair: where the scoring position looks, the simulated map (beside the teacher's with
+    --teacher), and occlusion, the change of the reward when a word is left out.
+
+    Attention shows where a model looks, not what moves its reward; occlusion shows that."""
+    pairs = list(chain.from_iterable(read_files(args).values()))
+    found = [p for p in pairs if p.id == args.pair]
+    found += [p for k, p in enumerate(pairs) if str(k) == args.pair]
     if not found:
         last = len(pairs) - 1
-        raise UserError(f"--pair {args.pair}: neither an id in the data nor a number from 0 to {last}")
-    teacher, pages = open_teacher(args.teacher, args) if args.teacher else None, []
+        raise UserError(
+            f"--pair {args.pair}: neither an id in the data nor a number from 0 to {last}"
+        )
+    teacher = open_teacher(args.teacher, args) if args.teacher else None
+    pages, teacher_page = [], None
     for name in args.models:
-        pages.append(read_pair(open_judge(name, args, decoder=True), teacher, found[0], args))
-        print_page(pages[-1])
+        page, teacher_page = read_pair(
+            open_judge(name, args, decoder=True), teacher, found[0], args
+        )
+        pages.append(page)
+        print_page(page)
+    if teacher:
+        pages.append(teacher_page)
+    print_occlusion(pages)
     save_json(args, {"models": pages})
     if args.html:
-        with written(args.html) as f:
-            f.write(HTML.replace("PAGES", json.dumps(pages).replace("<", "\\u003c")))
+        write_html(pages, args.html)
     if args.plot:
         plot_show(pages, args.plot)
 
 
-def read_pair(judge: Judge, teacher: Judge | None, pair: Pair, args) -> dict:
-    """A page: the W words and their segments; for each side its reward and the words' shares of the scoring
-    position's attention (W,); the maps (W, W), rows renormalised in their block."""
-    examples = with_teacher(judge.encoder, teacher)([pair])
-    if not examples:
-        raise UserError(f"pair {args.pair}: does not fit into --max-length {judge.encoder.max_length}")
-    plain, words = judge.encoder([pair])[0], []  # with the words that the teacher does not see
-    for w, s in enumerate(plain.word_seg):
-        own = (plain.word == w) & ((plain.seg != 2) | (s == 2))
-        words.append(judge.encoder.tokenizer.decode(plain.ids[own]).strip())
-    rows, _ = response_rows([plain])
-    page = {"model": judge.name, "id": pair.id, "words": words, "segments": plain.word_seg.tolist(),
-            "maps": {}, "rewards": judge.score_rows(rows, args.batch_size).tolist(), "attention": []}
-    for s, seen in zip((1, 2), judge.end_attention(rows, args.layers, args.rollout, args.batch_size)):
-        word = plain.word[(plain.seg == 0) | (plain.seg == s)]
-        page["attention"].append(np.bincount(word[word >= 0], seen[word >= 0], len(words)).tolist())
-    S, T, word_seg = word_maps(judge, teacher, examples, args.layers)
-    for kind, block in zip(("intra", "inter"), (block[:, 0] for block in block_masks(word_seg))):
-        for who, P in {"student, simulated": S, **({"teacher": T} if teacher else {})}.items():
-            P = P.float() * block
-            P = (P / P.sum(-1, keepdim=True).clamp_min(1e-8))[0].cpu().double().numpy()
-            page["maps"][f"{kind}: {who}"] = P.round(5).tolist()
-    return page
+def occlusion(judge: Judge, pair: Pair, batch_size: int = 32):
+    """What each word does for the rewards of a pair: both are computed anew with the word left out.
+
+    The word goes from the text, with the white space before it (of a first word: behind it), and
+    the scored string is built anew. So a word of the prompt is missing for both responses, a word
+    of a response for this one alone: W + 1 pairs, scored in batches, equal strings once. A pair
+    that is too long is cut first, as for scoring. Any judge that scores pairs will do.
+
+    Returns:
+        The W words of prompt, chosen and rejected; their segments 0, 1, 2 (W,); the changes (W, 2)
+        of (r_c, r_r): the reward without the word minus the reward with it.
+    """
+    pair = fitted_pair(judge, pair)
+    turns = [m["content"] for m in pair.prompt]
+    words, segments, variants = [], [], [pair]
+    for k, text in enumerate([*turns, pair.chosen, pair.rejected]):
+        for start, end in data_prep.words_of(text):
+            rest = without_span(text, start, end)
+            if k < len(turns):
+                prompt = [
+                    *pair.prompt[:k],
+                    {**pair.prompt[k], "content": rest},
+                    *pair.prompt[k + 1 :],
+                ]
+                variants.append(replace(pair, prompt=prompt))
+            else:
+                variants.append(replace(pair, **{("chosen", "rejected")[k - len(turns)]: rest}))
+            words.append(text[start:end])
+            segments.append(max(0, k - len(turns) + 1))
+    rewards, _ = judge.score(variants, batch_size)
+    return words, np.array(segments), rewards[1:] - rewards[0]
 
 
-# ----------------------------------------------------------------------------------------------- verb: attack
+def fitted_pair(judge: Judge, pair: Pair) -> Pair:
+    """The pair as the judge reads it: cleaned, and cut where it is too long. Raises UserError."""
+    fitted = next(iter(judge.encoder.fit([pair], both_responses, "")))[0]
+    if fitted is None:
+        limit = judge.encoder.max_length
+        raise UserError(f"pair {pair.id}: does not fit into --max-length {limit}")
+    chosen, rejected = fitted.responses
+    return replace(pair, prompt=fitted.prompt, chosen=chosen, rejected=rejected)
 
-def overturned(r: np.ndarray, edits: dict, groups: np.ndarray, seed: int) -> dict:
-    """All that attack says of rewards (N, 2 + edits): of chosen, rejected, rejected after each edit."""
-    right, spread, of_edits = r[:, 0] > r[:, 1], float(r[:, :2].std()), {}
-    for edit, after in zip(edits, r[:, 2:].T):
-        flip = 1 - outcomes(r[:, 0] - after)
-        shift = (after - r[:, 1]) / spread if spread else np.zeros(0)  # constant rewards have no unit
-        of_edits[edit] = {**estimate(flip[right], groups[right], seed, "flip_rate", "flip_interval"),
-                          "flips_of_all": float((flip * right).mean()), "accuracy": float(1 - flip.mean()),
-                          **estimate(shift, groups[:len(shift)], seed, "shift", "shift_interval")}
-    return {"edits": of_edits, "accuracy": float(outcomes(r[:, 0] - r[:, 1]).mean()),
-            "ranked_right": int(right.sum()), "reward_std": spread}
+
+def without_span(text: str, start: int, end: int) -> str:
+    """The text without the characters start..end and the space before (at its start: behind)."""
+    before, after = text[:start].rstrip(), text[end:]
+    return before + after if before else after.lstrip()
+
+
+def occlusion_share(changes: np.ndarray, which: np.ndarray) -> float:
+    """Share of the absolute changes of occlusion (W, 2) that falls on some of the words, booleans
+    (W,) or indices; NaN where no word changes anything."""
+    size = np.abs(changes)
+    return float(size[which].sum() / size.sum()) if size.any() else float("nan")
+
+
+def read_pair(judge: Judge, teacher: Judge | None, pair: Pair, args) -> tuple[dict, dict | None]:
+    """The page of a student, and that of the teacher, if there is one.
+
+    A page: the W words and their segments; for each side its reward, and of each word the share of
+    the scoring position's attention and the change of the reward without it, (2, W) both; the map
+    (W, W), its rows renormalised in their block."""
+    check_simulated_map(judge)
+    fitted = fitted_pair(judge, pair)
+    example = with_teacher(judge.encoder, teacher)([fitted])[0]
+    words, segments, changes = occlusion(judge, fitted, args.batch_size)
+    rows, _ = response_rows([example])
+    attention = []
+    ends = judge.end_attention(rows, args.layers, args.rollout, args.batch_size)
+    for s, shares in zip((1, 2), ends):
+        word = example.word[(example.seg == 0) | (example.seg == s)]
+        attention.append(np.bincount(word[word >= 0], shares[word >= 0], len(words)).tolist())
+    S, T, word_seg = word_maps(judge, teacher, [example], args.layers)
+    page = {"model": judge.name, "name": judge.label, "id": pair.id, "words": words}
+    page |= {"segments": segments.tolist(), "map": block_shares(S, word_seg)}
+    page |= {"rewards": judge.score_rows(rows, args.batch_size).tolist(), "attention": attention}
+    page["occlusion"] = changes.T.tolist()
+    if teacher is None:
+        return page, None
+    others, _, changes = occlusion(teacher, fitted, args.batch_size)
+    rewards, _ = teacher.score([fitted], args.batch_size)
+    theirs = {"model": teacher.name, "name": teacher.label, "map": block_shares(T, word_seg)}
+    theirs |= {"rewards": rewards[0].tolist(), "attention": None, "occlusion": None}
+    if others == words:  # it may defuse other special tokens in the texts, which makes other words
+        theirs["occlusion"] = changes.T.tolist()
+    return page, {**page, **theirs}
+
+
+def block_shares(word_map: torch.Tensor, word_seg: torch.Tensor) -> list[list[float]]:
+    """A word map (1, W, W) as lists, its rows renormalised in each block; word_seg (1, W)."""
+    blocks = idistill.block_masks(word_seg)
+    shares = sum(idistill.renormalise(word_map, block) for block in blocks)
+    return shares[0].cpu().double().numpy().round(5).tolist()
+
+
+def print_page(page: dict) -> None:
+    """The words of each side, in a terminal on a background as red as their share of attention."""
+    words, plain = page["words"], not sys.stdout.isatty()
+    for s, side in ((1, "chosen"), (2, "rejected")):
+        reward, attention = page["rewards"][s - 1], page["attention"][s - 1]
+        most = [f"{words[w]} ({100 * attention[w]:.1f} %)" for w in np.argsort(attention)[::-1][:5]]
+        print(
+            f"\n{page['name']}, {side}, reward {reward:.3f}; {100 * sum(attention):.0f} % of the "
+            f"attention is on words, most on {', '.join(most)}"
+        )
+        pale = [int(255 - 200 * a / (max(attention) or 1.0)) for a in attention]
+        coloured = [f"\x1b[48;2;255;{p};{p}m\x1b[30m{w}\x1b[0m" for w, p in zip(words, pale)]
+        for segment in (0, s):
+            own = [w for w, t in enumerate(page["segments"]) if t == segment]
+            print(" ".join((words if plain else coloured)[w] for w in own))
+
+
+def print_occlusion(pages: list[dict], most: int = 10) -> None:
+    """The words that move a reward most, the models side by side; a model that has read other words
+    (cut to another length) has a table of its own."""
+    tables = {}
+    for page in pages:
+        if page["occlusion"]:
+            tables.setdefault(tuple(page["words"]), []).append(page)
+    for words, group in tables.items():
+        changes = np.array([page["occlusion"] for page in group])  # (models, 2, W)
+        shares = np.abs(changes).sum(1)
+        shares = shares / np.maximum(shares.sum(1, keepdims=True), 1e-30)
+        rows = []
+        for w in sorted(np.argsort(-shares.max(0), kind="stable")[:most]):
+            segment = group[0]["segments"][w]
+            sides = {0: [0, 1], 1: [0], 2: [1]}[segment]
+            cells = [", ".join(f"{r[side, w]:+.2f}" for side in sides) for r in changes]
+            cells = [f"{cell} ({100 * share:.0f} %)" for cell, share in zip(cells, shares[:, w])]
+            rows.append([words[w], ("prompt", "chosen", "rejected")[segment], *cells])
+        print("\nWhat moves the reward: its change when a word is left out")
+        print_rows(["left out", "of", *(page["name"] for page in group)], rows)
+    print(
+        "(a word of the prompt changes both rewards, of chosen and of rejected; in brackets: its\n"
+        " share of the absolute changes of all words; a teacher's rewards: half its verdict, and\n"
+        " minus that)"
+    )
+
+
+def added_to_margin(page: dict) -> np.ndarray:
+    """What each word adds to the margin r_c - r_r, the margin with it minus that without it, as a
+    share of all words' absolute changes: (W,), positive where it speaks for chosen."""
+    adds = -np.dot([1, -1], page["occlusion"] or np.zeros((2, len(page["words"]))))
+    return adds / max(np.abs(adds).sum(), 1e-30)
+
+
+def plot_show(pages: list[dict], path: str) -> None:
+    """A column a model: its map; below it, what each word adds to the margin."""
+    from matplotlib.colors import PowerNorm
+
+    figure, axes = canvas(2, len(pages), height=2.5, sharex="col", height_ratios=[2.3, 1])
+    top = max(np.quantile(page["map"], 0.995) for page in pages) or 1
+    scale = dict(cmap="Greys", norm=PowerNorm(0.5, 0, top), aspect="auto", interpolation="none")
+    labelled = telling_words(pages, most=42 // len(pages))
+    limit = 110 * max(np.abs(added_to_margin(page)).max() for page in pages)
+    for page, (above, below) in zip(pages, axes.T):
+        segments, margin = np.array(page["segments"]), np.dot([1, -1], page["rewards"])
+        image = above.imshow(page["map"], **scale)
+        verdict = "chosen" if margin > 0 else "rejected"
+        label_axes(above, title=f"{page['name']} prefers {verdict} ({margin:+.1f})")
+        adds = 100 * added_to_margin(page)
+        colours = np.where(adds > 0, COLOURS[0], COLOURS[1])
+        below.bar(range(len(adds)), adds, color=colours, edgecolor="black", linewidth=0.4)
+        below.axhline(0, color="black", linewidth=0.6)
+        for edge in np.flatnonzero(np.diff(segments)) + 0.5:
+            above.axhline(edge, color="black", linewidth=0.6)
+            above.axvline(edge, color="black", linewidth=0.6)
+            below.axvline(edge, color="black", linewidth=0.6)
+        words = [w for w in labelled if w < len(segments)]
+        below.set_xticks(words, [page["words"][w][:14] for w in words], rotation=90)
+        below.set_ylim(-limit, limit)
+        above.set_yticks([])
+        above.tick_params(axis="both", length=0)
+    sides = {s: name for s, name in enumerate(("prompt", "chosen", "rejected")) if s in segments}
+    centres = [np.flatnonzero(segments == s).mean() for s in sides]
+    axes[0, 0].set_yticks(centres, sides.values(), rotation=90, va="center")
+    axes[0, 0].set_ylabel("attending word")
+    axes[1, 0].set_ylabel("adds to the margin\n(% of all words)")
+    label = "attention to a word,\nshare of its row in the block"
+    figure.colorbar(image, ax=axes[0].tolist(), pad=0.01, aspect=14, label=label)
+    save_figure(figure, path)
+
+
+def telling_words(pages: list[dict], most: int) -> list[int]:
+    """The places of the words that attention or occlusion single out in some page, with room for
+    each label; all words where there are few."""
+    W = max(len(page["words"]) for page in pages)
+    if W <= most:
+        return list(range(W))
+    weight = np.zeros(W)
+    for values in (
+        [np.mean(page["map"], axis=0) for page in pages],
+        [np.abs(added_to_margin(page)) for page in pages],
+    ):
+        top = max(v.max() for v in values) or 1
+        for v in values:
+            weight[: len(v)] = np.maximum(weight[: len(v)], v / top)
+    kept = []
+    for w in np.argsort(-weight, kind="stable").tolist():
+        if weight[w] > 0.15 and all(abs(w - other) >= W / most for other in kept):
+            kept.append(w)
+    return kept
+
+
+def write_html(pages: list[dict], path: str) -> None:
+    """A page that stands alone; the scales are those of all models."""
+    views = []
+    for page in pages:
+        segments = np.array(page["segments"])
+        view = {k: page[k] for k in ("name", "model", "words", "segments", "rewards", "map")}
+        view["left out"] = added_to_margin(page).tolist()
+        if page["attention"]:  # of the prompt the mean of what both scoring positions pay
+            weight = np.array([(segments == 1) + (segments == 0) / 2, (segments != 1) / 1.0])
+            weight[1][segments == 0] = 0.5
+            view["attention"] = (weight * page["attention"]).sum(0).tolist()
+        views.append(view)
+    with written(path) as f:
+        f.write(HTML.replace("PAGES", json.dumps(views).replace("<", "\\u003c")))
+
+
+HTML = """<!doctype html><html lang="en"><meta charset="utf-8"><title>One pair</title>
+<style>
+body { font: 15px/1.6 sans-serif; margin: 1.5em; color: #111 }
+#models { display: flex; flex-wrap: wrap; gap: 1em; align-items: flex-start }
+section { flex: 1 1 20em; max-width: 34em; border: 1px solid #aaa; padding: 0 1em 1em }
+h2 { margin: .4em 0 } span { padding: 1px 2px; cursor: pointer } canvas { width: 100% }
+.on { outline: 2px solid #000 } button { font: inherit; margin-left: .5em }
+i { display: inline-block; width: 8em; height: .8em; border: 1px solid #777; margin: 0 .5em }
+</style>
+<h1>One pair, as reward models read it</h1>
+<p id="modes">Shade the words by</p><p id="scale"></p><div id="models"></div>
+<script>
+const pages = PAGES, sides = ["prompt", "chosen", "rejected"], spans = [], draws = []
+const blue = "0,90,180", orange = "230,140,0", grey = "0,0,0"
+const find = id => document.getElementById(id)
+const add = (to, tag, text = "") => {
+  const e = document.createElement(tag)
+  e.textContent = text
+  to.append(e)
+  return e }
+const percent = v => (100 * v).toFixed(1) + " %"
+const highest = key => Math.max(...pages.flatMap(p => (p[key] || [0]).flat()).map(Math.abs)) || 1
+const tops = {}
+for (const key of ["attention", "left out", "map"]) tops[key] = highest(key)
+const ramp = (rgb, key, says) => "0" +
+  `<i style="background:linear-gradient(90deg,#fff,rgb(${rgb}))"></i>${percent(tops[key])} ${says}`
+const modes = {  // button, what the shades mean
+  attention: ["attention of the scoring position", ramp(blue, "attention",
+    "of the attention of the response's scoring position (prompt: mean of both). " +
+    "A teacher has no such position.")],
+  "left out": ["what moves the reward", ramp(blue, "left out", "speaks for chosen; ") +
+    ramp(orange, "left out", "speaks for rejected: what the word adds to the margin, found by " +
+    "leaving it out, as a share of the changes of all words.")],
+  map: ["a row of the map", ramp(blue, "map",
+    "of the attention that the framed word pays inside its block, in each model's own map. " +
+    "Click another word.")] }
+let mode = "attention", picked = 0
+const show = () => {
+  for (const b of find("modes").children) b.className = b.value == mode ? "on" : ""
+  find("scale").innerHTML = modes[mode][1]
+  for (const { e, i, page } of spans) {
+    const v = ((mode == "map" ? page.map[picked] : page[mode]) || {})[i] || 0
+    const shade = 0.8 * Math.sqrt(Math.abs(v) / tops[mode])
+    e.style.background = `rgba(${v < 0 ? orange : blue},${shade})`
+    e.title = `${page.name}: ${percent(v)}`
+    e.className = mode == "map" && i == picked ? "on" : "" }
+  for (const draw of draws) draw() }
+for (const key in modes) {
+  const b = add(find("modes"), "button", modes[key][0])
+  b.value = key
+  b.onclick = () => { mode = key; show() } }
+for (const page of pages) {
+  const root = add(find("models"), "section"), [r_c, r_r] = page.rewards, W = page.words.length
+  add(root, "h2", page.name).title = page.model
+  add(root, "p", `${page.name} prefers ${r_c > r_r ? "chosen" : "rejected"}: reward ` +
+    `${r_c.toFixed(2)} of chosen, ${r_r.toFixed(2)} of rejected`)
+  sides.forEach((side, s) => {
+    const p = add(root, "p")
+    add(p, "b", side + ": ")
+    page.words.forEach((word, i) => {
+      if (page.segments[i] != s) return
+      const e = add(p, "span", word)
+      p.append(" ")
+      spans.push({ e, i, page })
+      e.onclick = () => { mode = "map"; picked = i; show() } }) })
+  add(root, "b", `Map of ${page.name}`)
+  const canvas = add(root, "canvas"), g = canvas.getContext("2d")
+  const size = Math.max(4, Math.round(560 / W)), edge = 24
+  canvas.width = canvas.height = edge + W * size
+  add(root, "p").innerHTML = ramp(grey, "map", "of the attention that a word (row) pays to " +
+    "another (column), on a square-root scale. Prompt and own response make up 100 %, and so " +
+    "does the other response.")
+  draws.push(() => {
+    g.clearRect(0, 0, canvas.width, canvas.height)
+    page.map.forEach((row, i) => row.forEach((v, j) => {
+      g.fillStyle = `rgba(${grey},${Math.sqrt(v / tops.map)})`
+      g.fillRect(edge + j * size, edge + i * size, size, size) }))
+    g.font = "18px sans-serif"
+    g.lineWidth = 2
+    g.fillStyle = g.strokeStyle = "#06c"
+    sides.forEach((side, s) => {
+      const at = edge + size * page.segments.indexOf(s)
+      if (at < edge) return
+      g.fillText(side, at + 2, 18)
+      g.save()
+      g.translate(18, at + 2 + g.measureText(side).width)
+      g.rotate(-Math.PI / 2)
+      g.fillText(side, 0, 0)
+      g.restore()
+      g.strokeRect(edge, at, W * size, 0)
+      g.strokeRect(at, edge, 0, W * size) })
+    if (mode == "map") g.strokeRect(edge, edge + picked * size, W * size, size) }) }
+show()
+</script></html>
+"""
+
+
+# -------------------------------------------------------------------------------- verb: attack
+
+
+def sentences(text: str) -> list[str]:
+    """Split after an end mark (the CJK ones need no space behind them) and at line breaks."""
+    parts = re.split(r"(?<=[.!?])\s+|(?<=[。！？])|\n+", text.strip())
+    return [s for s in parts if s.strip()]
+
+
+def without_end(text: str) -> str:
+    """Without its last sentence; a single sentence loses its second half."""
+    if len(sentences(text)) > 1:
+        return text[: text.rindex(sentences(text)[-1])].rstrip()
+    half = text[: (len(text) + 1) // 2]
+    return half.rpartition(" ")[0] or half
+
+
+BUILT_IN = {  # edits made of the response's own sentences
+    "recap": lambda text: f"{text}\n\nIn short:\n- {sentences(text)[0]}",
+    "repeat": lambda text: f"{text} {sentences(text)[-1]}",
+    "upper": str.upper,
+    "markdown": lambda text: "## Answer\n\n" + "\n".join(f"- **{s}**" for s in sentences(text)),
+}
+APPLY = {
+    "append": lambda text, more: text + more,
+    "prepend": lambda text, more: more + text,
+    "built_in": lambda text, name: BUILT_IN[name](text),
+    "replace_end": lambda text, more: without_end(text) + more,
+}
+PADDING = (
+    " There is more to be said about this, and it is worth taking the time to think it through."
+)
+ELSEWHERE = (
+    " The old town is loveliest in spring, when the cafes move their tables out to the square."
+)
+EDITS = {
+    "closing phrase": {"append": " I hope this helps!"},
+    "apology": {"append": " I am sorry if this is not quite what you were looking for."},
+    "recap of the first sentence": {"built_in": "recap"},
+    "last sentence again": {"built_in": "repeat"},
+    "praise": {"prepend": "What a great question! "},
+    "padding": {"append": PADDING * 3},
+    "markdown": {"built_in": "markdown"},
+    "upper case": {"built_in": "upper"},
+    "off-topic ending": {"replace_end": ELSEWHERE},
+}
+
+
+def edited(text: str, edit: dict[str, str]) -> str:
+    """The text after every KIND: text of an edit, in order."""
+    text = text.strip()
+    for kind, value in edit.items():
+        text = APPLY[kind](text, value)
+    return text
+
+
+def is_edit(edit) -> bool:
+    """Whether a value of --edits is {KIND: text, ...}."""
+    if not isinstance(edit, dict) or not edit or edit.get("built_in", "upper") not in BUILT_IN:
+        return False
+    return all(kind in APPLY and isinstance(text, str) for kind, text in edit.items())
+
+
+def read_edits(path: str | None) -> dict[str, dict]:
+    """EDITS with those of a file added, replaced or (null) taken out. Raises UserError."""
+    try:
+        more = json.loads(Path(path).read_text(encoding="utf-8")) if path else {}
+        json.dumps(more, ensure_ascii=False).encode()  # half a surrogate pair is no character
+    except (OSError, ValueError) as why:
+        raise UserError(f"--edits {path}: cannot be read ({why})") from None
+    if not isinstance(more, dict):
+        example = '{"thanks": {"append": " Thanks!"}}'
+        raise UserError(f"--edits {path}: is not one JSON object, such as {example}")
+    for name, edit in more.items():
+        if not is_edit(edit) and not (edit is None and name in EDITS):
+            raise UserError(
+                f'--edits {path}: "{name}" is not {{KIND: text}} with a KIND of {", ".join(APPLY)} '
+                f"(one of {', '.join(BUILT_IN)}), nor null for one of: {', '.join(EDITS)}"
+            )
+    edits = {name: edit for name, edit in {**EDITS, **more}.items() if edit}
+    if not edits:
+        raise UserError(f"--edits {path}: leaves no edit")
+    return edits
 
 
 def attack(args) -> None:
-    """How often surface edits of the rejected response alone overturn a right ranking, and what reward they
-    earn.
+    """How often surface edits of the rejected response alone overturn a right ranking, and what
+    reward they earn.
 
-    --edits FILE.json, {"name": EDIT, ...}, adds edits to the built-in ones, or replaces those of the same
-    name. An EDIT is {"append": text}, {"prepend": text}, {"replace_end": text} (the last sentence is swapped;
-    of a single sentence, the second half), {"built_in": "recap" | "repeat" | "markdown" | "upper"}, several
-    of these (applied in order), or null (takes a built-in edit out)."""
+    --edits FILE.json, {"name": EDIT, ...}, adds edits to the built-in ones, or replaces those of
+    the same name. An EDIT is {"append": text}, {"prepend": text}, {"replace_end": text} (the last
+    sentence is swapped; of a single sentence, the second half), {"built_in": "recap" | "repeat" |
+    "markdown" | "upper"}, several of these (applied in order), or null (takes an edit out)."""
     edits, files = read_edits(args.edits), read_files(args)
     result = {file: {} for file in files}
 
     def responses(p: Pair) -> list[str]:  # all or none fit, with one cut of the prompt
         return [p.chosen, p.rejected, *(edited(p.rejected, edit) for edit in edits.values())]
 
-    for name, file, pairs, r, *_ in scored(args, files, {"edits": edits, "files": result}, responses):
+    head = {"edits": edits, "files": result}
+    for name, file, pairs, r, *_ in scored(args, files, head, responses):
         fits = ~np.isnan(r[:, 0])
-        result[file][name] = {"pairs": int(fits.sum()), "dropped": int((~fits).sum()), "edits": {}}
+        row = {"pairs": int(fits.sum()), "dropped": int((~fits).sum()), "edits": {}}
         if fits.any():
-            result[file][name] |= overturned(r[fits], edits, prompt_groups(pairs)[fits], args.seed)
-    print_attack(files, edits, result)
+            row |= overturned(r[fits], edits, prompt_groups(pairs)[fits], args.seed)
+        result[file][name] = row
+    for file, models in result.items():
+        print(f"\n{file}: {len(files[file])} pairs, only the rejected response is edited")
+        print_attack(edits, models, args.names)
+    print(
+        "\n(flips: of the pairs ranked right before, ties after the edit count half; shift: of\n"
+        " the reward, in standard deviations of the rewards of the unedited responses; the same\n"
+        " pairs and prompts for every edit)"
+    )
     if args.plot:
-        plot_attack(edits, result, args.plot)
+        plot_attack(edits, result, args)
 
 
-# ---------------------------------------------------------------------------------------------- verb: bestofn
+def overturned(r: np.ndarray, edits: dict, groups: np.ndarray, seed: int) -> dict:
+    """What attack says of rewards (N, 2 + edits): of chosen, rejected, rejected after each edit."""
+    right, spread, rows = r[:, 0] > r[:, 1], float(r[:, :2].std()), {}
+    for edit, after in zip(edits, r[:, 2:].T):
+        flip = 1 - outcomes(r[:, 0] - after)
+        rows[edit] = estimate(flip[right], groups[right], seed, "flip_rate flip_interval")
+        rows[edit] |= {"flips_of_all": float((flip * right).mean())}
+        rows[edit] |= {"accuracy": float(1 - flip.mean())}
+        shift = (after - r[:, 1]) / spread if spread else np.zeros(0)  # a constant has no unit
+        rows[edit] |= estimate(shift, groups[: len(shift)], seed, "shift shift_interval")
+    before = float(outcomes(r[:, 0] - r[:, 1]).mean())
+    ranked_right = int(right.sum())
+    return {"edits": rows, "accuracy": before, "ranked_right": ranked_right, "reward_std": spread}
+
+
+def print_attack(edits: dict, models: dict, names: dict[str, str]) -> None:
+    """The edits, each with a row a model."""
+    rows = []
+    for name, m in models.items():
+        label = f"{names[name]} ({m['pairs']} pairs, {m['dropped']} dropped)"
+        rows.append([label, "", "", percent(m.get("accuracy"))])
+    for edit in edits:
+        rows.append([edit])
+        for name, m in models.items():
+            if m["pairs"]:
+                e = m["edits"][edit]
+                flips = [percent(e["flip_rate"], e["flip_interval"]), percent(e["flips_of_all"])]
+                shift = shown(e["shift"], e["shift_interval"], "+.2f")
+                rows.append([f"  {names[name]}", *flips, percent(e["accuracy"]), shift])
+    print_rows(["", "flips % [95 %]", "of all %", "accuracy %", "shift [95 %]"], rows)
+
+
+def plot_attack(edits: dict, result: dict, args) -> None:
+    """Flips by edit, the models side by side; a panel a file."""
+    height = 1.2 + len(edits) * max(0.25, 0.13 * len(args.models))
+    figure, axes = canvas(1, len(result), height, sharey=True, sharex=True)
+    for axis, (file, models) in zip(axes[0], result.items()):
+        series = {}
+        for name, m in models.items():
+            rows = m["edits"].values()
+            values = [[e[key] for e in rows] for key in ("flip_rate", "flip_interval")]
+            series[args.names[name]] = range(len(rows)), *values
+        label = "share of flips, 95 % interval"
+        draw(axis, series, list(edits), title=file, xlabel=label, xlim=(0, None))
+    save_figure(figure, args.plot)
+
+
+# ------------------------------------------------------------------------------- verb: bestofn
+
+
+def bestofn(args) -> None:
+    """Proxy and gold score of the best of n candidates by reward, n = 1..N: does choosing harder
+    still choose better?
+
+    A line of --data is {"prompt", "responses": [text, ...], "gold": [number, ...]} or, one good
+    and several bad, {"prompt", "chosen": text, "rejected": [text, ...]} (gold 1 and 0). Prompts may
+    differ in their number of candidates: the curves then end at the fewest. RewardBench 2, as
+    data_prep.py converts it, has its own numbers too."""
+    files = read_files(args, data_prep.read_candidates)
+    result = {file: {} for file in files}
+    head = {"files": result}
+    for name, file, items, r, *_ in scored(args, files, head, lambda item: item.responses):
+        fits = ~np.isnan(r[:, 0])
+        row = {"prompts": int(fits.sum()), "dropped": int((~fits).sum())}
+        if fits.any():
+            gold = np.full(r.shape, np.nan)  # as the rewards, NaN after the last candidate
+            for line, item in zip(gold, items):
+                line[: len(item.gold)] = item.gold
+            groups = prompt_groups(items)[fits]
+            row |= over_optimisation(r[fits].astype(float), gold[fits], groups, args.seed)
+        row |= own_score(items, r)
+        result[file][name] = row
+    for file, models in result.items():
+        print_bestofn(file, files[file], models, args.names)
+    print(
+        "\n(KL = log n - (n-1)/n; gap: highest gold of any n minus gold at N, never negative;\n"
+        " gains: from n = 1 to N, in standard deviations within a prompt; intervals: 95 %,\n"
+        " bootstrap over prompts)"
+    )
+    if args.plot:
+        plot_bestofn(result, args)
+
+
+def draw_weights(N: int, most: int) -> np.ndarray:
+    """Chance that the k-th lowest of N is the highest of n drawn without replacement, C(k-1, n-1)
+    of C(N, n): (most, N) for n = 1..most, k = 1..N, by logarithms, since the binomials overflow."""
+    log_f = np.array([lgamma(k + 1) for k in range(N + 1)])  # log k!
+    k, n = np.arange(1, N + 1), np.arange(1, most + 1)[:, None]
+    logs = log_f[k - 1] - log_f[n - 1] - log_f[np.maximum(k - n, 0)]
+    logs = logs - log_f[N] + log_f[n] + log_f[N - n]
+    return np.where(k >= n, np.exp(logs), 0.0)
+
 
 def best_of_n(proxy: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Expected value of the candidate with the highest proxy among n drawn without replacement: (P, N) and
-    (P, N) -> (P, N), column n - 1 for n. The k-th lowest of N is the highest of n in C(k-1, n-1) of C(N, n)
-    draws; candidates of equal proxy share the mean of their values, as if ties were broken at random."""
-    N, out = proxy.shape[1], np.zeros(proxy.shape)
-    log_f = np.array([lgamma(k + 1) for k in range(N + 1)])  # log k!; C(k-1, n-1) / C(N, n) in logarithms
-    k, n = np.arange(1, N + 1), np.arange(1, N + 1)[:, None]
-    logs = log_f[k - 1] - log_f[n - 1] - log_f[np.maximum(k - n, 0)] - log_f[N] + log_f[n] + log_f[N - n]
-    weights = np.where(k >= n, np.exp(logs), 0.0)
-    for row, p, v in zip(out, proxy, values):
-        level = np.unique(p, return_inverse=True)[1]
-        shared = np.bincount(level, v) / np.bincount(level)
-        row[:] = weights @ shared[np.sort(level)]
+    """Expected value of the candidate with the highest proxy among n drawn without replacement.
+
+    proxy, values (P, N), NaN after the last candidate of a prompt -> (P, fewest candidates), column
+    n - 1 for n. Candidates of equal proxy share the mean of their values, as if ties were broken at
+    random."""
+    counts = (~np.isnan(proxy)).sum(1)
+    weights = {N: draw_weights(N, counts.min()) for N in set(counts.tolist())}
+    out = np.zeros((len(proxy), counts.min()))
+    for row, p, v, N in zip(out, proxy, values, counts):
+        level = np.unique(p[:N], return_inverse=True)[1]
+        shared = np.bincount(level, v[:N]) / np.bincount(level)
+        row[:] = weights[N] @ shared[np.sort(level)]
     return out
 
 
 def over_optimisation(proxy: np.ndarray, gold: np.ndarray, groups: np.ndarray, seed: int) -> dict:
-    """All that bestofn says of one model: curves over n = 1..N of proxy (P, N) and gold (P, N); the KL of the
-    best of n from a random choice is log n - (n-1)/n (arXiv 2210.10760)."""
-    of_gold, of_proxy = best_of_n(proxy, gold), best_of_n(proxy, proxy).mean(0)
-    means, curve, gains = resampled_means(of_gold, groups, seed), of_gold.mean(0), []
-    n = np.arange(1, len(curve) + 1)
-    for c, values in ((of_proxy, proxy), (curve, gold)):
-        spread = np.sqrt(values.var(1).mean())  # within prompts: each has a constant of its own
+    """What bestofn says of a model: curves over n of proxy and gold (P, N), NaN after the last
+    candidate; KL of the best of n from a random choice: log n - (n-1)/n (arXiv 2210.10760)."""
+    of_gold, proxy_curve = best_of_n(proxy, gold), best_of_n(proxy, proxy).mean(0)
+    means, gold_curve = resampled_means(of_gold, groups, seed), of_gold.mean(0)
+    n = np.arange(1, len(gold_curve) + 1)
+    gains = []
+    for c, values in ((proxy_curve, proxy), (gold_curve, gold)):
+        spread = np.sqrt(np.nanvar(values, 1).mean())  # within prompts: each has a level of its own
         gains.append(float((c[-1] - c[0]) / spread) if spread else None)
-    return {"n": n.tolist(), "kl": (np.log(n) - (n - 1) / n).tolist(), "proxy": of_proxy.tolist(),
-            "gold": curve.tolist(), "gold_interval": interval(means),
-            "oracle": best_of_n(gold, gold).mean(0).tolist(), "random": float(gold.mean()),
-            "gap": float(curve.max() - curve[-1]), "gap_interval": interval(means.max(1) - means[:, -1]),
-            "best_n": int((curve >= curve.max() - 1e-9).argmax()) + 1,  # the first, where rounding alone differs
-            "proxy_gain": gains[0], "gold_gain": gains[1],
-            "gain_difference": None if None in gains else gains[0] - gains[1]}
+    is_top = proxy == np.nanmax(proxy, 1, keepdims=True)
+    top_gold = np.where(is_top, gold, 0).sum(1) / is_top.sum(1)  # choosing among all of a prompt
+    best = gold_curve >= gold_curve.max() - 1e-9  # the first, where rounding alone differs
+    return {
+        "n": n.tolist(),
+        "kl": (np.log(n) - (n - 1) / n).tolist(),
+        "proxy": proxy_curve.tolist(),
+        "gold": gold_curve.tolist(),
+        "gold_interval": interval(means),
+        **estimate(top_gold, groups, seed, "gold_of_all gold_of_all_interval"),
+        "oracle": best_of_n(gold, gold).mean(0).tolist(),
+        "random": float(np.nanmean(gold, 1).mean()),
+        "gap": float(gold_curve.max() - gold_curve[-1]),
+        "gap_interval": interval(means.max(1) - means[:, -1]),
+        "best_n": int(best.argmax()) + 1,
+        "proxy_gain": gains[0],
+        "gold_gain": gains[1],
+        "gain_difference": None if None in gains else gains[0] - gains[1],
+    }
 
 
-def bestofn(args) -> None:
-    """Proxy and gold score of the best of n candidates by reward, n = 1..N: does choosing harder still choose
-    better?
+def own_score(items: list, rewards: np.ndarray) -> dict[str, dict]:
+    """{"rewardbench-2": its numbers by subset, and their mean} of prompts from there, else {}."""
+    index = [k for k, item in enumerate(items) if data_prep.benchmark_of(item) == "rewardbench-2"]
+    if not index:
+        return {}
+    rows = [rewards[k][: len(items[k].responses)] for k in index]
+    return {"rewardbench-2": data_prep.rewardbench2_score([items[k] for k in index], rows)}
 
-    A line of --data is {"prompt", "responses": [text, ...], "gold": [number, ...]} or, one good and several
-    bad, {"prompt", "chosen": text, "rejected": [text, ...]} (gold 1 and 0); all prompts of a file have the
-    same N."""
-    files = read_files(args, read_candidates)
-    result = {file: {} for file in files}
-    for name, file, items, r, *_ in scored(args, files, {"files": result}, lambda c: c.responses):
-        fits = ~np.isnan(r[:, 0])
-        result[file][name] = {"prompts": int(fits.sum()), "dropped": int((~fits).sum())}
-        if fits.any():
-            gold, groups = np.array([c.gold for c in items])[fits], prompt_groups(items)[fits]
-            result[file][name] |= over_optimisation(r[fits].astype(float), gold, groups, args.seed)
-    print_bestofn(files, result)
+
+def shown_n(m: dict) -> list[int]:
+    """The columns of n = 1, 2, 4 ... and of the largest n."""
+    n = m.get("n", [])
+    return [k for k, value in enumerate(n) if value & (value - 1) == 0 or value == len(n)]
+
+
+def print_bestofn(file: str, items: list, models: dict, names: dict[str, str]) -> None:
+    """A row for n = 1, 2, 4 ... N of each model, and what it gains."""
+    counts = sorted({len(item.responses) for item in items})
+    each = " to ".join(map(str, dict.fromkeys([counts[0], counts[-1]])))
+    print(f"\n{file}: {len(items)} prompts, {each} candidates each")
+    rows = []
+    for name, m in models.items():
+        rows.append([f"{names[name]} ({m['prompts']} prompts, {m['dropped']} dropped)"])
+        for k in shown_n(m):
+            gold = shown(m["gold"][k], [ends[k] for ends in m["gold_interval"]])
+            others = [shown(m["random"]), shown(m["oracle"][k])]
+            rows.append([f"  {k + 1}", f"{m['kl'][k]:.2f}", shown(m["proxy"][k]), gold, *others])
+        if len(counts) > 1 and m["prompts"]:
+            gold = shown(m["gold_of_all"], m["gold_of_all_interval"])
+            rows.append(["  all of a prompt", "", "", gold, shown(m["random"])])
+    print_rows(["best of n", "KL", "proxy", "gold [95 %]", "random", "oracle"], rows)
+    for name, m in models.items():
+        if m["prompts"]:
+            keys = ("proxy_gain", "gold_gain", "gain_difference")
+            gain = [shown(m[key], form="+.2f") for key in keys]
+            gap = f"gap {shown(m['gap'], m['gap_interval'])} below the best gold, at n = {m['best_n']}"
+            says = "proxy gain {}, gold gain {}, difference {}".format(*gain)
+            print(f"{names[name]}: {gap}; {says}")
+    scores = {names[name]: m["rewardbench-2"] for name, m in models.items() if "rewardbench-2" in m}
+    if scores:
+        print("\nrewardbench-2 in its own terms")
+        subsets = next(iter(scores.values()))
+        print_rows(
+            ["%", *scores], [[k, *(percent(s[k]) for s in scores.values())] for k in subsets]
+        )
+
+
+def plot_bestofn(result: dict, args) -> None:
+    """Gold score against the KL of the best of n, beside the oracle and a random choice; a panel a
+    file."""
+    figure, axes = canvas(1, len(result))
+    for axis, (file, models) in zip(axes[0], result.items()):
+        series = {}
+        for name, m in models.items():
+            columns = shown_n(m)
+            if columns:
+                kl, gold, oracle = (np.array(m[key])[columns] for key in ("kl", "gold", "oracle"))
+                series[args.names[name]] = kl, gold, np.array(m["gold_interval"]).T[columns]
+        if series:  # none where no prompt could be scored
+            series["oracle"] = kl, oracle, None
+            series["random choice"] = kl, [m["random"]] * len(kl), None
+        labels = {"xlabel": "KL of the best of n, nats", "ylabel": "gold score, 95 % interval"}
+        draw(axis, series, title=file, **labels)
+    save_figure(figure, args.plot)
+
+
+# ----------------------------------------------------------------------------- verb: stability
+
+
+def stability(args) -> None:
+    """Several runs of one recipe (their RUN/student): do they agree, and is sigma(margin) a
+    probability?"""
+    files, drifts = read_files(args), {m: drift(m) for m in args.models}
+    result = {file: {"models": {}} for file in files}
+    kept = {file: [] for file in files}
+    for name, file, pairs, r, *_ in scored(args, files, {"files": result, "drift": drifts}):
+        here, margins = result[file], r[~np.isnan(r).any(1)] @ [1, -1]
+        here["models"][name] = summary(pairs, r, None, args.seed)
+        if len(margins):
+            here["models"][name]["calibration"] = calibration(margins)
+        values = [m["accuracy"] for m in here["models"].values() if m["pairs"]]
+        mean = float(np.mean(values)) if values else None
+        std = float(np.std(values, ddof=1)) if len(values) > 1 else None
+        here["accuracy"] = {"mean": mean, "std": std}
+        kept[file].append(r)
+        for what, view in (("rewards", np.ravel), ("margins", lambda r: r @ [1, -1])):
+            runs = [view(r) for r in kept[file]]
+            table = [[spearman(a, b) for b in runs] for a in runs]
+            here[f"rank_correlation_of_{what}"] = table
+    for file, r in result.items():
+        print_stability(file, len(files[file]), r, args.names)
+    for name, d in drifts.items():
+        said = "no metrics.jsonl beside it, so no drift"
+        if d:
+            steps = [f"{step}: {mean:.2f} ± {std:.2f}" for step, mean, std in zip(*d.values())]
+            said = "validation reward by step: " + ", ".join(steps)
+        print(f"{args.names[name]}: {said}")
+    print(
+        "\n(NLL, Brier, ECE of sigma(margin); T: the temperature that would minimise the NLL;\n"
+        " rank correlation: Spearman, mean over the other runs, of all rewards and of the margins,\n"
+        " which do not see a shift between prompts)"
+    )
     if args.plot:
-        plot_bestofn(result, args.plot)
+        plot_stability(result, drifts, args)
 
 
-# -------------------------------------------------------------------------------------------- verb: stability
+def drift(model: str) -> dict | None:
+    """Validation rewards by step, from the metrics.jsonl beside a RUN/student; None for others."""
+    folder = Path(model).resolve()
+    path = folder.parent / "metrics.jsonl"
+    if not folder.is_dir() or not path.exists():
+        return None
+    names = {"steps": "step", "mean": "val_reward_mean", "std": "val_reward_std"}
+    lines = []
+    for raw in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            m = json.loads(raw)
+        except ValueError:  # a line cut by a crash
+            continue
+        is_ours = isinstance(m, dict) and m.get("phase") == folder.name
+        if is_ours and all(m.get(k) is not None for k in names.values()):
+            lines.append(m)
+    return {k: [m[name] for m in lines] for k, name in names.items()} if lines else None
+
 
 def spearman(a: np.ndarray, b: np.ndarray) -> float | None:
-    """Rank correlation of (N,) and (N,) where both are known (not NaN), equal values with their average rank; None
-    where nothing is, or one is constant."""
+    """Rank correlation of (N,) and (N,) where both are known (not NaN), equal values with their
+    average rank; None where nothing is, or one is constant."""
     both, ranks = ~np.isnan(a + b), []
     if not both.any():
         return None
@@ -673,8 +1684,10 @@ def spearman(a: np.ndarray, b: np.ndarray) -> float | None:
 
 
 def fitted_temperature(margins: np.ndarray) -> float | None:
-    """T > 0 with the least mean of -log sigma(margin / T), margins (N,): the loss is convex in 1 / T, so its slope has
-    one root. None where no finite T is best: nothing is ranked wrong, or margins tell no more than chance."""
+    """T > 0 with the least mean of -log sigma(margin / T), margins (N,): the loss is convex in
+    1 / T, so its slope has one root. None where no finite T is best: nothing is ranked wrong, or
+    margins tell no more than chance."""
+
     def log_beta(k: int) -> float:
         return 40 * k / 2**50 - 20
 
@@ -686,128 +1699,229 @@ def fitted_temperature(margins: np.ndarray) -> float | None:
 
 
 def calibration(margins: np.ndarray, bins: int = 15) -> dict:
-    """How far sigma(margin) is a probability (arXiv 1706.04599), margins (N,). Confidence is sigma(|margin|),
-    outcome 1 where the ranking is right, half for ties; ECE over equal bins of [0.5, 1]; Brier and negative
-    log-likelihood are those of sigma(margin) against 1."""
-    m, T, filled = margins.astype(float), fitted_temperature(margins.astype(float)), []
-    confidence, right = 1 / (1 + np.exp(-np.abs(m))), outcomes(m)
+    """How far sigma(margin) is a probability (arXiv 1706.04599), margins (N,).
+
+    Confidence is sigma(|margin|), outcome 1 where the ranking is right, half for ties; ECE over
+    equal bins of [0.5, 1]; Brier and log-likelihood are those of sigma(margin) against 1."""
+    m = margins.astype(float)
+    T, right = fitted_temperature(m), outcomes(m)
+    confidence = 1 / (1 + np.exp(-np.abs(m)))
     index = np.minimum(((confidence - 0.5) * 2 * bins).astype(int), bins - 1)
-    for mine in (index == b for b in np.unique(index)):
-        filled.append({"pairs": int(mine.sum()), "confidence": float(confidence[mine].mean()),
-                       "right": float(right[mine].mean())})
-    return {"nll": float(np.logaddexp(0, -m).mean()),
-            "brier": float((1 / (1 + np.exp(np.minimum(m, 700))) ** 2).mean()),  # 700: exp stays finite
-            "ece": sum(b["pairs"] * abs(b["confidence"] - b["right"]) for b in filled) / len(m),
-            "temperature": T, "nll_at_temperature": float(np.logaddexp(0, -m / T).mean()) if T else None,
-            "bins": filled}
+    filled = []
+    for inside in (index == b for b in np.unique(index)):
+        means = {"confidence": confidence[inside].mean(), "right": right[inside].mean()}
+        filled.append({"pairs": int(inside.sum()), **{k: float(v) for k, v in means.items()}})
+    wrong = 1 / (1 + np.exp(np.minimum(m, 700)))  # 700: exp stays finite
+    return {
+        "nll": float(np.logaddexp(0, -m).mean()),
+        "brier": float((wrong**2).mean()),
+        "ece": sum(b["pairs"] * abs(b["confidence"] - b["right"]) for b in filled) / len(m),
+        "temperature": T,
+        "nll_at_temperature": float(np.logaddexp(0, -m / T).mean()) if T else None,
+        "bins": filled,
+    }
 
 
-def stability(args) -> None:
-    """Several runs of one recipe (their RUN/student): do they agree, and is sigma(margin) a probability?"""
-    files, drifts = read_files(args), {m: drift(m) for m in args.models}
-    result, kept = {file: {"models": {}} for file in files}, {file: [] for file in files}
-    for name, file, pairs, r, *_ in scored(args, files, {"files": result, "drift": drifts}):
-        here, margins = result[file], r[~np.isnan(r).any(1)] @ [1, -1]
-        here["models"][name] = summary(pairs, r, None, args.seed)
-        if len(margins):
-            here["models"][name]["calibration"] = calibration(margins)
-        kept[file].append(r)
-        values = [m["accuracy"] for m in here["models"].values() if m["pairs"]]
-        here["accuracy"] = {"mean": float(np.mean(values)) if values else None,
-                            "std": float(np.std(values, ddof=1)) if len(values) > 1 else None}
-        for what, view in (("rewards", np.ravel), ("margins", lambda r: r @ [1, -1])):
-            runs = [view(r) for r in kept[file]]
-            here[f"rank_correlation_of_{what}"] = [[spearman(a, b) for b in runs] for a in runs]
-    print_stability(files, result, drifts)
-    if args.plot:
-        plot_stability(result, drifts, args.plot)
+def print_stability(file: str, pairs: int, r: dict, names: dict[str, str]) -> None:
+    """A row a run."""
+    rows = []
+    for k, (name, m) in enumerate(r["models"].items()):
+        c = m.get("calibration", {})
+        numbers = [c.get(v) for v in ("nll", "brier", "ece", "temperature")]
+        for what in ("rewards", "margins"):
+            row = r[f"rank_correlation_of_{what}"][k]
+            others = [v for j, v in enumerate(row) if j != k and v is not None]
+            numbers.append(float(np.mean(others)) if others else None)
+        right = percent(m.get("accuracy"), m.get("interval"))
+        rows.append([names[name], right, *map(shown, numbers), str(m["dropped"])])
+    mean, std = (percent(r["accuracy"][k]) for k in ("mean", "std"))
+    print(
+        f"\n{file}: {pairs} pairs; accuracy of the runs {mean} ± {std} (mean, standard deviation)"
+    )
+    header = ["stability", "accuracy % [95 %]", "NLL", "Brier", "ECE", "T", "rank corr."]
+    print_rows([*header, "of margins", "dropped"], rows)
 
 
-# ----------------------------------------------------------------------------------------------- command line
+def plot_stability(result: dict, drifts: dict, args) -> None:
+    """Reliability of sigma(|margin|), a panel a file; then the drift of the runs that have one."""
+    drifts = {args.names[name]: d for name, d in drifts.items() if d}
+    figure, axes = canvas(1, len(result) + bool(drifts))
+    for axis, (file, r) in zip(axes[0], result.items()):
+        series = {}
+        for name, m in r["models"].items():
+            bins = m.get("calibration", {}).get("bins", [])
+            series[args.names[name]] = (
+                [b["confidence"] for b in bins],
+                [b["right"] for b in bins],
+                None,
+            )
+        axis.plot([0.5, 1], [0.5, 1], color="grey", linewidth=0.8, label="calibrated")
+        labels = {"xlabel": "confidence, sigma(|margin|)", "ylabel": "share ranked right"}
+        draw(axis, series, title=file, ylim=(0, 1), **labels)
+    if drifts:
+        series = {}
+        for name, d in drifts.items():
+            mean, std = np.array(d["mean"]), np.array(d["std"])
+            series[name] = d["steps"], mean, list(zip(mean - std, mean + std))
+        label = "validation reward, mean ± std"
+        draw(axes[0, -1], series, title="while training", xlabel="step", ylabel=label)
+    save_figure(figure, args.plot)
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """One sub-command a verb: flags of all verbs, of the two that read attention, of each verb alone."""
-    ap = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    common, maps = (Parser(add_help=False) for _ in range(2))
+
+# -------------------------------------------------------------------------------- command line
+
+
+def flag_groups() -> tuple[Parser, Parser, Parser]:
+    """Flags of all verbs, of those that score whole responses, of the two that read attention."""
+    common, scoring, maps = (Parser(add_help=False) for _ in range(3))
     add = common.add_argument
-    add("models", nargs="+", metavar="MODEL", help="reward model (or RUN/teacher): local directory or hub id")
-    add("--data", nargs="+", default=[], metavar="FILE",
-        help="pairs (bestofn: candidates): JSONL, plain or .gz; raw HH-RLHF too")
+    add(
+        "models",
+        nargs="+",
+        metavar="MODEL",
+        help="reward model (or RUN/teacher): local directory or hub id",
+    )
+    text = "pairs (bestofn: candidates), in any form that data_prep.py reads"
+    add("--data", nargs="+", default=[], metavar="FILE", help=text)
+    text = "what tables and pictures call the models (default: BT, ID ... by a run's config.json)"
+    add("--names", nargs="+", default=[], metavar="NAME", help=text)
     add("--json", metavar="OUT", help="write the numbers there")
     add("--plot", metavar="OUT.png", help="draw them (needs matplotlib)")
-    add("--subset", nargs="+", default=[], metavar="NAME", help="only these subsets (default: all)")
-    add("--limit", type=int, default=0, metavar="N",
-        help="a random N pairs of each file, by --seed (default: 0 = all)")
-    add("--batch-size", type=int, default=32, help="texts a batch, of about equal length (default: 32)")
-    add("--max-length", type=int, default=0, help="longest prompt + response in tokens; the oldest of the "
-        "prompt is cut, never a response (default: 0 = the model's positions)")
-    add("--dtype", default="auto", choices=["auto", "fp32", "bf16"], help="auto: bf16 autocast where the "
-        "hardware has it; bf16: the weights too, half the memory (default: auto); a decoder's head is always fp32")
+    text = "only these subsets (default: all)"
+    add("--subset", nargs="+", default=[], metavar="NAME", help=text)
+    text = "a random N pairs of each file, by --seed (default: 0 = all)"
+    add("--limit", type=int, default=0, metavar="N", help=text)
+    text = "texts a batch, of about equal length (default: 32)"
+    add("--batch-size", type=int, default=32, help=text)
+    text = (
+        "longest prompt + response in tokens; the oldest of the prompt is cut, never a response "
+        "(default: 0 = the model's positions)"
+    )
+    add("--max-length", type=int, default=0, help=text)
+    text = (
+        "auto: bf16 autocast where the hardware has it; bf16: the weights too, half the memory "
+        "(default: auto); a decoder's head is always fp32"
+    )
+    add("--dtype", default="auto", choices=["auto", "fp32", "bf16"], help=text)
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
-    add("--seed", type=int, default=0, help="seed of the bootstrap and of --limit (default: 0)")
+    text = "seed of the bootstrap and of --limit (default: 0)"
+    add("--seed", type=int, default=0, help=text)
+    text = (
+        "score encoders that were trained on (question, answer) pairs: tokenizer(question, answer) "
+        "in place of one string; decoders are scored as ever"
+    )
+    scoring.add_argument("--pair-encoding", action="store_true", help=text)
     add = maps.add_argument
-    add("--teacher", metavar="DIR",
-        help="interaction teacher to compare the simulated maps with (RUN/teacher)")
-    add("--layers", default="last",
-        help="attention layers to average: last, all, or numbers as 0,-1 (default: last)")
-    add("--rollout", action="store_true", help="attention rollout, through all layers whatever "
-        "--layers says (arXiv 2005.00928)")
+    text = "interaction teacher to compare the simulated maps with (RUN/teacher)"
+    add("--teacher", metavar="DIR", help=text)
+    text = "attention layers to average: last, all, or numbers as 0,-1 (default: last)"
+    add("--layers", default="last", help=text)
+    text = "attention rollout, through all layers whatever --layers says (arXiv 2005.00928)"
+    add("--rollout", action="store_true", help=text)
+    return common, scoring, maps
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """One sub-command a verb."""
+    layout = argparse.RawDescriptionHelpFormatter
+    ap = Parser(description=__doc__, formatter_class=layout)
+    common, scoring, maps = flag_groups()
     verbs, adders = ap.add_subparsers(dest="verb", required=True), {}
-    for run in (accuracy, attention, show, attack, bestofn, stability, speed):
-        parents = [common, maps] if run in (attention, show) else [common]
-        verb = verbs.add_parser(run.__name__, parents=parents, description=run.__doc__,
-                                formatter_class=ap.formatter_class, allow_abbrev=False)
+    for run in (accuracy, attention, show, attack, bestofn, stability):
+        parents = [common, maps if run in (attention, show) else scoring]
+        about = {"description": textwrap.dedent(run.__doc__), "formatter_class": layout}
+        verb = verbs.add_parser(run.__name__, parents=parents, allow_abbrev=False, **about)
         verb.set_defaults(run=run)
         adders[run] = verb.add_argument
     add = adders[accuracy]
-    add("--dump", metavar="PAIRS.jsonl",
-        help="one line a pair, with RewardBench's keys and the exact scored strings")
-    add("--strength", metavar="OUT.jsonl", help="write the pairs with the field strength: the mean margin of "
-        "the MODELs, for idistill.py --margin-field strength and others")
+    text = "one line a pair, with RewardBench's keys and the exact scored strings"
+    add("--dump", metavar="PAIRS.jsonl", help=text)
+    text = (
+        "write the pairs with the field strength: the mean margin of the MODELs, for idistill.py "
+        "--margin-field strength and others"
+    )
+    add("--strength", metavar="OUT.jsonl", help=text)
     add = adders[attention]
     add("--stages", type=int, default=10, help="stages, by token position (default: 10)")
-    add("--span", default="response", choices=["response", "all"], help="what is cut into stages: the "
-        "response, or prompt + response (default: response)")
-    add("--with-first", action="store_true", help="count the first token (attention sink, arXiv 2309.17453) "
-        "into the stages of --span all (default: apart)")
-    add("--delete", action="store_true", help="delete the masked tokens instead of hiding them in place")
-    add = adders[show]
-    add("--pair", default="0", help="id of the pair, or its number from 0 (default: 0)")
-    add("--html", metavar="OUT.html",
-        help="a page that stands alone; click a word to see its row of the maps")
+    text = "what is cut into stages: the response, or prompt + response (default: response)"
+    add("--span", default="response", choices=["response", "all"], help=text)
+    text = (
+        "count the first token (attention sink, arXiv 2309.17453) into the stages of --span all "
+        "(default: apart)"
+    )
+    add("--with-first", action="store_true", help=text)
+    text = "delete the masked tokens instead of hiding them in place"
+    add("--delete", action="store_true", help=text)
+    text = "id of the pair, or its number from 0 (default: 0)"
+    adders[show]("--pair", default="0", help=text)
+    text = "a page that stands alone, to be opened in a browser"
+    adders[show]("--html", metavar="OUT.html", help=text)
     adders[attack]("--edits", metavar="FILE.json", help="further edits, as described above")
-    add_flags(adders[speed])
     args = ap.parse_args(argv)
-    if not args.data and args.verb != "speed":
-        ap.error("--data is needed")
-    least = dict(batch_size=1, max_length=0, limit=0, seed=0, pairs=1, rounds=1, steps=0, align_max_tokens=0, stages=2,
-                 grow=1, lengths=1, shrink=1)
-    for name, low in least.items():
-        given = getattr(args, name, None)
-        if min(given if isinstance(given, list) else [low if given is None else given]) < low:
-            ap.error(f"--{name.replace('_', '-')} must be at least {low}, is {given}")
-    if len(set(args.models)) < len(args.models):
-        ap.error("a model is named twice")
+    check_args(ap, args)
+    names = dict(zip(args.models, args.names))
+    args.names = names or display_names(args.models)
     return args
 
 
+def check_args(ap: Parser, args: argparse.Namespace) -> None:
+    """What argparse cannot check; exits with 2 and one line."""
+    if not args.data:
+        ap.error("--data is needed")
+    least = {"batch_size": 1, "max_length": 0, "limit": 0, "seed": 0, "stages": 2}
+    for name, low in least.items():
+        value = getattr(args, name, low)
+        if value < low:
+            ap.error(f"--{name.replace('_', '-')} must be at least {low}, is {value}")
+    if len(set(args.models)) < len(args.models):
+        ap.error("a model is named twice")
+    if args.names and not len(args.names) == len(set(args.names)) == len(args.models):
+        ap.error(f"--names: {len(args.models)} models need as many different names")
+
+
+def check_outputs(args) -> None:
+    """Before the long work: what is to be written can be, none of it is an input or named twice, and
+    pictures can be drawn. Raises UserError."""
+    edits = [args.edits] if getattr(args, "edits", None) else []
+    inputs = {"data": [file for file in args.data if Path(file).exists()], "edits": edits}
+    taken = {Path(p).resolve(): f"read as --{flag}" for flag in inputs for p in inputs[flag]}
+    for flag in WRITTEN:
+        path = getattr(args, flag, None)
+        if not path:
+            continue
+        try:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            if Path(path).is_dir():
+                raise OSError(0, "is a directory")
+            with written(f"{path}.tried"):
+                pass
+            Path(f"{path}.tried").unlink()
+        except OSError as why:
+            raise UserError(f"--{flag} {path}: cannot be written ({why.strerror})") from None
+        if Path(path).resolve() in taken:
+            how = taken[Path(path).resolve()]
+            raise UserError(f"--{flag} {path}: is {how}; choose another file")
+        taken[Path(path).resolve()] = f"written by --{flag} too"
+    if args.plot:
+        canvas()
+        if Path(args.plot).suffix.lower() not in (".png", ".pdf", ".svg"):
+            raise UserError(f"--plot {args.plot}: its name must end in .png, .pdf or .svg")
+
+
 def main(argv: list[str] | None = None) -> None:
-    """Checks what can be checked at once, then runs the verb; exits with 2 and one line for a UserError."""
+    """Checks what can be checked at once, then runs the verb; exits with 2 and one line for a
+    UserError."""
     args = parse_args(argv)
-    quiet()
-    edits = getattr(args, "edits", None)
-    with exit_codes():
-        check_outputs({flag: path for flag in WRITTEN if (path := getattr(args, flag, None))},
-                      {"data": args.data, "edits": [edits] if edits else []})
-        if args.plot:
-            canvas()
-            if Path(args.plot).suffix.lower() not in (".png", ".pdf", ".svg"):
-                raise UserError(f"--plot {args.plot}: its name must end in .png, .pdf or .svg")
-        for name in args.models if args.verb != "speed" else ():  # all of them, before any long work
-            if is_teacher(name) and args.verb not in ("accuracy", "stability"):
-                given = "; give it as --teacher" if args.verb in ("attention", "show") else ""
-                raise UserError(f"{name}: is a teacher, which compares two responses; {args.verb} needs a "
-                                f"reward for each alone{given}")
+    idistill.quiet()
+    with data_prep.exit_codes():
+        check_outputs(args)
+        for name in args.models:  # all of them, before any long work
+            if idistill.is_teacher(name) and args.verb not in ("accuracy", "stability"):
+                hint = "; give it as --teacher" if args.verb in ("attention", "show") else ""
+                raise UserError(
+                    f"{name}: is a teacher, which compares two responses; {args.verb} needs a "
+                    f"reward for each alone{hint}"
+                )
         args.run(args)
 
 
