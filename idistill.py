@@ -850,9 +850,9 @@ def plan_epoch(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> l
     return [steps[i] for i in rng.permutation(len(steps))]
 
 
-def training_step(phase: Phase, optimizer, index: np.ndarray, epoch: int, cfg, device, amp) -> dict:
+def training_step(run: Run, phase: Phase, optimizer, index: np.ndarray, epoch: int) -> dict:
     """Forward, backward, clip, update on the pairs `index`; the means of all terms over them."""
-    sums = Counter()
+    cfg, sums = run.cfg, Counter()
     parts = np.array_split(index[RANK::WORLD], min(cfg.grad_accum, math.ceil(len(index) / WORLD)))
     for k, part in enumerate(parts):
         if WORLD > 1:  # gradients travel once a step; sharded ones always
@@ -860,7 +860,7 @@ def training_step(phase: Phase, optimizer, index: np.ndarray, epoch: int, cfg, d
         weight = 1.0
         if not len(part):  # no pair is left for this process: it computes along, for nothing
             part, weight = index[:1], 0.0
-        with amp():
+        with run.amp():
             terms = phase.terms(part, epoch)
         # the mean over the pairs of the whole step, however it is cut (processes take the mean)
         (weight * WORLD * terms["loss"].sum() / len(index)).backward()
@@ -871,7 +871,8 @@ def training_step(phase: Phase, optimizer, index: np.ndarray, epoch: int, cfg, d
         values = torch.stack([v.detach().float() for v in terms.values()]).cpu().double().sum(1)
         sums.update(dict(zip(terms, (weight * values / len(index)).tolist())))
     norm = nn.utils.clip_grad_norm_(phase.model.parameters(), cfg.clip)
-    sums = dict(zip(sums, over_processes(np.array(list(sums.values())), "SUM", device).tolist()))
+    means = over_processes(np.array(list(sums.values())), "SUM", run.device)
+    sums = dict(zip(sums, means.tolist()))
     sums["reward_std"] = max(0.0, sums.pop("reward_square") - sums["reward_mean"] ** 2) ** 0.5
     sums["grad_norm"] = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
     if math.isfinite(sums["grad_norm"] + sums["loss"]):
@@ -880,7 +881,7 @@ def training_step(phase: Phase, optimizer, index: np.ndarray, epoch: int, cfg, d
     return sums
 
 
-def fit(run: Run, phase: Phase, device, amp) -> None:
+def fit(run: Run, phase: Phase) -> None:
     """The one training loop. Raises UserError when the loss or its gradient is not finite."""
     cfg, name = run.cfg, phase.name
     lengths = np.array([len(e.ids) for e in phase.examples])
@@ -900,7 +901,7 @@ def fit(run: Run, phase: Phase, device, amp) -> None:
         lr = phase.lr * learning_rate(step, phase.steps, cfg.warmup)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        sums = training_step(phase, optimizer, index, epoch, cfg, device, amp)
+        sums = training_step(run, phase, optimizer, index, epoch)
         if not math.isfinite(sums["grad_norm"] + sums["loss"]):
             raise not_finite(name, step, sums, [phase.examples[i].pair for i in index])
         progress.update()
@@ -919,7 +920,7 @@ def fit(run: Run, phase: Phase, device, amp) -> None:
             if [value["accuracy"], -value["loss"]] > best:
                 best = [value["accuracy"], -value["loss"]]
                 phase.save_best()
-        stop = run.agreed_stop(device)
+        stop = run.agreed_stop()
         is_saved = step % cfg.save_every == 0 if cfg.save_every else is_due
         if is_saved or stop or step == phase.steps:
             run.checkpoint(phase, step, optimizer, best)
@@ -940,20 +941,13 @@ def not_finite(name: str, step: int, sums: dict, pairs: list[Pair]) -> UserError
 # -------------------------------------------------------------- a whole run, from pairs to table
 
 
-def scored_at_once(cfg: Config) -> int:
-    """Pairs a batch of each process where no gradient is kept: twice those of training."""
-    return max(1, 2 * cfg.batch_size // (cfg.grad_accum * WORLD))
-
-
 LOSS_OPTIONS = (  # arguments of total_loss that are flags too
     *("lambda_intra", "lambda_inter", "lambda_score", "center_rewards", "preference_loss"),
     *("align_loss", "align_target", "align_support", "flip_rate"),
 )
 
 
-def distillation_terms(
-    model, teacher, part: list[Example], swap, layers, seeds, cfg, device
-) -> dict:
+def distillation_terms(model, teacher, part: list[Example], swap, layers, seeds, cfg) -> dict:
     """The terms of L (E7) for some pairs: batches, both models, loss.
 
     Args:
@@ -961,77 +955,68 @@ def distillation_terms(
         part: B pairs; swap: (B,) booleans, the teacher's order.
         layers: ((student's), (teacher's)).
         seeds: one a pair, for the shuffled target.
-        cfg, device: weights and choices; where the tensors go.
+        cfg: weights and choices.
     """
+    device, rows = model.stock.device, None
     batch = student_batch(part, pad_id_of(model.stock), device)
-    rows = None
     if teacher is not None:
         rows = teacher_batch(part, swap, teacher.tokenizer, teacher.room, device)
     rewards, verdict, S, T, word_seg = interaction_maps(model, teacher, batch, rows, layers)
     options = {name: getattr(cfg, name) for name in LOSS_OPTIONS}
-    if needed_fields(cfg):
-        fields = {
-            name: torch.tensor([getattr(e.pair, name) or 0.0 for e in part], device=device)
-            for name in ("margin", "strength")
-        }
-        options |= dict(strength=fields["strength"], margin=fields.get(cfg.margin_field, 0.0))
-        options["signed"] = cfg.margin_field == "strength"
+    fields = {
+        name: torch.tensor([getattr(e.pair, name) for e in part], device=device)
+        for name in needed_fields(cfg)
+    }
+    options |= dict(margin=fields.get(cfg.margin_field, 0.0), strength=fields.get("strength", 0.0))
+    options["signed"] = cfg.margin_field == "strength"
     terms = total_loss(rewards, S, T, word_seg, verdict, seeds=seeds, **options)
     return {**terms, "rewards": rewards.detach()}
 
 
-def train_teacher(run: Run, teacher, examples, validation, swaps, device, amp) -> None:
+def train_teacher(run: Run, teacher, examples, validation, swaps) -> None:
     """Fine-tunes the teacher on (E4); the best by validation accuracy is RUN/teacher."""
     cfg = run.cfg
 
     def terms(index, epoch):
-        part = [examples[i] for i in index]
-        batch = teacher_batch(part, swaps(index, epoch), teacher.tokenizer, teacher.room, device)
-        verdict, _ = teacher(batch)
+        part, swap = [examples[i] for i in index], swaps(index, epoch)
+        verdict, _ = teacher(teacher_batch(part, swap, teacher.tokenizer, teacher.room, run.device))
         rewards = torch.stack([verdict, -verdict], dim=1).detach() / 2
         return {"loss": bt_loss(verdict, torch.zeros_like(verdict)), "rewards": rewards}
 
     def validate():
-        v = teacher_verdicts(teacher, validation, scored_at_once(cfg), device, amp)
-        return {"accuracy": accuracy(v), "loss": float(np.logaddexp(0, -v).mean())}
+        verdicts = teacher_verdicts(teacher, validation, *run.scoring)
+        return {"accuracy": accuracy(verdicts), "loss": float(np.logaddexp(0, -verdicts).mean())}
 
     def save_best():
         run.save_model(teacher, teacher.tokenizer, "teacher")
 
     steps = max(1, round(cfg.teacher_epochs * math.ceil(len(examples) / cfg.batch_size)))
     phase = Phase("teacher", teacher, examples, terms, validate, save_best, cfg.teacher_lr, steps)
-    fit(run, phase, device, amp)
+    fit(run, phase)
 
 
-def train_student(
-    run: Run, model, tokenizer, teacher, layers, examples, validation, swaps, device, amp
-):
+def train_student(run: Run, model, tokenizer, teacher, layers, examples, validation, swaps) -> None:
     """Trains the reward model on L (E7); the best by validation accuracy is RUN/student."""
     cfg = run.cfg
 
     def terms(index, epoch):
-        part = [examples[i] for i in index]
+        part, swap = [examples[i] for i in index], swaps(index, epoch)
         seeds = [[cfg.seed, epoch, int(i)] for i in index]
-        swap = swaps(index, epoch)
-        return distillation_terms(model, teacher, part, swap, layers, seeds, cfg, device)
+        return distillation_terms(model, teacher, part, swap, layers, seeds, cfg)
 
     def validate():
-        r = score_pairs(model, validation, scored_at_once(cfg), device, amp)
-        loss = float(np.logaddexp(0, r[:, 1] - r[:, 0]).mean())
-        spread = {"reward_mean": float(r.mean()), "reward_std": float(r.std())}
-        return {"accuracy": accuracy(r[:, 0] - r[:, 1]), "loss": loss, **spread}
+        rewards = score_pairs(model, validation, *run.scoring)
+        margins = rewards[:, 0] - rewards[:, 1]
+        loss = float(np.logaddexp(0, -margins).mean())
+        spread = {"reward_mean": float(rewards.mean()), "reward_std": float(rewards.std())}
+        return {"accuracy": accuracy(margins), "loss": loss, **spread}
 
     def save_best():
         run.save_model(model, tokenizer, "student")
 
     steps = max(1, round(cfg.epochs * math.ceil(len(examples) / cfg.batch_size)))
     steps = cfg.max_steps or steps
-    fit(
-        run,
-        Phase("student", model, examples, terms, validate, save_best, cfg.lr, steps),
-        device,
-        amp,
-    )
+    fit(run, Phase("student", model, examples, terms, validate, save_best, cfg.lr, steps))
 
 
 def train(cfg: Config) -> dict:
@@ -1040,51 +1025,42 @@ def train(cfg: Config) -> dict:
     Raises UserError for all that a person can mend, before anything slow where it can be known.
     """
     needs_teacher = check_config(cfg)
-    device, amp = set_up_device(cfg)
     with Run(cfg) as run:
-        needed = needed_fields(cfg)
         noise = dict(label_noise=cfg.label_noise, flip_negative_strength=cfg.flip_negative_strength)
         files = (cfg.data, cfg.val_data, cfg.eval_data, cfg.val_fraction, cfg.val_max, cfg.seed)
-        pairs, held_pairs, counts = read_splits(*files, needed=needed, **noise)
+        pairs, held_pairs, counts = read_splits(*files, needed=needed_fields(cfg), **noise)
         is_trained = run.has_trained_teacher()  # a resumed student needs the teacher made for it
-        model, tokenizer, teacher, layers = load_models(run, needs_teacher, is_trained, device)
+        model, tokenizer, teacher, layers = load_models(run, needs_teacher, is_trained)
         examples, held = encode_all(cfg, model, tokenizer, teacher, pairs, held_pairs, counts)
         run.begin(counts)
-        started = time.perf_counter()
+        started, validation, verdicts = time.perf_counter(), held["validation"], {}
 
         def swaps(index: np.ndarray, epoch: int) -> np.ndarray:  # the order that the teacher reads
             return np.random.default_rng([cfg.seed, epoch, 12]).random(len(examples))[index] < 0.5
 
-        verdicts = {}
         if teacher is not None:
             if cfg.teacher_epochs > 0 and not is_trained:
-                distribute(teacher, device, cfg.fsdp, amp)
-                train_teacher(run, teacher, examples, held["validation"], swaps, device, amp)
-                room = teacher.room
-                teacher = place(load_teacher(str(run.dir / "teacher")), cfg, device)  # the best
-                teacher.room = room
+                distribute(run, teacher)
+                train_teacher(run, teacher, examples, validation, swaps)
+                best = load_teacher(str(run.dir / "teacher"))
+                best.room = teacher.room
+                teacher = run.place(best)
             teacher.eval().requires_grad_(False)
             if cfg.fsdp:  # a whole frozen model has nothing to share
-                distribute(teacher, device, True, amp)
+                distribute(run, teacher)
             for name, part in held.items():
-                shown = f"teacher: {name}"
-                verdicts[name] = teacher_verdicts(
-                    teacher, part, scored_at_once(cfg), device, amp, shown
-                )
+                verdicts[name] = teacher_verdicts(teacher, part, *run.scoring, f"teacher: {name}")
             report_teacher(verdicts["validation"])
-        distribute(model, device, cfg.fsdp, amp)
-        validation = held["validation"]
-        train_student(
-            run, model, tokenizer, teacher, layers, examples, validation, swaps, device, amp
-        )
-        stock, _ = load_student(str(run.dir / "student"))  # the best
-        model = place(ENCODINGS[cfg.encoding](stock), cfg, device)
+        distribute(run, model)
+        train_student(run, model, tokenizer, teacher, layers, examples, validation, swaps)
+        best, _ = load_student(str(run.dir / "student"))
+        model = run.place(ENCODINGS[cfg.encoding](best))
         if cfg.fsdp:
-            distribute(model, device, True, amp)
+            distribute(run, model)
         results = {"method": cfg.method, "seed": cfg.seed, "sets": {}}
         for name, part in held.items():
-            r = score_pairs(model, part, scored_at_once(cfg), device, amp, f"student: {name}")
-            results["sets"][name] = table_row(part, r, verdicts.get(name))
+            rewards = score_pairs(model, part, *run.scoring, f"student: {name}")
+            results["sets"][name] = table_row(part, rewards, verdicts.get(name))
         results["seconds"] = round(time.perf_counter() - started, 1)
         run.write("results.json", results)
         return results
@@ -1551,15 +1527,15 @@ def parse_layers(spec: str, student: int, teacher: int) -> tuple[tuple, tuple]:
         raise UserError(f"--align-layers {spec!r}: {advice}, {within}") from None
 
 
-def load_models(run: Run, needs_teacher: bool, is_trained: bool, device):
+def load_models(run: Run, needs_teacher: bool, is_trained: bool):
     """RewardModel, its tokenizer, InteractionTeacher or None, and the aligned layers; all tried."""
     cfg, teacher, layers = run.cfg, None, ((), ())
     if needs_teacher:
         teacher = load_teacher(str(run.dir / "teacher") if is_trained else cfg.teacher, cfg.seed)
         teacher.room = min(teacher.room, 2 * cfg.max_length)
-        place(teacher, cfg, device)
+        run.place(teacher)
     stock, tokenizer = load_student(cfg.model, cfg.seed, cfg.max_length)
-    model = place(ENCODINGS[cfg.encoding](stock), cfg, device)
+    model = run.place(ENCODINGS[cfg.encoding](stock))
     if cfg.lambda_intra > 0 or cfg.lambda_inter > 0:
         depth = attempt(attention_layers, stock)
         if isinstance(depth, str):
@@ -1643,20 +1619,16 @@ def set_up_device(cfg):
     return device, nullcontext
 
 
-def place(model: nn.Module, cfg: Config, device) -> nn.Module:
-    """On its device; what will be sharded waits on the CPU, and is moved layer by layer."""
-    return model.to("cpu" if cfg.fsdp and WORLD > 1 else device)
-
-
-def distribute(model: nn.Module, device, shard: bool, amp) -> None:
-    """Under torchrun: gradients are averaged over the processes; shard: weights, gradients and
-    optimizer are split among them too (FSDP2). One engine for both: without shard each process is
-    a group of its own that holds all."""
+def distribute(run: Run, model: nn.Module) -> None:
+    """Under torchrun: gradients are averaged over the processes; --fsdp: weights, gradients and
+    optimizer are split among them too (FSDP2). One engine for both: without it each process is a
+    group of its own that holds all."""
     if WORLD == 1:
         return
+    shard = run.cfg.fsdp
     shape = (1, WORLD) if shard else (WORLD, 1)
-    mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
-    dtype = torch.bfloat16 if shard and amp is not nullcontext else None
+    mesh = init_device_mesh(run.device.type, shape, mesh_dim_names=("replicate", "shard"))
+    dtype = torch.bfloat16 if shard and run.amp is not nullcontext else None
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     layers = max((m for m in model.modules() if isinstance(m, nn.ModuleList)), key=len)
     for layer in layers:
@@ -1747,6 +1719,9 @@ class Run:
     def __init__(self, cfg: Config):
         self.cfg, self.stop, self.handlers = cfg, 0, {}
         self.dir = Path(cfg.output_dir).absolute()  # no name below it can be taken for a hub id
+        self.device, self.amp = set_up_device(cfg)
+        at_once = max(1, 2 * cfg.batch_size // (cfg.grad_accum * WORLD))  # no gradient is kept
+        self.scoring = (at_once, self.device, self.amp)  # arguments of score_pairs
         self.lock = FileLock(self.dir / "lock", timeout=0)
 
     def __enter__(self):
@@ -1842,6 +1817,10 @@ class Run:
         config = {"flags": asdict(self.cfg), "versions": versions, "inputs": self.checksums()}
         self.write("config.json", config)
 
+    def place(self, model: nn.Module) -> nn.Module:
+        """On its device; what will be sharded waits on the CPU, and is moved layer by layer."""
+        return model.to("cpu" if self.cfg.fsdp and WORLD > 1 else self.device)
+
     def write(self, name: str, obj) -> None:
         if RANK == 0:
             with written(self.dir / name) as f:
@@ -1860,9 +1839,9 @@ class Run:
         if RANK == 0:
             print("\nstopping after this step; once more ends at once", file=sys.stderr)
 
-    def agreed_stop(self, device) -> int:
+    def agreed_stop(self) -> int:
         """The signal that any process has had, the same answer in all of them; 0 = none."""
-        return int(over_processes(np.array([self.stop]), "MAX", device)[0])
+        return int(over_processes(np.array([self.stop]), "MAX", self.device)[0])
 
     def leave(self, where: str, stop: int) -> None:
         """Ends the process after a saved step: 130 after Ctrl-C, 0 after SIGTERM."""
