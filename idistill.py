@@ -1263,6 +1263,8 @@ def sees_ahead(model, ids: Tensor) -> bool:
     """Whether an early token's hidden state changes with the last token (1, n)."""
     other = torch.cat([ids[:, :-1], ids[:, :1]], dim=1)
     states = [model.base_model(i).last_hidden_state[0, 0] for i in (ids, other)]
+    if not torch.stack(states).isfinite().all():
+        raise ValueError("its hidden states are not finite; the weights are damaged")
     return not agree(*states, 1e-4)
 
 
@@ -1306,41 +1308,43 @@ def probe_student(model: RewardModel, name: str, max_length: int = 0, layers=())
     Raises UserError with the reason and the flag to use.
     """
     stock, was_training = model.stock, model.stock.training
-    rows = stock.get_input_embeddings().num_embeddings
-    free = [i for i in range(rows // 2, rows) if i != pad_id_of(stock)]
-    batch = dict(seg=[0, 0, 0, 1, 1, 2, 2, 2], pos=[0, 1, 2, 3, 4, 3, 4, 5], last=[4, 7])
-    batch["ids"] = [free[i % len(free)] for i in range(8)]
-    batch = {k: torch.tensor([v], device=stock.device) for k, v in batch.items()}
-    chosen, siamese = batch["ids"][:, :5], "use --encoding siamese"
+    known, window = stock.get_input_embeddings().num_embeddings, sliding_window(stock.config)
+    free = [i for i in range(known // 2, known) if i != pad_id_of(stock)]
+    rows = dict(seg=[0, 0, 0, 1, 1, 2, 2, 2], pos=[0, 1, 2, 3, 4, 3, 4, 5], last=[4, 7])
+    rows["ids"] = [free[i % len(free)] for i in range(8)]
+    batch = {name: torch.tensor([row], device=stock.device) for name, row in rows.items()}
+    row_c, row_r = batch["ids"][:, :5], batch["ids"][:, [0, 1, 2, 5, 6, 7]]
+
+    def stock_rewards() -> Tensor:
+        logits = [stock(input_ids=row, use_cache=False).logits for row in (row_c, row_r)]
+        return torch.cat(logits, dim=1).float()
+
     stock.eval()
-    alone = attempt(lambda: stock(input_ids=chosen, use_cache=False).logits[0, 0].float())
+    alone = attempt(stock_rewards)
     apart = attempt(lambda: SiameseRewardModel(stock)(batch)[0])
-    why = next((x for x in (alone, apart) if isinstance(x, str)), "")
-    if why:
-        checks = {f"cannot be a student: {why}": False}
-    else:
-        checks = {
-            "gives rewards that are not finite; its weights are damaged": agree(alone, alone),
-            "does not read its reward at the last token": agree(apart[0, 0], alone),
-            "is not causal: early tokens see late ones; an encoder serves as --teacher": attempt(
-                sees_ahead, stock, chosen
-            )
-            is False,
-        }
-    if not why and not isinstance(model, SiameseRewardModel):
-        packed, window = attempt(lambda: model(batch)[0]), sliding_window(stock.config)
-        checks |= {
-            f"attends within {window} tokens, which the tree mask does not: use --max-length "
-            f"{window}, or --encoding siamese": max_length <= window,
-            f"cannot take the tree mask; {siamese}": agree(packed, apart),
-        }
-    if layers and not why:
-        checks["attends in a way that its queries and keys do not tell; use --method bt"] = (
-            attempt(readable_maps, stock, chosen, layers, True) == "tap"
-        )
+    why = next((reason for reason in (alone, apart) if isinstance(reason, str)), "")
+    checks = [  # what must hold, and what to say where it does not
+        (not why, f"cannot be a student: {why}"),
+        (agree(alone, alone), "gives rewards that are not finite; its weights are damaged"),
+        (agree(apart, alone), "does not read its reward at the last token"),
+        (
+            attempt(sees_ahead, stock, row_c) is False,
+            "is not causal; an encoder can be a --teacher",
+        ),
+    ]
+    if not isinstance(model, SiameseRewardModel):
+        shorter = f"sees {window} tokens at a time, which the tree mask does not know: use "
+        shorter += f"--max-length {window}, or --encoding siamese"
+        packed = attempt(lambda: model(batch)[0])
+        checks.append((max_length <= window, shorter))
+        checks.append((agree(packed, apart), "cannot take the tree mask; use --encoding siamese"))
+    if layers:
+        how = attempt(readable_maps, stock, row_c, layers, True)
+        what = "attends in a way that its queries and keys do not tell; use --method bt"
+        checks.append((how == "tap", what))
     stock.train(was_training)
-    for what, is_true in checks.items():
-        if not is_true:
+    for holds, what in checks:
+        if not holds:
             raise UserError(f"{name}: {type(stock).__name__} {what}")
 
 
@@ -1369,6 +1373,7 @@ def load_teacher(name: str, seed: int = 0) -> InteractionTeacher:
         raise UserError(f"{name}: {kind} {what}")
     if isinstance(ahead, str) or how not in ("tap", "eager"):
         what = how or "it shows no attention maps whose rows are probabilities"
+        what = ahead if isinstance(ahead, str) else what
         raise UserError(f"{name}: {kind} cannot be a teacher: {what}")
     if how == "eager":
         model.set_attn_implementation("eager")
@@ -1648,7 +1653,7 @@ def shares(examples: list[Example], batch_size: int, name: str):
 
 
 def over_processes(values: np.ndarray, operation: str, device) -> np.ndarray:
-    """ "SUM" or "MAX" over all processes, element by element."""
+    """The "SUM" or "MAX" over all processes, element by element."""
     if WORLD == 1:
         return values
     everyones = torch.from_numpy(values).to(device)
@@ -1936,22 +1941,16 @@ DEMO_SETS = ("in-distribution", "cue-neutral", "cue-reversed")  # the cue is rig
 DEMO_ARMS = {  # name -> folder, purpose, flags
     "ID": ("id", "the method: a teacher, then a student pulled to its map", {}),
     "BT": ("bt", "the plain reward model on the same pairs", {"method": "bt"}),
-    "ID, uniform target": (
-        "uniform",
-        "the control: the same loss, a map that says nothing",
-        {"align_target": "uniform"},
-    ),
+    "ID, uniform target": ("uniform", "control: a map of nothing", {"align_target": "uniform"}),
 }
 
 
 def make_demo_models(to: Path, seed: int) -> None:
     """A word-level Llama and a word-level ModernBERT, untrained, as ordinary directories."""
     tokenizer = demo_tokenizer()
-    size = dict(
-        vocab_size=len(tokenizer), hidden_size=64, num_hidden_layers=2, num_attention_heads=4
-    )
-    size |= dict(intermediate_size=128, max_position_embeddings=256, pad_token_id=0, bos_token_id=2)
-    size |= dict(eos_token_id=4, cls_token_id=2, sep_token_id=3)
+    size = dict(vocab_size=len(tokenizer), hidden_size=64, num_hidden_layers=2)
+    size |= dict(num_attention_heads=4, intermediate_size=128, max_position_embeddings=256)
+    size |= dict(pad_token_id=0, bos_token_id=2, eos_token_id=4, cls_token_id=2, sep_token_id=3)
     torch.manual_seed(seed)
     student = transformers.LlamaForCausalLM(transformers.LlamaConfig(**size))
     # all layers global, larger initial weights: with 0.02, or a post-norm BERT, it does not learn
@@ -1975,7 +1974,7 @@ def demo_arm(cfg: Config, here: Path, folder: str, **flags) -> dict:
 def demo_seed(cfg: Config, here: Path) -> dict[str, list[float]]:
     """Pairs, models, all arms of one seed: {arm: accuracy on each set}, kept as demo.json."""
     print(
-        f"\nseed {cfg.seed}: pairs of a small language. What decides is a word at the beginning; in"
+        f"\nseed {cfg.seed}: pairs of a small language. A word at the beginning always decides; in"
     )
     print("90 % of the training pairs a closing cue goes with the label too.")
     write_demo_data(here / "data", cfg.seed, overwrite=True)
@@ -2029,33 +2028,28 @@ def demo(cfg: Config) -> None:
         if typed and made:
             table = json.loads((here / "demo.json").read_text(encoding="utf-8"))
         else:
-            table = demo_seed(Config(**DEMO, seed=seed, device=cfg.device), here)
+            base = replace(Config(**DEMO), seed=seed, device=cfg.device, dtype=cfg.dtype)
+            table = demo_seed(base, here)
         if typed:
             table |= ablation(replace(cfg, seed=seed), here, typed)
         tables.append(table)
     print_demo(tables)
     if not typed:
-        print(
-            "\nWhere the cue lies (last column), who reads the content stays near 100 and who reads"
-        )
-        print(
-            "the cue falls to 10: the teacher's map hands over what to read, a uniform one does not."
-        )
+        print("\nWhere the cue lies (last column), who reads the content stays near 100, who reads")
+        print("the cue falls to 10. The teacher's map hands over what to read, a uniform one not.")
     print(
-        f"Files: {root}. Look closer: python eval.py show {root}/seed{cfg.seed}/bt/student "
-        f"{root}/seed{cfg.seed}/id/student --data {root}/seed{cfg.seed}/data/cue-reversed.jsonl"
+        f"Files: {here}. Look closer:\n  python eval.py show {here}/bt/student {here}/id/student "
+        f"--data {here}/data/cue-reversed.jsonl"
     )
 
 
 def ablation(cfg: Config, here: Path, typed: dict[str, str]) -> dict[str, list[float]]:
     """One arm with other flags, and those before it: {name: accuracy on each set}."""
     name, path = " ".join(typed.values()), here / "ablations.json"
-    flags = (
-        {}
-        if {"teacher_epochs", "teacher_lr"} & set(typed)
-        else {"teacher": str(here / "id/teacher"), "teacher_epochs": 0.0}
-    )  # the demo's is reused
     print(f"\n--- {name}")
+    flags = {}
+    if not {"teacher_epochs", "teacher_lr"} & set(typed):  # the demo's teacher is reused
+        flags = {"teacher": str(here / "id/teacher"), "teacher_epochs": 0.0}
     folder = "ablations/" + re.sub(r"[^\w.]+", "-", name).strip("-")
     sets = demo_arm(cfg, here, folder, **flags)
     rows = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
@@ -2118,6 +2112,9 @@ def quiet() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", "FSDP2-wrapped module")  # its outputs are never written to
+    warnings.filterwarnings(
+        "ignore", "torch.distributed is disabled"
+    )  # one process, one checkpoint
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 
@@ -2140,9 +2137,8 @@ def errors_in_one_line(output_dir: str):
                 raise
             is_saved = any(Path(output_dir).glob("checkpoints/*-*"))
             then = "go on with --resume" if is_saved else "nothing was saved yet"
-            raise UserError(
-                f"process {RANK} of {WORLD} lost another ({first_line(why)}); {then}"
-            ) from why
+            what = f"lost another one ({first_line(why)}); {then}"
+            raise UserError(f"process {RANK} of {WORLD} {what}") from why
 
 
 def main(argv: list[str] | None = None) -> None:
