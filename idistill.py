@@ -269,7 +269,8 @@ class AttentionTap:
 
 
 def attention_probabilities(query: Tensor, key: Tensor, scale: float, visible: Tensor) -> Tensor:
-    """softmax(Q K^T * scale) over the visible keys, in fp32: (B, H, n, d) twice -> (B, H, n, n)."""
+    """softmax(Q K^T * scale) over the visible keys, in fp32, head by head: (B, H, n, n)."""
+    key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)  # queries share key heads
     with torch.autocast(query.device.type, enabled=False):
         logits = query.float() @ key.float().transpose(2, 3) * scale
         return logits.masked_fill(~visible, -torch.inf).softmax(dim=-1)
@@ -285,13 +286,13 @@ def attention_map(query: Tensor, key: Tensor, scale: float, visible: Tensor) -> 
 
     Returns (B, n, n), each row a distribution.
     """
-    H = query.shape[1]
-    key = key.repeat_interleave(H // key.shape[1], dim=1)  # grouped queries share a key head
     if query.shape[2] < LONG_ROW:
         return attention_probabilities(query, key, scale, visible).mean(dim=1)
     # long rows: one head at a time, recomputed in backward, so that no head's map is kept
+    H, H_kv = query.shape[1], key.shape[1]
     total = 0
-    for q, k in zip(query.split(1, dim=1), key.split(1, dim=1)):
+    for h, q in enumerate(query.split(1, dim=1)):
+        k = key[:, [h * H_kv // H]]
         args = (attention_probabilities, q, k, scale, visible)
         total = total + checkpoint(*args, use_reentrant=False, preserve_rng_state=False)[:, 0]
     return total / H
@@ -1253,9 +1254,9 @@ def attempt(function, *args, **kwargs):
 
 def agree(a, b, tolerance: float = 1e-3) -> bool:
     """Whether two attempts gave the same finite numbers."""
-    if isinstance(a, str) or isinstance(b, str):
+    if isinstance(a, str) or isinstance(b, str) or not torch.isfinite(a).all():
         return False
-    return bool(torch.isfinite(a).all()) and torch.allclose(a, b, atol=tolerance, rtol=tolerance)
+    return torch.allclose(a, b.to(a).expand_as(a), atol=tolerance, rtol=tolerance)
 
 
 @torch.no_grad()
@@ -1288,14 +1289,13 @@ def readable_maps(model, ids: Tensor, layers, is_causal: bool) -> str:
     out = attempt(model.base_model, ids, attention_mask=there, output_attentions=True)
     model.set_attn_implementation(before)
     eager = [A.float() for A in getattr(out, "attentions", None) or () if A is not None]
-    eager = [A.mean(1) for A in eager if A.shape[2:] == (n, n)]
-    eager = [A for A in eager if agree(A.sum(-1), torch.ones_like(A[0]))]
+    eager = [A for A in eager if A.shape[2:] == (n, n) and agree(A.sum(-1), torch.ones(n))]
     has_all = len(eager) > max(layers)  # some hybrids show none: the hidden state must do
     is_told = agree(hidden, plain) and not getattr(model.config, "attn_logit_softcapping", None)
     for layer in layers if is_told and has_all else ():
         query, key, scale, mask = tapped[layer]
         visible = causal if is_causal else InteractionTeacher.visible(there, mask)
-        is_told &= agree(attention_map(query, key, scale, visible), eager[layer])
+        is_told &= agree(attention_probabilities(query, key, scale, visible), eager[layer])
     if is_told:
         return "tap"
     return "eager" if has_all else ""
