@@ -10,25 +10,25 @@
     python data_prep.py synthetic --pairs 500 --responses 16 --out data/candidates.jsonl
 
 A pair is one JSON line {"prompt": text or [{"role", "content"}, ...], "chosen": text, "rejected":
-text} and, if known, "system" (the system turn), "source", "subset", "id", "margin" (how much better,
-from 0), "strength" (an ensemble's mean reward of chosen minus that of rejected). Also read:
+text} and, if known, "system" (the system turn), "source", "subset", "id", "margin" (how much
+better, from 0), "strength" (an ensemble's mean reward of chosen minus rejected). Also read:
   - whole conversations as chosen and rejected, with or without a prompt (TRL, OpenRLHF);
   - HH-RLHF dialogues ("\\n\\nHuman: ... \\n\\nAssistant: ..."), whole or as the prompt;
   - two whole texts without a prompt: the start that they share is the prompt (TRL);
   - JSON lines and JSON arrays, gzipped or not; with `pip install datasets` also parquet files,
     folders written by save_to_disk, and data sets of the hub, OWNER/NAME or OWNER/NAME:SPLIT.
-A field that changes the task and has no place here (input, history, tools, images ...) is refused by
-name; other fields (scores, models, ratings ...) are passed over.
+A field that changes the task and has no place here (input, history, tools, images ...) is refused
+by name; other fields (scores, models, ratings ...) are passed over.
 
 The generated language (a test bed for attention hacking): early content decides, a late cue tempts.
     prompt    0-3 fillers, a topic, 1-4 fillers                   "well fruit should maybe"
     response  0-3 fillers, an item, 8-16 fillers, a closing cue   "often apple quite ... thanks"
-The item of the chosen response is of the prompt's topic, that of the rejected one of another. The cue
-agrees with the label in a share --agreement of the pairs: chosen then closes with the first cue and
-rejected with the second; otherwise the cues are exchanged. A model that reads only the end scores
-90 / 50 / 10 % where the agreement is 0.9 / 0.5 / 0.1. With --responses N each prompt has N
-candidates, {"prompt", "responses", "gold"}: a quarter of them, at random, name an item of the topic
-(gold 1, the others 0), and each cue agrees with its gold in a share --agreement.
+The item of the chosen response is of the prompt's topic, that of the rejected one of another. The
+cue agrees with the label in a share --agreement of the pairs: chosen then closes with the first
+cue and rejected with the second; otherwise the cues are exchanged. A model that reads only the end
+scores 90 / 50 / 10 % where the agreement is 0.9 / 0.5 / 0.1. With --responses N each prompt has N
+candidates, {"prompt", "responses", "gold"}: a quarter of them, at random, name an item of the
+topic (gold 1, the others 0), and each cue agrees with its gold in a share --agreement.
 """
 
 from __future__ import annotations
@@ -70,6 +70,10 @@ class UnusablePair(ValueError):
 
 class UnusableField(ValueError):
     """A field that changes the task and has no place here: refused, or dropped, counted by name."""
+
+    def __init__(self, name: str, why: str):
+        super().__init__(why)
+        self.name = name
 
 
 class Parser(argparse.ArgumentParser):
@@ -180,11 +184,13 @@ def as_messages(prompt: str | list[dict]) -> list[dict]:
 # ---------------------------------------------------------------- reading: from one row to a pair
 
 # The names of fields that hold a part of what the model is to read, by their last word: also
-# "chat_history", "image_url", "available_tools", "reasoning_content", but no "question_id".
+# "chat_history", "image_url", "available_tools", but no "question_id" and no "num_images".
 TASK_FIELD = re.compile(
-    r"(?:.*_)?(?:(?:attachment|audio|context|conversation|dialog|dialogue|document|function|image|"
-    r"input|instruction|media|message|passage|photo|picture|question|tool|video)s?|"
-    r"history|query|thinking|\w*kwargs|reasoning_content)"
+    r"(?!(?:has|is|n|num)_)(?:.*_)?"
+    r"(?:(?:article|attachment|audio|background|context|conversation|demonstration|dialog|dialogue|"
+    r"document|evidence|function|image|input|instruction|message|paragraph|passage|photo|picture|"
+    r"question|screenshot|tool|video)s?|history|knowledge|kwargs|media|persona|query|thinking|"
+    r"reasoning_(?:content|details))"
     r"(?:_(?:text|data|path|url|base64|bytes|call|definition|schema|list)s?)?"
 )
 SYSTEM_FIELDS = ("system", "system_prompt", "system_message", "system_instruction")
@@ -209,13 +215,14 @@ def refuse_fields(holder: dict, own: set[str], where: str = "") -> None:
     """Raises UnusableField for a field that changes the task, has content, and is not used here.
     One that only repeats what prompt, chosen or rejected hold says nothing new."""
     for name, value in holder.items():
-        if name in own or isinstance(value, (int, float)) or is_empty(value):
+        if name in own or not value or is_empty(value):
             continue
-        is_part = changes_task(name) or (where and name == "reasoning")
+        if not changes_task(name) and not (where and name == "reasoning"):
+            continue
         used = json.dumps([holder.get(k) for k in ("prompt", "chosen", "rejected")])
-        if is_part and json.dumps(value) not in used:
+        if json.dumps(value, default=str) not in used:
             why = f'{where}the field "{name}" changes the task and has no place here'
-            raise UnusableField(f"{why}; write it into the prompt, or empty it", name)
+            raise UnusableField(name, f"{why}; write it into the prompt, or empty it")
 
 
 def text_of(message: dict, name: str) -> str:
@@ -226,7 +233,7 @@ def text_of(message: dict, name: str) -> str:
             kind = part.get("type") if isinstance(part, dict) else type(part).__name__
             if kind != "text" or not isinstance(part.get("text"), str):
                 why = f'{name}: the field "content" holds a part of the type {kind!r}, not text'
-                raise UnusableField(why, f"content of type {kind}")
+                raise UnusableField(f"content ({kind})", why)
         return "".join(part["text"] for part in content)
     if not isinstance(content, str):
         raise ValueError(f"{name} holds a message without a text as its content")
@@ -264,7 +271,7 @@ def parse_number(value, name: str) -> float:
 
 
 # HH-RLHF's turns; copies of it lack the first blank lines, or use single line breaks
-TURN = re.compile(r"(?:\A\s*|\n[ \t]*\n\s*)(Human|Assistant):")
+TURN = re.compile(r"(?:\A\s*|\n[ \t]*\n)(Human|Assistant):")
 TURN_OF_LINES = re.compile(r"(?:\A\s*|\n)(Human|Assistant):")
 
 
@@ -321,11 +328,16 @@ def same_turns(some: list[dict], others: list[dict]) -> bool:
     return said[0] == said[1]
 
 
+def holds(turns: list[dict], prompt: list[dict]) -> bool:
+    """Whether the turns hold those of the prompt, one behind the other."""
+    starts = range(len(turns) - len(prompt) + 1)
+    return any(same_turns(turns[k : k + len(prompt)], prompt) for k in starts)
+
+
 def whole_prompt(prompt: list[dict], turns: list[dict]) -> list[dict]:
     """Where prompt and conversations are both given (TRL): the turns before the answer hold the
     prompt, or follow it. Raises UnusablePair where they do neither."""
-    starts = range(len(turns) - len(prompt) + 1)
-    if any(same_turns(turns[k : k + len(prompt)], prompt) for k in starts):
+    if holds(turns, prompt):
         return turns
     if turns and turns[0]["role"] != "assistant" and prompt[-1]["role"] == "user":
         raise UnusablePair("the conversations do not hold the prompt")
@@ -351,8 +363,8 @@ def parse_conversations(sides: dict[str, list], prompt: list[dict]) -> tuple[lis
 
 # What opens an answer in common chat templates
 OPENER = re.compile(
-    r"<\|im_start\|>assistant\n|\[/INST\] ?|<\|assistant\|>\n?|<start_of_turn>model\n|### Response:\n?"
-    r"|<\|start_header_id\|>assistant<\|end_header_id\|>\n\n|<[|｜]Assistant[|｜]>"
+    r"<\|im_start\|>assistant\n|\[/INST\] ?|<\|assistant\|>\n?|<start_of_turn>model\n|"
+    r"### Response:\n?|<\|start_header_id\|>assistant<\|end_header_id\|>\n\n|<[|｜]Assistant[|｜]>"
 )
 
 
@@ -393,13 +405,13 @@ def parse_item(row: dict, sides: dict[str, str | list], counts: Counter):
     if len(is_text) > 1:
         raise ValueError(f"one of {' and '.join(sides)} is a text, the other a list of messages")
     talks = [split_dialogue(text) for text in texts] if True in is_text else texts
-    repeat = all(talks) and all(same_turns(t[-1 - len(prompt) : -1], prompt) for t in talks)
-    if False in is_text or (all(talks) and (repeat or not prompt)):
+    is_raw = all(text[:8] == "\n\nHuman:" for text in texts if isinstance(text, str))
+    if False in is_text or all(talk and (is_raw or holds(talk[:-1], prompt)) for talk in talks):
         prompt, texts = parse_conversations(dict(zip(sides, talks)), prompt)
     elif turns:
         texts = [without_blank(text) for text in texts]
     elif prompt:
-        texts = read_once(given if isinstance(given, str) else prompt[-1]["content"], texts)
+        texts = read_once(given, texts) if isinstance(given, str) else texts
     elif len(texts) == 2 and not TURN.search(texts[0]) and (parts := split_texts(*texts)):
         counts["prompts read from the start that both texts share"] += 1
         prompt, texts = as_messages(parts[0]), list(parts[1:])
@@ -500,8 +512,8 @@ FILE_NAME = re.compile(
 
 
 def read_rows(source: str):
-    """Yields (where, row) of a file, of a folder that datasets wrote, or of a data set of the hub; a
-    row is bytes that are still to be decoded, or an object. Raises UserError."""
+    """Yields (where, row) of a file, of a folder that datasets wrote, or of a data set of the hub;
+    a row is bytes that are still to be decoded, or an object. Raises UserError."""
     source = str(source)
     folder, _, split = source.rpartition(":")
     if not folder or Path(source).exists():
@@ -572,8 +584,10 @@ def read_with_datasets(source: str, name: str, split: str):
         import datasets
     except ImportError:
         what = "parquet files, folders of save_to_disk and data sets of the hub need a package"
-        raise UserError(f"{source}: cannot be read: {what}: pip install datasets") from None
-    problem = ""
+        raise UserError(f"{source}: {what}: pip install datasets") from None
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    datasets.disable_progress_bars()
+    problem, what = "", "cannot be read"
     try:
         if Path(name).is_file():
             options = {"data_files": name, "split": "train", "streaming": True}
@@ -582,17 +596,16 @@ def read_with_datasets(source: str, name: str, split: str):
             data = datasets.load_from_disk(name)
         else:
             problem = hub_problem()
+            what = "no such file here, nor fetched from the hub; give local files, JSON lines say"
             datasets.config.HF_HUB_OFFLINE = bool(problem)
             data = datasets.load_dataset(name, split=split or "train")
         if isinstance(data, datasets.DatasetDict):
-            data = data[split or "train"]
+            splits = list(data)
+            what = f"has the splits {', '.join(splits)}; name one, as {name}:{splits[0]}"
+            data = data[split or ("train" if len(splits) > 1 else splits[0])]
         yield from ((f"row {k}", row) for k, row in enumerate(data, 1))
     except Exception as why:  # network, permission and file errors of several libraries
-        said = f"{problem or first_line(why)}"
-        hint = "give local files (JSON lines, JSON, parquet)"
-        raise UserError(
-            f"{source}: cannot be read, nor fetched from the hub ({said}); {hint}"
-        ) from None
+        raise UserError(f"{source}: {what} ({problem or first_line(why)})") from None
 
 
 def hub_problem() -> str:
@@ -660,11 +673,10 @@ def collect(sources: list, parse, skip_bad: bool, noun: str, hint: str) -> tuple
             except UnusablePair as why:
                 counts[str(why)] += 1
             except (ValueError, RecursionError) as why:
-                said = str(why.args[0]).splitlines()[0]
                 if not skip_bad:
-                    raise UserError(f"{source}, {where}: {said}; {hint}") from None
+                    raise UserError(f"{source}, {where}: {first_line(why)}; {hint}") from None
                 is_field = isinstance(why, UnusableField)
-                counts[f'with the field "{why.args[1]}"' if is_field else "bad"] += 1
+                counts[f'with the field "{why.name}"' if is_field else "bad"] += 1
     if not items:
         left_out = ", ".join(f"{v} {k}" for k, v in counts.items())
         what = f"; left out: {left_out}" if left_out else ", it is empty"
@@ -674,8 +686,8 @@ def collect(sources: list, parse, skip_bad: bool, noun: str, hint: str) -> tuple
 
 
 def read_pairs(sources: list, skip_bad: bool = False, parse=parse_pair) -> tuple[list, Counter]:
-    """All pairs of files, folders and hub ids, and counts: "pairs", each reason of UnusablePair, and
-    with skip_bad "bad" and each refused field. Raises UserError with file and line."""
+    """All pairs of files, folders and hub ids, and counts: "pairs", each reason of UnusablePair,
+    and with skip_bad "bad" and each refused field. Raises UserError with file and line."""
     noun, hint = "prompt with candidates", "mend the line"
     if parse is parse_pair:
         noun, hint = "pair", hint + ", or let `python data_prep.py FILE --skip-bad` drop it"
@@ -690,10 +702,16 @@ def read_candidates(sources: list, skip_bad: bool = False) -> tuple[list[Candida
 # ------------------------------------------------------------------------- writing and splitting
 
 
+def responses_of(item: Pair | Candidates) -> list[str]:
+    """The answers to the prompt."""
+    return item.responses if isinstance(item, Candidates) else [item.chosen, item.rejected]
+
+
 def answers(item: Pair | Candidates) -> dict:
-    """What a line holds beside its prompt."""
-    names = ("chosen", "rejected", "responses", "gold")
-    return {k: getattr(item, k) for k in names if hasattr(item, k)}
+    """What a line holds beside its prompt and labels."""
+    if isinstance(item, Candidates):
+        return {"responses": item.responses, "gold": item.gold}
+    return {"chosen": item.chosen, "rejected": item.rejected}
 
 
 def write_pairs(path: str | Path, pairs: list, overwrite: bool = False) -> None:
@@ -709,8 +727,9 @@ def write_pairs(path: str | Path, pairs: list, overwrite: bool = False) -> None:
     lines = []
     for p in pairs:
         text = p.prompt[0]["content"] if len(p.prompt) == 1 else ""
-        is_text = as_messages(text) == p.prompt and not split_dialogue(text, is_prompt=True)
-        line = {"prompt": text if is_text else p.prompt, **answers(p)}
+        is_plain = as_messages(text) == p.prompt and not split_dialogue(text, is_prompt=True)
+        repeats = all(y.startswith(text) for y in responses_of(p))
+        line = {"prompt": text if is_plain and not repeats else p.prompt, **answers(p)}
         known = {k: getattr(p, k, "") for k in ("source", "subset", "id", "margin", "strength")}
         line |= {k: v for k, v in known.items() if v not in ("", None)}
         lines.append(json.dumps(line, ensure_ascii=False) + "\n")
@@ -735,7 +754,7 @@ def repetitions(pairs: list) -> tuple[list, Counter]:
     unique, first_seen, counts = [], {}, Counter()
     for number, p in enumerate(pairs):
         prompt = [(m["role"], m["content"].strip()) for m in p.prompt]
-        sides = [y.strip() if isinstance(y, str) else y for y in answers(p).values()]
+        sides = [y.strip() for y in responses_of(p)] + getattr(p, "gold", [])
         key, opposite = (json.dumps([prompt, some]) for some in (sides, sides[::-1]))
         is_new = key not in first_seen
         if is_new:
@@ -751,9 +770,9 @@ def repetitions(pairs: list) -> tuple[list, Counter]:
 def flip_labels(pairs: list[Pair], noise: float, seed: int, by_strength: bool):
     """(pairs, some with chosen and rejected exchanged; counts).
 
-    First a share `noise` at random, drawn from the seed and the pair itself, so that order and other
-    pairs do not matter; then, by_strength, those that an ensemble holds for mislabelled (strength <
-    0, arXiv 2401.06080, 2.4.1). A flip turns the sign of strength; margin stays."""
+    First a share `noise` at random, drawn from the seed and the pair itself, so that order and
+    other pairs do not matter; then, by_strength, those that an ensemble holds for mislabelled
+    (strength < 0, arXiv 2401.06080, 2.4.1). A flip turns the sign of strength; margin stays."""
     flipped, counts = [], Counter()
     for p in pairs:
         is_noisy = prompt_key(p.prompt, p.chosen, p.rejected, seed) < noise
@@ -855,8 +874,8 @@ def read_splits(
 
 # -------------------------------------------------------------------------------------- benchmarks
 
-# Benchmarks become pairs whose subset begins with the group that the benchmark reports by, and whose
-# source is "data_prep.py NAME". By that eval.py knows them: a source that only happens to be a
+# Benchmarks become pairs whose subset begins with the group that the benchmark reports by, and
+# whose source is "data_prep.py NAME". By that eval.py knows them: a source that only happens to be a
 # benchmark's name, as in a mixture of data sets, does not say how its rows were made.
 # A converter takes a published record and the path of its file, and yields rows.
 
@@ -971,7 +990,7 @@ def from_judgebench(record: dict, path: str):
 
 
 def from_llmbar(record: dict, path: str):
-    """LLMBar (arXiv 2310.07641): input, output_1, output_2, label 1 or 2; the path names the subset."""
+    """LLMBar (arXiv 2310.07641): input, output_1, output_2, label 1 or 2; its path: the subset."""
     named = re.findall("natural|neighbor|gptinst|gptout|manual", path.lower())
     if not named:
         raise ValueError("the path names none of Natural, Neighbor, GPTInst, GPTOut, Manual")
@@ -1019,15 +1038,15 @@ CONVERTED = "data_prep.py "  # how the source of a converted row begins
 
 
 def benchmark_of(item: Pair | Candidates) -> str:
-    """The benchmark that a pair (or prompt with candidates) was converted from here, "" for none."""
+    """The benchmark that a pair or a prompt with candidates was converted from, "" for none."""
     name = item.source.removeprefix(CONVERTED)
     return name if name in BENCHMARKS and name != item.source else ""
 
 
 def own_cells(source: str, pairs: list[Pair], margins: np.ndarray):
     """What the numbers of a benchmark are made of, from N pairs and their margins: (the cells of
-    each pair, right (N,), weight (N,), {mean: the numbers it is the mean of}). As in the benchmarks'
-    own code a tie is a miss; a pair without a score (NaN) weighs nothing.
+    each pair, right (N,), weight (N,), {mean: the numbers it is the mean of}). As in the
+    benchmarks' own code a tie is a miss; a pair without a score (NaN) weighs nothing.
     RewardBench  sections by pair, but math-prm weighs as much as all code; mean of sections
     RM-Bench     see style_cells
     RMB          helpfulness and harmlessness, pairwise and best-of-n; their mean
@@ -1070,8 +1089,8 @@ def style_cells(pairs: list[Pair]) -> tuple[list[list[str]], dict[str, list[str]
 
 
 def count_prompts_once(pairs: list[Pair], right: np.ndarray, weight: np.ndarray) -> None:
-    """RMB's best of n, in place: a prompt counts once, where all its losers are scored, and is right
-    where chosen beats each of them."""
+    """RMB's best of n, in place: a prompt counts once, where all its losers are scored, and is
+    right where chosen beats each of them."""
     prompts: dict[tuple, list[int]] = {}
     for k, p in enumerate(pairs):
         if m := re.fullmatch(r"(.*)/\d+of(\d+)", p.id):
@@ -1128,7 +1147,7 @@ def ties_score(tied: dict, ref: dict) -> float:
 
 
 def benchmark_files(name: str, inputs: list[str] | None) -> list[str]:
-    """The files of --input, folders opened; without it those of the hub (cached). Raises UserError."""
+    """The files of --input, folders opened; without it those of the hub. Raises UserError."""
     _, home, pattern = BENCHMARKS[name]
     instead = f"give {pattern} of {home}, or their folder, as --input"
     if not inputs and "//" in home:
@@ -1154,6 +1173,8 @@ def read_benchmark(name: str, inputs: list[str] | None, skip_bad: bool = False):
             raise ValueError("is no JSON object")
         items = []
         for row in convert(record, source):
+            if isinstance(row["prompt"], str):  # a text may be read as a dialogue, a message not
+                row["prompt"] = as_messages(row["prompt"])
             try:
                 items.append(finish({**row, "source": CONVERTED + name}))
             except UnusablePair as why:
@@ -1181,10 +1202,11 @@ TOPICS = {
     "space": "moon star planet comet rocket orbit galaxy meteor nebula satellite",
 }
 FILLERS = (
-    "well often quite maybe really just also then there here some many such very rather indeed still "
-    "even only once perhaps always sometimes usually mostly nearly about around over under again soon "
-    "later early before after since while though yet else thus hence likely surely clearly simply "
-    "fairly partly mainly truly kindly gladly sadly oddly rarely seldom twice anyway meanwhile"
+    "well often quite maybe really just also then there here some many such very rather indeed "
+    "still even only once perhaps always sometimes usually mostly nearly about around over under "
+    "again soon later early before after since while though yet else thus hence likely surely "
+    "clearly simply fairly partly mainly truly kindly gladly sadly oddly rarely seldom twice anyway "
+    "meanwhile"
 )
 CUES = ("thanks", "regards")
 
@@ -1293,8 +1315,9 @@ FIXED_DATE = "{%- macro strftime_now(form) -%}26 July 2024{%- endmacro -%}"  # n
 
 
 def load_tokenizer(name: str):
-    """A fast tokenizer, checked to be one that can serve here; of several chat templates the default
-    one, which prints a fixed date, or rewards would change from day to day. Raises UserError."""
+    """A fast tokenizer, checked to be one that can serve here; of several chat templates the
+    default one, which prints a fixed date, or rewards would change from day to day. Raises
+    UserError."""
     from transformers import AutoTokenizer
 
     problem = "" if Path(name).is_dir() else hub_problem() or "no such local directory or hub id"
@@ -1353,6 +1376,8 @@ def match_words(wanted: list[str], there: list[str]) -> np.ndarray:
     place[:head] = np.arange(head)
     place[len(wanted) - tail :] = np.arange(len(there) - tail, len(there))
     middle = wanted[head : len(wanted) - tail], there[head : len(there) - tail]
+    if len(middle[0]) * len(middle[1]) > 10**7:  # minutes, for texts that have little in common
+        return place
     for a, b, size in difflib.SequenceMatcher(None, *middle, autojunk=False).get_matching_blocks():
         place[head + a : head + a + size] = np.arange(head + b, head + b + size)
     return place
@@ -1364,7 +1389,7 @@ class Formatter:
     It is exactly tokenizer.apply_chat_template(messages, tokenize=False), as TRL and RewardBench
     score; without a chat template the plain form "System: ...\\n\\nUser: ...\\n\\nAssistant: ..."
     and the end token (behind the begin token, where the tokenizer writes one). It is tokenised with
-    add_special_tokens=False. Raises UserError for a tokenizer with neither template nor end token."""
+    add_special_tokens=False. Raises UserError for a tokenizer with neither of the two."""
 
     def __init__(self, tokenizer, counts: Counter | None = None):
         self.tokenizer, self.markup_of = tokenizer, {}
@@ -1380,7 +1405,10 @@ class Formatter:
         )
         self.bos = bos if writes_bos else ""
         probes = "user assistant user assistant", "system user assistant", "user system assistant"
-        self.probes = [self.markup(tuple(roles.split())) for roles in probes]
+        markup = [self.markup(tuple(roles.split())) for roles in probes]
+        self.probes = [[piece or "" for piece in pieces] for pieces in markup]
+        if self.markup(("user", "assistant"))[1] is None:
+            raise UserError(f"{tokenizer.name_or_path}: its chat template leaves the answers out")
         self.tags = self.reasoning_tags()
         self.control = any_of(self.control_strings() - self.tags)
 
@@ -1398,19 +1426,23 @@ class Formatter:
             name = self.tokenizer.name_or_path
             raise UserError(f"{name}: its chat template refuses {what}") from None
 
-    def markup(self, roles: tuple[str, ...]) -> list[str]:
-        """The literal text before, between and after contents of these roles, of which the last is
-        the assistant: len(roles) + 1 pieces. All are empty where the template refuses the roles, or
-        leaves contents out, repeats or moves them."""
+    def markup(self, roles: tuple[str, ...]) -> list[str | None]:
+        """The literal text before each content of these roles, None before one that the template
+        leaves out (or refuses), and the text after the last, which is the assistant's: len(roles)
+        + 1 pieces. All are "" where the template repeats or moves contents."""
         if roles not in self.markup_of:
             marks = [f"\ue000{i}\ue001" for i in range(len(roles))]  # characters no template has
             text = ""
             with suppress(UserError):
                 prompt = [{"role": r, "content": m} for r, m in zip(roles[:-1], marks)]
                 text = self(prompt, marks[-1])
-            is_whole = re.findall("\ue000\\d+\ue001", text) == marks
-            pieces = re.split("\ue000\\d+\ue001", text)
-            self.markup_of[roles] = pieces if is_whole else [""] * (len(roles) + 1)
+            kept = [mark for mark in marks if mark in text]
+            pieces = iter(re.split("\ue000\\d+\ue001", text))
+            if re.findall("\ue000\\d+\ue001", text) == kept:
+                before = [next(pieces) if mark in kept else None for mark in marks]
+                self.markup_of[roles] = [*before, next(pieces)]
+            else:
+                self.markup_of[roles] = [""] * (len(roles) + 1)
         return self.markup_of[roles]
 
     def reasoning_tags(self) -> set[str]:
@@ -1450,8 +1482,8 @@ class Formatter:
         return text
 
     def heads(self, roles: tuple[str, ...]) -> list[str]:
-        """markup, each piece up to a reasoning tag: of an empty think block, as it may be filled."""
-        return [any_of(self.tags).split(piece)[0] for piece in self.markup(roles)]
+        """markup, each piece up to a reasoning tag: an empty think block may yet be filled."""
+        return [any_of(self.tags).split(piece or "")[0] for piece in self.markup(roles)]
 
     def place(self, text: str, prompt: list[dict], response: str) -> tuple[list[np.ndarray], int]:
         """Where the words of each content stand in the string that __call__ made of them: for each
@@ -1460,17 +1492,22 @@ class Formatter:
         roles = (*(m["role"] for m in prompt), "assistant")
         pieces, heads = self.markup(roles), self.heads(roles)
         placed, start, end = [], 0, 0
-        for content, piece, head, after in zip(contents, pieces, heads, heads[1:]):
+        for k, (content, piece, head) in enumerate(zip(contents, pieces, heads)):
+            words = words_of(content)
+            if piece is None:
+                placed.append(np.full_like(words, -1))
+                continue
+            after = next(h for h, p in zip(heads[k + 1 :], pieces[k + 1 :]) if p is not None)
             before = piece if text.startswith(piece, end) else head
-            start = end + len(os.path.commonprefix([before, text[end:]]))
+            start = end + len(os.path.commonprefix([before, text[end : end + len(before)]]))
             core = content.strip()
             stop = text.find(after, start) if after.strip() else len(text)
             stop = len(text) if stop < 0 else stop
             at = text.find(core, start, stop)
             if at >= 0:  # as it is, or stripped, as some templates do
-                spans = words_of(content) + (at - content.find(core))
+                spans = words + (at - content.find(core))
             else:  # rewritten: word by word
-                words, there = words_of(content), words_of(text[start:stop]) + start
+                there = words_of(text[start:stop]) + start
                 texts = [[t[a:b] for a, b in w] for t, w in ((content, words), (text, there))]
                 match = match_words(*texts)
                 spans = np.full_like(words, -1)
@@ -1489,7 +1526,7 @@ class Formatter:
         tail = self.probes[0][-1]
         for close in (tail, tail.strip(), self.eos):
             cut = [y.removesuffix(close) for y in responses]
-            is_close = self.control.search(close) and all(y.endswith(close) for y in responses)
+            is_close = re.search(r"\w", close) and all(y.endswith(close) for y in responses)
             if is_close and not any(map(self.control.search, cut)):
                 return inner or prompt, cut
         return inner or prompt, responses
@@ -1506,11 +1543,12 @@ class Formatter:
             openers = {heads[0], heads[0].removeprefix(self.bos)}
             if roles[0] == "user":  # not behind a system turn that the template adds
                 openers.add(again[len(os.path.commonprefix([again, tail])) :])
-            rest = "(.*?)".join(map(re.escape, ["", *heads[1:-1], heads[-1].rstrip()]))
-            for opener in openers:
-                match = re.fullmatch(re.escape(opener.lstrip()) + rest, text.strip(), re.DOTALL)
-                if match and not any(map(self.control.search, match.groups())):
-                    return [{"role": r, "content": c} for r, c in zip(roles, match.groups())]
+            opening = any_of({opener.lstrip() for opener in openers}).pattern
+            closing = any_of({heads[-1].rstrip(), self.markup(roles)[-2].rstrip()}).pattern
+            between = "(.*?)".join(map(re.escape, ["", *heads[1:-1], ""]))
+            match = re.fullmatch(f"(?:{opening}){between}(?:{closing})", text.strip(), re.DOTALL)
+            if match and not any(map(self.control.search, match.groups())):
+                return [{"role": r, "content": c} for r, c in zip(roles, match.groups())]
         return None
 
 
@@ -1688,6 +1726,8 @@ class Encoder:
             inside.append(int((np.append(offsets[:, 1], np.inf) > start).argmax()))
             if missing := int((spans[:, 0] < 0).sum()):
                 self.counts["words that the chat template leaves out"] += missing
+        if fitted.texts[0] == fitted.texts[1]:
+            self.counts["scored alike, as the chat template writes them"] += 1
         (ids_c, _), (ids_r, _) = fitted.tokens
         shared = min(inside)  # tokens before the first that reaches into a response
         nx = int(np.append(ids_c[:shared] != ids_r[:shared], True).argmax())  # common token prefix
