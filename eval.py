@@ -95,10 +95,8 @@ class Judge:
         refused = len(pairs) - len(examples)
         if refused:
             raise UserError(f"{self.name}: its chat template refuses the roles of {refused} pairs")
-        model, device = self.model, self.device
-        verdict = idistill.teacher_verdicts(
-            model, examples, batch_size, device, self.amp, self.label
-        )
+        how = (batch_size, self.device, self.amp, self.label)
+        verdict = idistill.teacher_verdicts(self.model, examples, *how)
         self.check(verdict)
         return np.stack([verdict / 2, -verdict / 2], 1)
 
@@ -114,12 +112,14 @@ class Judge:
         prompt; where it has several turns, each is named by its role."""
         tokenizer, clean = self.encoder.tokenizer, self.encoder.formatter.clean
         for item in bar(items, "encoding"):
-            question = clean(item.prompt[0]["content"])
-            if len(item.prompt) > 1:
-                turns = [f"{m['role'].capitalize()}: {clean(m['content'])}" for m in item.prompt]
-                question = "\n\n".join(turns)
+            turns = [clean(m["content"]) for m in item.prompt]
+            if len(turns) > 1:
+                turns = [f"{m['role'].capitalize()}: {t}" for m, t in zip(item.prompt, turns)]
             answers = [clean(y) for y in responses(item)]
-            fitted = self.cut_question(question, max(answers, key=lambda y: len(tokenizer(y)[0])))
+            question = "\n\n".join(turns)
+            fitted = self.cut_question(
+                question, max(answers, key=lambda y: len(tokenizer.tokenize(y)))
+            )
             self.encoder.counts["dropped"] += fitted is None
             self.encoder.counts["truncated"] += fitted not in (None, question)
             rows = [] if fitted is None else [tokenizer(fitted, y)["input_ids"] for y in answers]
@@ -504,10 +504,11 @@ def draw(axis, series: dict[str, tuple], names: list[str] | None = None, **setti
     for k, (label, (x, y, ends)) in enumerate(series.items()):
         place = np.array(x, dtype=float) + step * (k - (len(series) - 1) / 2)
         y = np.array(y, dtype=float)
-        ends = [[np.nan] * 2 if e is None else e for e in ends or [None] * len(y)]
-        low, high = np.array(ends, dtype=float).reshape(-1, 2).T
+        known = [None] * len(y) if ends is None else ends
+        known = [(np.nan, np.nan) if e is None else e for e in known]
+        low, high = np.array(known, dtype=float).reshape(-1, 2).T
         errors = np.abs([y - low, high - y])
-        style = {"color": COLOURS[k % 6], "marker": MARKERS[k % 6], "label": label}
+        style = dict(color=COLOURS[k % 6], marker=MARKERS[k % 6], label=label, clip_on=False)
         if names:
             axis.errorbar(y, place, xerr=errors, linestyle="none", markersize=5, **style)
         else:
@@ -524,7 +525,7 @@ def draw(axis, series: dict[str, tuple], names: list[str] | None = None, **setti
 def label_axes(axis, title: str = "", **settings) -> None:
     """Title and labels; a long title is broken into lines that fit above its axes."""
     inches = axis.get_position().width * axis.figure.get_figwidth()
-    axis.set(title=textwrap.fill(title, max(16, int(14 * inches))), **settings)
+    axis.set(title=textwrap.fill(title, max(20, int(16 * inches))), **settings)
 
 
 def save_figure(figure, path: str) -> None:
@@ -533,7 +534,7 @@ def save_figure(figure, path: str) -> None:
     for axis in figure.axes:
         entries |= dict(zip(*reversed(axis.get_legend_handles_labels())))
     if entries:
-        fitting = int(13 * figure.get_figwidth() / (max(map(len, entries)) + 8))
+        fitting = int(16 * figure.get_figwidth() / (max(map(len, entries)) + 6))
         columns = max(1, min(fitting, len(entries)))
         place = {"loc": "outside lower center", "ncols": columns, "frameon": False}
         figure.legend(entries.values(), entries.keys(), **place)
@@ -547,7 +548,8 @@ def save_figure(figure, path: str) -> None:
 def accuracy(args) -> None:
     """Accuracy with 95 % intervals, by subset, beside what length alone and a constant reach.
 
-    Pairs of a benchmark, converted by data_prep.py, have its own numbers too, in a table of their own."""
+    Pairs of a benchmark, converted by data_prep.py, have its own numbers too, in a further table.
+    """
     files, result, dump = read_files(args), {}, []
     rewards = {file: [] for file in files}
     for file, pairs in files.items():
@@ -824,11 +826,9 @@ def check_simulated_map(judge: Judge) -> None:
     """Raises UserError where queries and keys alone do not give a model's attention, tried on four
     tokens: then there is no simulated map."""
     ids, layers = torch.tensor([[5, 6, 7, 8]], device=judge.device), range(judge.layer_count)
-    with torch.no_grad():
-        told = idistill.attempt(idistill.maps_agree, judge.model, ids, layers)
-    is_capped = getattr(judge.model.config.get_text_config(), "attn_logit_softcapping", None)
+    told = idistill.attempt(idistill.readable_maps, judge.model, ids, layers, True)
     is_exact = judge.model.dtype == torch.float32  # bf16 rounds too much to tell
-    if is_capped or (told is not True and is_exact):
+    if is_exact and told != "tap":
         raise UserError(
             f"{judge.name}: queries and keys alone do not give its attention (capped logits, a "
             "sink or a position bias), so there is no simulated map"
@@ -914,6 +914,7 @@ def print_attention(file: str, label: str, r: dict) -> None:
 def plot_attention(result: dict, args) -> None:
     """For each file accuracy under masking from either side, and attention in pairs ranked right
     and wrong; the models have one legend, neighbours one scale."""
+    what = {"response": "response", "all": "prompt and response"}[args.span]
     figure, axes = canvas(2 * len(result), 2, height=2.7, sharey="row")
     for above, below, (file, models) in zip(axes[::2], axes[1::2], result.items()):
         curves = {}
@@ -925,13 +926,13 @@ def plot_attention(result: dict, args) -> None:
                 curves[side][args.names[name]] = x, c["mean"], c["interval"]
         for axis, side, masked in zip(above, ("start", "end"), ("first", "last")):
             axis.axhline(0.5, color="grey", linewidth=0.8)
-            title, label = f"{file}: the {masked} part is masked", "% of the response masked"
+            title, label = f"{file}: the {masked} part is masked", f"% masked of the {what}"
             draw(axis, curves[f"masked_from_{side}"], title=title, xlabel=label)
         for axis, side in zip(below, ("right", "wrong")):
             axis.axhline(1, color="grey", linewidth=0.8)
-            counts = ", ".join(str(r[f"density_{side}"]["pairs"]) for r in models.values())
-            title = f"pairs ranked {side} ({counts})"
-            draw(axis, curves[f"density_{side}"], title=title, xlabel="stage of the response")
+            counts = [f"{args.names[m]} {r[f'density_{side}']['pairs']}" for m, r in models.items()]
+            title = f"pairs ranked {side} ({', '.join(counts)})"
+            draw(axis, curves[f"density_{side}"], title=title, xlabel=f"stage of the {what}")
         above[0].set(ylabel="pair accuracy", ylim=(None, 1))
         below[0].set(ylabel="attention density (1: even)", ylim=(0, None))
     save_figure(figure, args.plot)
@@ -956,9 +957,8 @@ def show(args) -> None:
     teacher = open_teacher(args.teacher, args) if args.teacher else None
     pages, teacher_page = [], None
     for name in args.models:
-        page, teacher_page = read_pair(
-            open_judge(name, args, decoder=True), teacher, found[0], args
-        )
+        judge = open_judge(name, args, decoder=True)
+        page, teacher_page = read_pair(judge, teacher, found[0], args)
         pages.append(page)
         print_page(page)
     if teacher:
@@ -984,22 +984,19 @@ def occlusion(judge: Judge, pair: Pair, batch_size: int = 32):
         of (r_c, r_r): the reward without the word minus the reward with it.
     """
     pair = fitted_pair(judge, pair)
-    turns = [m["content"] for m in pair.prompt]
+    contents = [*(m["content"] for m in pair.prompt), pair.chosen, pair.rejected]
     words, segments, variants = [], [], [pair]
-    for k, text in enumerate([*turns, pair.chosen, pair.rejected]):
+    for k, text in enumerate(contents):
         for start, end in data_prep.words_of(text):
-            rest = without_span(text, start, end)
-            if k < len(turns):
-                prompt = [
-                    *pair.prompt[:k],
-                    {**pair.prompt[k], "content": rest},
-                    *pair.prompt[k + 1 :],
-                ]
-                variants.append(replace(pair, prompt=prompt))
-            else:
-                variants.append(replace(pair, **{("chosen", "rejected")[k - len(turns)]: rest}))
+            *turns, chosen, rejected = [
+                *contents[:k],
+                without_span(text, start, end),
+                *contents[k + 1 :],
+            ]
+            prompt = [{**m, "content": turn} for m, turn in zip(pair.prompt, turns)]
+            variants.append(replace(pair, prompt=prompt, chosen=chosen, rejected=rejected))
             words.append(text[start:end])
-            segments.append(max(0, k - len(turns) + 1))
+            segments.append(max(0, k + 3 - len(contents)))
     rewards, _ = judge.score(variants, batch_size)
     return words, np.array(segments), rewards[1:] - rewards[0]
 
@@ -1133,7 +1130,7 @@ def plot_show(pages: list[dict], path: str) -> None:
         label_axes(above, title=f"{page['name']} prefers {verdict} ({margin:+.1f})")
         adds = 100 * added_to_margin(page)
         colours = np.where(adds > 0, COLOURS[0], COLOURS[1])
-        below.bar(range(len(adds)), adds, color=colours, edgecolor="black", linewidth=0.4)
+        below.bar(range(len(adds)), adds, color=colours)
         below.axhline(0, color="black", linewidth=0.6)
         for edge in np.flatnonzero(np.diff(segments)) + 0.5:
             above.axhline(edge, color="black", linewidth=0.6)
@@ -1148,7 +1145,7 @@ def plot_show(pages: list[dict], path: str) -> None:
     centres = [np.flatnonzero(segments == s).mean() for s in sides]
     axes[0, 0].set_yticks(centres, sides.values(), rotation=90, va="center")
     axes[0, 0].set_ylabel("attending word")
-    axes[1, 0].set_ylabel("adds to the margin\n(% of all words)")
+    axes[1, 0].set_ylabel("speaks for chosen\n(up) or rejected, %")
     label = "attention to a word,\nshare of its row in the block"
     figure.colorbar(image, ax=axes[0].tolist(), pad=0.01, aspect=14, label=label)
     save_figure(figure, path)
@@ -1158,7 +1155,7 @@ def telling_words(pages: list[dict], most: int) -> list[int]:
     """The places of the words that attention or occlusion single out in some page, with room for
     each label; all words where there are few."""
     W = max(len(page["words"]) for page in pages)
-    if W <= most:
+    if most >= W:
         return list(range(W))
     weight = np.zeros(W)
     for values in (
@@ -1182,10 +1179,9 @@ def write_html(pages: list[dict], path: str) -> None:
         segments = np.array(page["segments"])
         view = {k: page[k] for k in ("name", "model", "words", "segments", "rewards", "map")}
         view["left out"] = added_to_margin(page).tolist()
-        if page["attention"]:  # of the prompt the mean of what both scoring positions pay
-            weight = np.array([(segments == 1) + (segments == 0) / 2, (segments != 1) / 1.0])
-            weight[1][segments == 0] = 0.5
-            view["attention"] = (weight * page["attention"]).sum(0).tolist()
+        if page["attention"]:  # of a word of the prompt: the mean over both scoring positions
+            shares = np.array(page["attention"])
+            view["attention"] = np.where(segments, shares.max(0), shares.mean(0)).tolist()
         views.append(view)
     with written(path) as f:
         f.write(HTML.replace("PAGES", json.dumps(views).replace("<", "\\u003c")))
@@ -1258,7 +1254,7 @@ for (const page of pages) {
       e.onclick = () => { mode = "map"; picked = i; show() } }) })
   add(root, "b", `Map of ${page.name}`)
   const canvas = add(root, "canvas"), g = canvas.getContext("2d")
-  const size = Math.max(4, Math.round(560 / W)), edge = 24
+  const size = Math.max(4, Math.round(560 / W)), edge = 64
   canvas.width = canvas.height = edge + W * size
   add(root, "p").innerHTML = ramp(grey, "map", "of the attention that a word (row) pays to " +
     "another (column), on a square-root scale. Prompt and own response make up 100 %, and so " +
@@ -1271,14 +1267,15 @@ for (const page of pages) {
     g.font = "18px sans-serif"
     g.lineWidth = 2
     g.fillStyle = g.strokeStyle = "#06c"
-    sides.forEach((side, s) => {
-      const at = edge + size * page.segments.indexOf(s)
-      if (at < edge) return
-      g.fillText(side, at + 2, 18)
+    sides.forEach((side, s) => {  // a line before each segment, its name along it
+      const words = page.segments.filter(t => t == s).length * size
+      const at = edge + size * page.segments.indexOf(s), room = g.measureText(side).width
+      if (!words) return
+      const start = words > room ? at + (words - room) / 2 : at + words - room
+      g.fillText(side, start, edge - 8)
       g.save()
-      g.translate(18, at + 2 + g.measureText(side).width)
       g.rotate(-Math.PI / 2)
-      g.fillText(side, 0, 0)
+      g.fillText(side, -start - room, edge - 8)
       g.restore()
       g.strokeRect(edge, at, W * size, 0)
       g.strokeRect(at, edge, 0, W * size) })
@@ -1338,7 +1335,7 @@ EDITS = {
 
 def edited(text: str, edit: dict[str, str]) -> str:
     """The text after every KIND: text of an edit, in order."""
-    text = text.strip()
+    text = text.rstrip()  # a first line of code keeps its indentation
     for kind, value in edit.items():
         text = APPLY[kind](text, value)
     return text
@@ -1581,16 +1578,15 @@ def print_bestofn(file: str, items: list, models: dict, names: dict[str, str]) -
         if m["prompts"]:
             keys = ("proxy_gain", "gold_gain", "gain_difference")
             gain = [shown(m[key], form="+.2f") for key in keys]
-            gap = f"gap {shown(m['gap'], m['gap_interval'])} below the best gold, at n = {m['best_n']}"
+            gap = f"{shown(m['gap'], m['gap_interval'])} below the best gold, at n = {m['best_n']}"
             says = "proxy gain {}, gold gain {}, difference {}".format(*gain)
-            print(f"{names[name]}: {gap}; {says}")
+            print(f"{names[name]}: gap {gap}; {says}")
     scores = {names[name]: m["rewardbench-2"] for name, m in models.items() if "rewardbench-2" in m}
     if scores:
         print("\nrewardbench-2 in its own terms")
         subsets = next(iter(scores.values()))
-        print_rows(
-            ["%", *scores], [[k, *(percent(s[k]) for s in scores.values())] for k in subsets]
-        )
+        rows = [[k, *(percent(s[k]) for s in scores.values())] for k in subsets]
+        print_rows(["%", *scores], rows)
 
 
 def plot_bestofn(result: dict, args) -> None:
@@ -1606,7 +1602,7 @@ def plot_bestofn(result: dict, args) -> None:
                 series[args.names[name]] = kl, gold, np.array(m["gold_interval"]).T[columns]
         if series:  # none where no prompt could be scored
             series["oracle"] = kl, oracle, None
-            series["random choice"] = kl, [m["random"]] * len(kl), None
+            axis.axhline(m["random"], color="grey", linewidth=0.8, label="random choice")
         labels = {"xlabel": "KL of the best of n, nats", "ylabel": "gold score, 95 % interval"}
         draw(axis, series, title=file, **labels)
     save_figure(figure, args.plot)
@@ -1645,8 +1641,8 @@ def stability(args) -> None:
         print(f"{args.names[name]}: {said}")
     print(
         "\n(NLL, Brier, ECE of sigma(margin); T: the temperature that would minimise the NLL;\n"
-        " rank correlation: Spearman, mean over the other runs, of all rewards and of the margins,\n"
-        " which do not see a shift between prompts)"
+        " rank correlation: Spearman, mean over the other runs, of all rewards and of the\n"
+        " margins, which do not see a shift between prompts)"
     )
     if args.plot:
         plot_stability(result, drifts, args)
@@ -1711,10 +1707,10 @@ def calibration(margins: np.ndarray, bins: int = 15) -> dict:
     for inside in (index == b for b in np.unique(index)):
         means = {"confidence": confidence[inside].mean(), "right": right[inside].mean()}
         filled.append({"pairs": int(inside.sum()), **{k: float(v) for k, v in means.items()}})
-    wrong = 1 / (1 + np.exp(np.minimum(m, 700)))  # 700: exp stays finite
+    odds = np.exp(np.minimum(m, 700))  # 700: exp stays finite
     return {
         "nll": float(np.logaddexp(0, -m).mean()),
-        "brier": float((wrong**2).mean()),
+        "brier": float((1 / (1 + odds) ** 2).mean()),
         "ece": sum(b["pairs"] * abs(b["confidence"] - b["right"]) for b in filled) / len(m),
         "temperature": T,
         "nll_at_temperature": float(np.logaddexp(0, -m / T).mean()) if T else None,
@@ -1750,11 +1746,8 @@ def plot_stability(result: dict, drifts: dict, args) -> None:
         series = {}
         for name, m in r["models"].items():
             bins = m.get("calibration", {}).get("bins", [])
-            series[args.names[name]] = (
-                [b["confidence"] for b in bins],
-                [b["right"] for b in bins],
-                None,
-            )
+            points = [(b["confidence"], b["right"]) for b in bins]
+            series[args.names[name]] = *np.array(points).reshape(-1, 2).T, None
         axis.plot([0.5, 1], [0.5, 1], color="grey", linewidth=0.8, label="calibrated")
         labels = {"xlabel": "confidence, sigma(|margin|)", "ylabel": "share ranked right"}
         draw(axis, series, title=file, ylim=(0, 1), **labels)
@@ -1775,12 +1768,8 @@ def flag_groups() -> tuple[Parser, Parser, Parser]:
     """Flags of all verbs, of those that score whole responses, of the two that read attention."""
     common, scoring, maps = (Parser(add_help=False) for _ in range(3))
     add = common.add_argument
-    add(
-        "models",
-        nargs="+",
-        metavar="MODEL",
-        help="reward model (or RUN/teacher): local directory or hub id",
-    )
+    text = "reward model (or RUN/teacher): local directory or hub id"
+    add("models", nargs="+", metavar="MODEL", help=text)
     text = "pairs (bestofn: candidates), in any form that data_prep.py reads"
     add("--data", nargs="+", default=[], metavar="FILE", help=text)
     text = "what tables and pictures call the models (default: BT, ID ... by a run's config.json)"
@@ -1880,22 +1869,23 @@ def check_args(ap: Parser, args: argparse.Namespace) -> None:
 
 
 def check_outputs(args) -> None:
-    """Before the long work: what is to be written can be, none of it is an input or named twice, and
-    pictures can be drawn. Raises UserError."""
-    edits = [args.edits] if getattr(args, "edits", None) else []
-    inputs = {"data": [file for file in args.data if Path(file).exists()], "edits": edits}
-    taken = {Path(p).resolve(): f"read as --{flag}" for flag in inputs for p in inputs[flag]}
+    """Before the long work: what is to be written can be, and is no input, nor named twice; pictures
+    can be drawn. Raises UserError."""
+    taken = {Path(file).resolve(): "read as --data" for file in args.data}
+    if getattr(args, "edits", None):
+        taken[Path(args.edits).resolve()] = "read as --edits"
     for flag in WRITTEN:
         path = getattr(args, flag, None)
         if not path:
             continue
+        aside = Path(f"{path}.tmp")
         try:
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            aside.parent.mkdir(parents=True, exist_ok=True)
             if Path(path).is_dir():
                 raise OSError(0, "is a directory")
-            with written(f"{path}.tried"):
-                pass
-            Path(f"{path}.tried").unlink()
+            if not aside.exists():
+                aside.touch()
+                aside.unlink()
         except OSError as why:
             raise UserError(f"--{flag} {path}: cannot be written ({why.strerror})") from None
         if Path(path).resolve() in taken:
