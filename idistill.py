@@ -668,54 +668,31 @@ class Config:
     lambda_inter: float = flag(1.0, "weight of the inter-sequence alignment loss")
     lambda_score: float = flag(0.0, "weight of MarginMSE against the verdict (arXiv 2010.02666)")
     align_loss: str = flag("kl", "kl, or mse as in VIRT (arXiv 2112.04195)", ALIGN_LOSSES)
-    align_layers: str = flag(
-        "last",
-        "student:teacher layers: last, middle, all, or 12:3,5:2 (from 0; from the end: "
-        "--align-layers=-1:-1)",
-    )
-    align_target: str = flag(
-        "teacher",
-        "controls: uniform = every word alike, shuffled = the teacher's rows permuted in each "
-        "segment, column = each row replaced by the mean row of its block",
-        ALIGN_TARGETS,
-    )
-    align_support: str = flag(
-        "full", "causal = compare only where the student attends", ["full", "causal"]
-    )
+    align_layers: str = flag("last", "last, middle, all, or student:teacher pairs as 12:3,-1:-1")
+    align_target: str = flag("teacher", "the map to match; the others are controls", ALIGN_TARGETS)
+    align_support: str = flag("full", "causal = only where the student attends", ["full", "causal"])
     teacher_epochs: float = flag(1.0, "passes of the teacher over the data; 0 = use it as it is")
     encoding: str = flag(
         "packed",
-        "packed = one tree-masked row a pair; siamese = two causal rows (any decoder; from about "
-        "2,000 tokens the faster one)",
+        "siamese = two causal rows a pair: for any decoder, and faster from about 2,000 tokens",
         ["packed", "siamese"],
     )
     max_length: int = flag(1024, "longest prompt + response, in student tokens", low=1)
     overlong: str = flag(
         "truncate",
-        "pairs over --max-length: truncate cuts the oldest of the prompt, never a response (a "
-        "pair that still does not fit is dropped)",
+        "longer pairs: truncate cuts the oldest of the prompt, never a response",
         ["truncate", "drop", "error"],
     )
     # baselines
-    preference_loss: str = flag(
-        "bt",
-        "smooth = label smoothing, soft = only where strength < 0 (arXiv 2401.06080), "
-        "robust = unbiased under random flips (arXiv 2403.00409)",
-        PREFERENCE_LOSSES,
-    )
-    flip_rate: float = flag(
-        0.1, "share of wrong labels that smooth, soft, robust reckon with", high=0.49
-    )
+    preference_loss: str = flag("bt", "BT, or a variant for wrong labels", PREFERENCE_LOSSES)
+    flip_rate: float = flag(0.1, "share of wrong labels that the variants reckon with", high=0.49)
     margin_field: str = flag(
         "none",
-        "field of a pair by which r_c is to exceed r_r: margin (arXiv 2307.09288) or strength "
-        "(arXiv 2401.06080)",
+        "by which r_c is to exceed r_r: margin (arXiv 2307.09288) or strength (arXiv 2401.06080)",
         ["none", "margin", "strength"],
     )
     flip_negative_strength: bool = flag(False, "exchange responses of pairs with strength < 0")
-    label_noise: float = flag(
-        0.0, "share of training labels flipped on purpose; held-out pairs stay", high=1
-    )
+    label_noise: float = flag(0.0, "share of training labels flipped on purpose", high=1)
     center_rewards: float = flag(0.0, "weight of (r_c + r_r)^2 (arXiv 2312.09244)")
     # optimiser
     epochs: float = flag(1.0, "passes of the student over the training pairs")
@@ -736,11 +713,7 @@ class Config:
     # system
     seed: int = flag(0, "seed of every random stream")
     seeds: int = flag(1, "demo only: repeat with this many seeds", low=1)
-    dtype: str = flag(
-        "auto",
-        "autocast type, weights stay fp32; auto = bf16 where it is faster",
-        ["auto", "fp32", "bf16"],
-    )
+    dtype: str = flag("auto", "autocast; auto = bf16 where faster", ["auto", "fp32", "bf16"])
     device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps ...")
     gradient_checkpointing: bool = flag(False, "recompute activations in backward (less memory)")
     fsdp: bool = flag(False, "under torchrun: shard weights, gradients and optimizer (FSDP2)")
