@@ -365,6 +365,8 @@ class InteractionTeacher(nn.Module):
         maps = []
         if layers and self.eager:
             out = self.stock(**inputs, output_attentions=True)
+            if not out.attentions:  # BigBird turns to full attention in its first short batch
+                out = self.stock(**inputs, output_attentions=True)
             maps = [out.attentions[layer].float().mean(dim=1) for layer in layers]
         else:
             tap = AttentionTap(self.stock, layers) if layers else nullcontext()
@@ -1108,7 +1110,7 @@ def positions_of(model, name: str = "", max_length: int = 0) -> int:
     for part, table in model.named_modules():
         if part.endswith("position_embeddings") and getattr(table, "padding_idx", None) is not None:
             # RoBERTa's kin count positions from pad + 1
-            positions = min(positions, table.num_embeddings - table.padding_idx - 1)
+            positions = min(positions, len(table.weight) - table.padding_idx - 1)
     if max_length > positions:
         advice = f"over the model's {positions} positions; use --max-length {positions}"
         raise UserError(f"{name}: --max-length {max_length} is {advice}")
@@ -1168,12 +1170,14 @@ def load_student(name: str, seed: int = 0, max_length: int = 0):
         for key, value in part.to_dict().items():
             if ("drop" in key or "jitter" in key) and isinstance(value, float):
                 setattr(part, key, 0.0)  # noise in r would be noise in the margin
+                if "jitter" in key and value:
+                    print(f"{name}: its router draws no noise here ({key} 0, was {value})")
     torch.manual_seed(seed)  # before the load: a missing head is drawn in it
     options = dict(config=config, dtype=torch.float32, output_loading_info=True)
     model, info = load(transformers.AutoModelForSequenceClassification, name, **options)
     if not hasattr(model, "score"):
-        what = f"{type(model).__name__} is no decoder reward model"
-        raise UserError(f"{name}: {what} (an encoder serves as --teacher)")
+        what = f"{type(model).__name__} has no linear head called score, as decoders have"
+        raise UserError(f"{name}: {what}; take another decoder (an encoder can be a --teacher)")
     refuse_missing(name, model, [k for k in info["missing_keys"] if not k.startswith("score")])
     if info["missing_keys"]:
         for key in filter(HEADS.search, info["unexpected_keys"]):
@@ -1227,16 +1231,22 @@ def attempt(function, *args, **kwargs):
 
 def agree(a, b, tolerance: float = 1e-3) -> bool:
     """Whether two attempts gave the same finite numbers."""
-    if isinstance(a, str) or isinstance(b, str) or not torch.isfinite(a).all():
+    if isinstance(a, str) or isinstance(b, str) or a.shape != b.shape:
         return False
-    return torch.allclose(a, b.to(a).expand_as(a), atol=tolerance, rtol=tolerance)
+    return bool(a.isfinite().all()) and torch.allclose(a, b, atol=tolerance, rtol=tolerance)
+
+
+def cache_off(model) -> dict:
+    """Decoders keep no cache here; encoders do not know the word."""
+    return {"use_cache": False} if hasattr(model.config, "use_cache") else {}
 
 
 @torch.no_grad()
 def sees_ahead(model, ids: Tensor) -> bool:
     """Whether an early token's hidden state changes with the last token (1, n)."""
     other = torch.cat([ids[:, :-1], ids[:, :1]], dim=1)
-    states = [model.base_model(i).last_hidden_state[0, 0] for i in (ids, other)]
+    states = [model.base_model(i, **cache_off(model)).last_hidden_state for i in (ids, other)]
+    states = [state[0, 0] for state in states]
     if not torch.stack(states).isfinite().all():
         raise ValueError("its hidden states are not finite; the weights are damaged")
     return not agree(*states, 1e-4)
@@ -1250,28 +1260,31 @@ def readable_maps(model, ids: Tensor, layers, is_causal: bool) -> str:
     not with a position bias (T5, DeBERTa), a sink or capped logits). "eager": by output_attentions,
     whose rows are probabilities.
     """
-    n, there, before = ids.shape[1], torch.ones_like(ids), model.config._attn_implementation
+    n, before = ids.shape[1], model.config._attn_implementation
+    inputs = dict(input_ids=ids, attention_mask=torch.ones_like(ids), **cache_off(model))
     causal = torch.ones(1, 1, n, n, dtype=torch.bool, device=ids.device).tril()
-    plain = model.base_model(ids, attention_mask=there).last_hidden_state
-    hidden, tapped = "", {}
+    plain = model.base_model(**inputs).last_hidden_state
+    tapped, hidden = {}, ""
     with suppress(UserError, ValueError):
         with AttentionTap(model, layers) as tap:
-            hidden = model.base_model(ids, attention_mask=there).last_hidden_state
-        tapped = tap.kept
+            under_tap = model.base_model(**inputs).last_hidden_state
+        tapped, hidden = tap.kept, under_tap
     model.set_attn_implementation("eager")
-    out = attempt(model.base_model, ids, attention_mask=there, output_attentions=True)
+    out = attempt(model.base_model, **inputs, output_attentions=True)
     model.set_attn_implementation(before)
     eager = [A.float() for A in getattr(out, "attentions", None) or () if A is not None]
-    eager = [A for A in eager if A.shape[2:] == (n, n) and agree(A.sum(-1), torch.ones(n))]
-    has_all = len(eager) > max(layers)  # some hybrids show none: the hidden state must do
     is_told = agree(hidden, plain) and not getattr(model.config, "attn_logit_softcapping", None)
-    for layer in layers if is_told and has_all else ():
-        query, key, scale, mask = tapped[layer]
-        visible = causal if is_causal else InteractionTeacher.visible(there, mask)
-        is_told &= agree(attention_probabilities(query, key, scale, visible), eager[layer])
+    for query, key, scale, mask in tapped.values() if is_told and eager else ():
+        visible = (
+            causal if is_causal else InteractionTeacher.visible(inputs["attention_mask"], mask)
+        )
+        A = attention_probabilities(query, key, scale, visible)
+        is_told &= any(agree(A, shown) for shown in eager)  # hybrids show maps of some layers only
     if is_told:
         return "tap"
-    return "eager" if has_all else ""
+    rows = [A.sum(-1) for A in eager if A.shape[2:] == (n, n)]
+    is_complete = len(rows) == len(eager) > max(layers)
+    return "eager" if is_complete and all(agree(r, torch.ones_like(r)) for r in rows) else ""
 
 
 @torch.no_grad()
@@ -1295,15 +1308,13 @@ def probe_student(model: RewardModel, name: str, max_length: int = 0, layers=())
     stock.eval()
     alone = attempt(stock_rewards)
     apart = attempt(lambda: SiameseRewardModel(stock)(batch)[0])
-    why = next((reason for reason in (alone, apart) if isinstance(reason, str)), "")
+    ahead = attempt(sees_ahead, stock, row_c)
+    why = next((reason for reason in (alone, apart, ahead) if isinstance(reason, str)), "")
     checks = [  # what must hold, and what to say where it does not
         (not why, f"cannot be a student: {why}"),
         (agree(alone, alone), "gives rewards that are not finite; its weights are damaged"),
         (agree(apart, alone), "does not read its reward at the last token"),
-        (
-            attempt(sees_ahead, stock, row_c) is False,
-            "is not causal; an encoder can be a --teacher",
-        ),
+        (not ahead, "is not causal: early tokens see late ones; an encoder can be a --teacher"),
     ]
     if not isinstance(model, SiameseRewardModel):
         shorter = f"sees {window} tokens at a time, which the tree mask does not know: use "
