@@ -249,7 +249,8 @@ def check_messages(messages, name: str) -> list[dict]:
     checked = []
     for m in messages:
         if not isinstance(m, dict):
-            raise ValueError(f"{name} holds a message without a text as its content")
+            hint = "several answers to one prompt are for eval.py bestofn"
+            raise ValueError(f"{name} is a list, but not of messages; {hint}")
         refuse_fields(m, {"role", "content"}, f"{name}: ")
         content, role = text_of(m, name), m.get("role")
         if role not in ("system", "user", "assistant"):
@@ -283,6 +284,8 @@ def split_dialogue(text: str, is_prompt: bool = False) -> list[dict] | None:
     before, *parts = TURN.split(text)
     if "Assistant" not in parts[::2]:
         before, *parts = TURN_OF_LINES.split(text)
+        if before.strip():
+            return None
     roles = [{"Human": "user", "Assistant": "assistant"}[who] for who in parts[::2]]
     turns = [{"role": r, "content": without_blank(y)} for r, y in zip(roles, parts[1::2])]
     is_whole = not before.strip() and ("assistant" in roles or text.startswith("\n\nHuman:"))
@@ -519,8 +522,11 @@ def read_rows(source: str):
     if not folder or Path(source).exists():
         folder, split = source, ""
     is_hub_id = HUB_ID.fullmatch(folder) and not FILE_NAME.fullmatch(folder)
-    if Path(folder).is_dir() or (is_hub_id and not Path(folder).parent.exists()):
+    saved = [Path(folder) / name for name in ("state.json", "dataset_dict.json")]
+    if any(p.exists() for p in saved) or (is_hub_id and not Path(folder).parent.exists()):
         yield from read_with_datasets(source, folder, split)
+    elif Path(folder).is_dir():
+        raise UserError(f"{source}: is no folder that save_to_disk wrote; give the files in it")
     elif Path(source).exists():
         yield from read_file(Path(source))
     else:  # a path gone wrong: the hub is not asked
@@ -875,8 +881,8 @@ def read_splits(
 # -------------------------------------------------------------------------------------- benchmarks
 
 # Benchmarks become pairs whose subset begins with the group that the benchmark reports by, and
-# whose source is "data_prep.py NAME". By that eval.py knows them: a source that only happens to be a
-# benchmark's name, as in a mixture of data sets, does not say how its rows were made.
+# whose source is "data_prep.py NAME". By that eval.py knows them: a source that only happens to be
+# a benchmark's name, as in a mixture of data sets, does not say how its rows were made.
 # A converter takes a published record and the path of its file, and yields rows.
 
 GROUPS = {
@@ -1205,8 +1211,8 @@ FILLERS = (
     "well often quite maybe really just also then there here some many such very rather indeed "
     "still even only once perhaps always sometimes usually mostly nearly about around over under "
     "again soon later early before after since while though yet else thus hence likely surely "
-    "clearly simply fairly partly mainly truly kindly gladly sadly oddly rarely seldom twice anyway "
-    "meanwhile"
+    "clearly simply fairly partly mainly truly kindly gladly sadly oddly rarely seldom twice "
+    "anyway meanwhile"
 )
 CUES = ("thanks", "regards")
 
@@ -1468,10 +1474,11 @@ class Formatter:
             if token.special or any(token.content in piece for piece in pieces):
                 special.add(token.content)
         # "</s><s>[INST]": a text could hold [INST] alone ("assistant" alone is only a word)
-        parts = [part for piece in between for part in any_of(special).split(piece)]
-        marks = [part for part in parts if re.fullmatch(r"\s*[\[<{|].*\w.*[\]>}|]\s*", part)]
-        marks += [piece for piece in between if re.search(r"\w", piece)]
-        return {t for t in special | {mark.strip(" ") for mark in marks} if len(t) > 1}
+        ends = between + [probe[-1] for probe in self.probes]
+        parts = [part.strip() for piece in ends for part in any_of(special).split(piece)]
+        marks = {part for part in parts if re.fullmatch(r"[\[<{|].*\w.*[\]>}|]", part)}
+        marks |= {piece.strip(" ") for piece in between if re.search(r"\w", piece)}
+        return {string for string in special | marks if len(string) > 1}
 
     def clean(self, text: str) -> str:
         """The text in which what would end a turn, or start one, is defused by a space after its
