@@ -111,19 +111,26 @@ class Judge:
         """template_rows for a cross-encoder: tokenizer(question, answer). The question is the
         prompt; where it has several turns, each is named by its role."""
         tokenizer, clean = self.encoder.tokenizer, self.encoder.formatter.clean
+        both = tokenizer("a", "a", return_special_tokens_mask=True)  # [CLS] a [SEP] a [SEP]
+        marks = np.array(both["input_ids"])[np.array(both["special_tokens_mask"]) == 1]
+        first, *middle, last = tokenizer.convert_ids_to_tokens(marks.tolist())
         for item in bar(items, "encoding"):
             turns = [clean(m["content"]) for m in item.prompt]
             if len(turns) > 1:
                 turns = [f"{m['role'].capitalize()}: {t}" for m, t in zip(item.prompt, turns)]
             answers = [clean(y) for y in responses(item)]
+            longest = max(answers, key=lambda y: len(tokenizer.tokenize(y)))
             question = "\n\n".join(turns)
-            fitted = self.cut_question(
-                question, max(answers, key=lambda y: len(tokenizer.tokenize(y)))
-            )
+            fitted = self.cut_question(question, longest)
             self.encoder.counts["dropped"] += fitted is None
             self.encoder.counts["truncated"] += fitted not in (None, question)
-            rows = [] if fitted is None else [tokenizer(fitted, y)["input_ids"] for y in answers]
-            yield [(tokenizer.decode(row), row) for row in rows]
+            encoded = []
+            for y in answers if fitted is not None else ():
+                text = "".join(
+                    [first, fitted, *middle, y, last]
+                )  # [CLS] question [SEP] answer [SEP]
+                encoded.append((text, tokenizer(fitted, y)["input_ids"]))
+            yield encoded
 
     def cut_question(self, question: str, answer: str) -> str | None:
         """The question without its oldest part, so that both fit; None: the answer does not fit."""
@@ -1095,7 +1102,7 @@ def print_occlusion(pages: list[dict], most: int = 10) -> None:
         for w in sorted(np.argsort(-shares.max(0), kind="stable")[:most]):
             segment = group[0]["segments"][w]
             sides = {0: [0, 1], 1: [0], 2: [1]}[segment]
-            cells = [", ".join(f"{r[side, w]:+.2f}" for side in sides) for r in changes]
+            cells = [", ".join(f"{r[side, w]:+.3g}" for side in sides) for r in changes]
             cells = [f"{cell} ({100 * share:.0f} %)" for cell, share in zip(cells, shares[:, w])]
             rows.append([words[w], ("prompt", "chosen", "rejected")[segment], *cells])
         print("\nWhat moves the reward: its change when a word is left out")
@@ -1869,8 +1876,8 @@ def check_args(ap: Parser, args: argparse.Namespace) -> None:
 
 
 def check_outputs(args) -> None:
-    """Before the long work: what is to be written can be, and is no input, nor named twice; pictures
-    can be drawn. Raises UserError."""
+    """Before the long work: what is to be written can be, and is no input, nor named twice;
+    pictures can be drawn. Raises UserError."""
     taken = {Path(file).resolve(): "read as --data" for file in args.data}
     if getattr(args, "edits", None):
         taken[Path(args.edits).resolve()] = "read as --edits"
