@@ -1452,31 +1452,33 @@ class Formatter:
         return self.markup_of[roles]
 
     def reasoning_tags(self) -> set[str]:
-        """Tags such as <think> and </think>, which the template itself writes, or looks for, inside
-        a turn. Tags around a whole content, as [INST] and [/INST], are none."""
-        named = {t for t in self.tokenizer.special_tokens_map.values() if isinstance(t, str)}
-        angular = re.findall(r"(<)/(\w+)(>)", self.template)
+        """Tags such as <think> and </think>, which the template itself looks for in contents, or
+        writes as an empty block. Tags around a whole content, as [INST] and [/INST], are none."""
+        pieces = [piece for probe in self.probes for piece in probe]
+        closing = re.findall(r"""['"](?:</\w+>|\[/\w+\])['"](?=\s+in\b|\s*[,)])""", self.template)
+        blocks = [m[1] for p in pieces for m in re.finditer(r"<\w+>\s*(</\w+>)", p)]
         tags = set()
-        for left, name, right in angular + re.findall(r"(\[)/(\w+)(\])", self.template):
-            pair = {f"{left}{name}{right}", f"{left}/{name}{right}"}
-            empty_block = re.escape(min(pair, key=len)) + r"\s*" + re.escape(max(pair, key=len))
-            markup = [re.sub(empty_block, "", piece) for probe in self.probes for piece in probe]
-            if not pair & named and not any(tag in piece for tag in pair for piece in markup):
-                tags |= pair
+        for tag in {*blocks, *(literal[1:-1] for literal in closing)}:
+            opening = tag.replace("/", "")
+            block = re.escape(opening) + r"\s*" + re.escape(tag)
+            rest = "".join(re.sub(block, "", piece) for piece in pieces)
+            if tag != self.eos and opening not in rest and tag not in rest:
+                tags |= {opening, tag}
         return tags
 
     def control_strings(self) -> set[str]:
         """Special tokens, other added tokens that the template writes, the text between turns."""
-        pieces = [piece for probe in self.probes for piece in probe]
-        between = [piece for probe in self.probes for piece in probe[1:-1]]
+        probes = [[any_of(self.tags).split(piece)[0] for piece in probe] for probe in self.probes]
+        written = "".join(piece for probe in probes for piece in probe)
         special = set(self.tokenizer.all_special_tokens)
         for token in self.tokenizer.added_tokens_decoder.values():
-            if token.special or any(token.content in piece for piece in pieces):
+            if token.special or token.content in written:
                 special.add(token.content)
         # "</s><s>[INST]": a text could hold [INST] alone ("assistant" alone is only a word)
-        ends = between + [probe[-1] for probe in self.probes]
-        parts = [part.strip() for piece in ends for part in any_of(special).split(piece)]
+        after = [piece for probe in probes for piece in probe[1:]]
+        parts = [part.strip() for piece in after for part in any_of(special).split(piece)]
         marks = {part for part in parts if re.fullmatch(r"[\[<{|].*\w.*[\]>}|]", part)}
+        between = [piece for probe in probes for piece in probe[1:-1]]
         marks |= {piece.strip(" ") for piece in between if re.search(r"\w", piece)}
         return {string for string in special | marks if len(string) > 1}
 
@@ -1544,16 +1546,17 @@ class Formatter:
         _, answer, again, _, tail = self.heads(("user", "assistant") * 2)
         turns = text.count(answer.strip()) if answer.strip() else 0
         for roles in (("user", "assistant") * turns, ("system", *("user", "assistant") * turns)):
-            heads = self.heads(roles)[:-1] if turns else []
-            if not any(heads):
+            pieces = list(zip(self.markup(roles), self.heads(roles)))[:-1] if turns else []
+            if not pieces or (None, "") in pieces:
                 continue
-            openers = {heads[0], heads[0].removeprefix(self.bos)}
+            openers = {pieces[0][1].lstrip(), pieces[0][1].removeprefix(self.bos).lstrip()}
             if roles[0] == "user":  # not behind a system turn that the template adds
-                openers.add(again[len(os.path.commonprefix([again, tail])) :])
-            opening = any_of({opener.lstrip() for opener in openers}).pattern
-            closing = any_of({heads[-1].rstrip(), self.markup(roles)[-2].rstrip()}).pattern
-            between = "(.*?)".join(map(re.escape, ["", *heads[1:-1], ""]))
-            match = re.fullmatch(f"(?:{opening}){between}(?:{closing})", text.strip(), re.DOTALL)
+                openers.add(again[len(os.path.commonprefix([again, tail])) :].lstrip())
+            last = {piece.rstrip() for piece in pieces[-1]}
+            marks = (openers - {""}, *map(set, pieces[1:-1]), last)
+            marks = [any_of(strings).pattern for strings in marks]
+            pattern = "(.*?)".join(f"(?:{mark})" for mark in marks)
+            match = re.fullmatch(pattern, text.strip(), re.DOTALL)
             if match and not any(map(self.control.search, match.groups())):
                 return [{"role": r, "content": c} for r, c in zip(roles, match.groups())]
         return None
