@@ -955,10 +955,8 @@ def from_rm_bench(record: dict, path: str):
     if [len(side) for side in sides] != [3, 3]:
         raise ValueError("there are not three chosen and three rejected")
     if domain not in DOMAINS:
-        known = ", ".join(DOMAINS)
-        raise ValueError(
-            f"the domain {domain!r}, by the field or the file's name, is none of {known}"
-        )
+        known = f"by its field or its file's name, none of {', '.join(DOMAINS)}"
+        raise ValueError(f"the domain is {domain!r}, {known}")
     for i, j in product(range(3), range(3)):
         texts = {"prompt": get(record, "prompt"), "chosen": sides[0][i], "rejected": sides[1][j]}
         yield {**texts, "subset": domain, "id": f"{record.get('id')}/{i}-{j}"}
@@ -974,9 +972,9 @@ def from_rmb(record: dict, path: str):
     losers = get(record, "loser_list", list) if best_of_n else [get(record, "reject", dict)]
     prompt = get(record, "conversation_input", list)
     for k, loser in enumerate(losers, 1):
-        number = (
-            f"{record.get('bon_uid')}/{k}of{len(losers)}" if best_of_n else record.get("pair_uid")
-        )
+        number = record.get("pair_uid")
+        if best_of_n:
+            number = f"{record.get('bon_uid')}/{k}of{len(losers)}"
         texts = {"prompt": prompt, "chosen": best, "rejected": get(loser, "answer")}
         yield {**texts, "subset": category, "id": number}
 
@@ -1025,10 +1023,8 @@ def from_mt_bench(record: dict, path: str):
     marks = ("", "User: ", "Assistant: ")
     texts = ["\n\n".join(k + m["content"] for k, m in zip(marks, talk[1:])) for talk in talks]
     sides = ordered(*texts, record.get("winner"), "model_a", "model_b")
-    number = "-".join(
-        str(record.get(k)) for k in ("question_id", "model_a", "model_b", "judge", "turn")
-    )
-    yield {"prompt": talks[0][:1], **sides, "subset": f"turn {turn}", "id": number}
+    vote = [str(record.get(k)) for k in ("question_id", "model_a", "model_b", "judge", "turn")]
+    yield {"prompt": talks[0][:1], **sides, "subset": f"turn {turn}", "id": "-".join(vote)}
 
 
 BENCHMARKS = {  # converter, data set on the hub or repository to clone, its files
@@ -1340,9 +1336,8 @@ def load_tokenizer(name: str):
     template = tokenizer.chat_template
     if isinstance(template, dict):
         if "default" not in template:
-            raise UserError(
-                f"{name}: none of its chat templates is the default: {', '.join(template)}"
-            )
+            names = ", ".join(template)
+            raise UserError(f"{name}: none of its chat templates is the default: {names}")
         template = template["default"]
     if template and "strftime_now" in template and FIXED_DATE not in template:
         template = FIXED_DATE + template
@@ -1406,10 +1401,8 @@ class Formatter:
             name = tokenizer.name_or_path
             raise UserError(f"{name}: no end token; set eos_token in its tokenizer_config.json")
         bos = tokenizer.bos_token or tokenizer.cls_token
-        writes_bos = bos and tokenizer("a")["input_ids"][:1] == tokenizer.convert_tokens_to_ids(
-            [bos]
-        )
-        self.bos = bos if writes_bos else ""
+        first = tokenizer.convert_ids_to_tokens(tokenizer("a")["input_ids"][:1])
+        self.bos = bos if first == [bos] else ""
         probes = "user assistant user assistant", "system user assistant", "user system assistant"
         markup = [self.markup(tuple(roles.split())) for roles in probes]
         self.probes = [[piece or "" for piece in pieces] for pieces in markup]
@@ -1545,6 +1538,8 @@ class Formatter:
         opens; None for another text, and where markup is left over in the messages."""
         _, answer, again, _, tail = self.heads(("user", "assistant") * 2)
         turns = text.count(answer.strip()) if answer.strip() else 0
+        if again.strip() and text.count(again.strip()) > turns:
+            return None
         for roles in (("user", "assistant") * turns, ("system", *("user", "assistant") * turns)):
             pieces = list(zip(self.markup(roles), self.heads(roles)))[:-1] if turns else []
             if not pieces or (None, "") in pieces:
@@ -1662,15 +1657,13 @@ class Encoder:
         if templated and not self.has_warned:
             self.has_warned = True
             share = f"{templated} of {len(items)} ({templated / len(items):.0%})"
-            print(
-                f"warning: {share} hold a chat template (<|im_start|>, [INST] ...) that is not this"
-            )
-            print("         model's own, or not whole; it is read as text. Give the bare messages")
+            what = "a chat template that is another model's or not whole"
+            print(f"warning: {share} hold {what}, and are read as plain text")
 
     def prepare(self, item: Pair | Candidates, responses: list[str]) -> tuple[list, list[str]]:
         """(messages, responses), out of the model's own template, with control tokens defused."""
         prompt, sides = self.formatter.unwrap(item.prompt, responses)
-        if prompt is not item.prompt:
+        if prompt is not item.prompt or sides is not responses:
             self.counts["unwrapped from the model's own chat template"] += 1
         contents = [m["content"] for m in prompt] + sides
         if any(map(TEMPLATE_MARK.search, contents)):
@@ -1688,7 +1681,10 @@ class Encoder:
             what = f"pair {fitted.item.id or number} has {longest} tokens"
             how = "raise it, or use --overlong truncate or drop"
             raise UserError(f"{what}, over --max-length {self.max_length}; {how}")
-        cut = self.shorten(fitted) if self.overlong == "truncate" else None
+        cut = None
+        if self.overlong == "truncate":
+            with suppress(UserError):  # a template may refuse what is left
+                cut = self.shorten(fitted)
         self.counts["truncated" if cut else "dropped"] += 1
         return cut
 
@@ -1705,9 +1701,8 @@ class Encoder:
                 return fitted if excess <= 0 else None
             turns = [i for i, m in enumerate(prompt) if m["role"] != "system"]
             target = next((i for i in filled if i in turns), filled[0])
-            spans = self.formatter.place(fitted.texts[longest], prompt, fitted.responses[longest])[
-                0
-            ]
+            text, response = fitted.texts[longest], fitted.responses[longest]
+            spans, _ = self.formatter.place(text, prompt, response)
             word = tokens_to_words(offsets, spans[target])
             inside = np.flatnonzero(word >= 0)
             later = [i for i in turns if i > target and prompt[i]["role"] == "user"]
@@ -1810,18 +1805,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--overwrite", action="store_true", help="replace --out where it exists")
     add("--skip-bad", action="store_true", help="count malformed rows, in place of stopping at one")
     add("--drop-duplicates", action="store_true", help="drop repetitions (counted either way)")
-    instead = (
-        "in place of the hub: files of hh-rlhf or of a benchmark, as published, or their folders"
-    )
-    add("--input", nargs="+", metavar="FILE", help=instead)
-    subsets = ["helpful-base", "harmless-base"]
-    add(
-        "--subsets",
-        nargs="+",
-        default=subsets,
-        metavar="NAME",
-        help="hh-rlhf: its folders on the hub",
-    )
+    files = "in place of the hub: files of hh-rlhf or a benchmark as published, or their folders"
+    add("--input", nargs="+", metavar="FILE", help=files)
+    folders = {"default": ["helpful-base", "harmless-base"], "metavar": "NAME"}
+    add("--subsets", nargs="+", help="hh-rlhf: folders on the hub", **folders)
     add("--hub-split", default="train", choices=["train", "test"], help="hh-rlhf: its split")
     numbers = {
         "limit": (0, "write only the first N pairs; 0: all"),
