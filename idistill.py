@@ -59,6 +59,7 @@ import signal
 import sys
 import time
 import warnings
+import zipfile
 import zlib
 from collections import Counter
 from contextlib import contextmanager, nullcontext, suppress
@@ -69,7 +70,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 import transformers
 from filelock import FileLock, Timeout
@@ -1645,11 +1645,6 @@ def over_processes(values: np.ndarray, operation: str, device) -> np.ndarray:
     return everyones.cpu().numpy()
 
 
-def barrier() -> None:
-    if WORLD > 1:
-        dist.barrier()
-
-
 # ------------------------------------------------------------------------------- the run directory
 
 
@@ -1697,7 +1692,7 @@ class Run:
     """RUN/: lock, config.json, metrics.jsonl, checkpoints/, teacher/, student/, results.json.
 
     One rule: the folder is empty, or holds our config.json. Under torchrun the first process
-    writes, and all of them write the checkpoints. Raises UserError for a folder that cannot serve.
+    writes. Raises UserError for a folder that cannot serve.
     """
 
     outputs = ("checkpoints", "results.json", "student", "teacher", "metrics.jsonl")
@@ -1707,7 +1702,7 @@ class Run:
     )
 
     def __init__(self, cfg: Config):
-        self.cfg, self.stop, self.handlers = cfg, 0, {}
+        self.cfg, self.stop, self.handlers, self.saved = cfg, 0, {}, None
         self.dir = Path(cfg.output_dir).absolute()  # no name below it can be taken for a hub id
         self.device, self.amp = set_up_device(cfg)
         at_once = max(1, 2 * cfg.batch_size // (cfg.grad_accum * WORLD))  # no gradient is kept
@@ -1716,11 +1711,13 @@ class Run:
 
     def __enter__(self):
         if RANK > 0:
+            self.saved = self.newest() if self.cfg.resume else None
             return self
         try:
             self.dir.mkdir(parents=True, exist_ok=True)
             self.lock.acquire()
             self.check_folder()
+            self.saved = self.newest() if self.cfg.resume else None
         except BaseException as why:
             self.lock.release()
             if isinstance(why, Timeout):
@@ -1796,12 +1793,15 @@ class Run:
             self.handlers[number] = signal.signal(number, self.on_signal)
         if RANK > 0:
             return
-        if not (self.cfg.resume and self.checkpoints()):
+        if self.saved is None:
             for name in self.outputs:  # checkpoints first: killed in here, a resumed run begins
                 remove(self.dir / name)
             if self.cfg.resume:
                 print(f"{self.dir}: no checkpoint to resume from; starting at the beginning")
             self.log(phase="data", step=0, data=dict(counts))
+        else:
+            with written(self.dir / "metrics.jsonl") as f:
+                f.write(self.saved[2]["log"])
         versions = {m.__name__: m.__version__ for m in (torch, transformers, np)}
         versions["python"] = platform.python_version()
         config = {"flags": asdict(self.cfg), "versions": versions, "inputs": self.checksums()}
@@ -1849,64 +1849,55 @@ class Run:
             save_stock(model.stock, tokenizer, self.dir / name, weights)
 
     def checkpoints(self) -> list[Path]:
-        """Folders 1-teacher-STEP and 2-student-STEP, newest first; renamed when whole."""
-        return sorted((self.dir / "checkpoints").glob("*-*-*[0-9]"), reverse=True)
+        """Files 1-teacher-STEP.pt and 2-student-STEP.pt, newest first."""
+        return sorted((self.dir / "checkpoints").glob("*-*-*.pt"), reverse=True)
+
+    def newest(self) -> tuple[str, int, dict] | None:
+        """(phase, step, state) of the newest whole checkpoint; a damaged one is named, and left."""
+        for path in self.checkpoints():
+            try:
+                with zipfile.ZipFile(path) as parts:  # torch.load ignores the checksums
+                    if damaged := parts.testzip():
+                        raise ValueError(f"{damaged} is damaged")
+                state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+                _, phase, step = path.stem.split("-")
+                return phase, int(step), state
+            except Exception as why:  # zip, pickle and tensor errors alike mean: not whole
+                print(f"{path}: torn or foreign, not used ({first_line(why)})", file=sys.stderr)
+        return None
 
     def has_trained_teacher(self) -> bool:
         """Whether this run resumes a student whose teacher is already in RUN/teacher."""
-        is_student = any("student" in path.name for path in self.checkpoints())
-        return self.cfg.resume and self.cfg.teacher_epochs > 0 and is_student
+        return bool(self.cfg.teacher_epochs and self.saved and self.saved[0] == "student")
 
     def checkpoint(self, phase: Phase, step: int, optimizer, best: list[float]) -> None:
-        """Weights and moments of all processes and the log, in one folder; the last two stay."""
-        number = 1 + (phase.name == "student")
-        folder = self.dir / "checkpoints" / f"{number}-{phase.name}-{step:08d}"
-        aside = folder.with_name("aside")
-        weights, moments = get_state_dict(phase.model, optimizer)
-        state = {"model": weights, "optimizer": moments}
-        if RANK == 0:
-            remove(aside)
-        barrier()
-        try:
-            dcp.save(state, checkpoint_id=aside, no_dist=WORLD == 1)
-            if RANK == 0:
-                shutil.copy(self.dir / "metrics.jsonl", aside)
-                (aside / "best.json").write_text(json.dumps(best))
-        except (Exception, dcp.CheckpointException) as why:
-            what = f"cannot be written ({first_line(why)}); the checkpoint before is whole"
-            raise UserError(f"{folder}: {what}") from None
-        if RANK == 0:
-            swap_in(aside, folder)
-            for old in self.checkpoints()[2:]:
-                remove(old)
-        barrier()
+        """Weights and moments, gathered from all processes, and the log so far; the last two stay."""
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        weights, moments = get_state_dict(phase.model, optimizer, options=options)
+        if RANK > 0:
+            return
+        log = (self.dir / "metrics.jsonl").read_text(encoding="utf-8")
+        folder, number = self.dir / "checkpoints", 1 + (phase.name == "student")
+        folder.mkdir(exist_ok=True)
+        with written(folder / f"{number}-{phase.name}-{step:08d}.pt", "wb") as f:
+            torch.save({"model": weights, "optimizer": moments, "best": best, "log": log}, f)
+        for old in self.checkpoints()[2:]:
+            remove(old)
 
     def restore(self, phase: Phase, optimizer) -> tuple[int, list[float]]:
         """--resume: weights, moments and log of the newest checkpoint, if it is of this phase.
 
         Returns the steps done, and [accuracy, -loss] of the best validation.
         """
-        done, best = 0, [-1.0, 0.0]
-        if not (self.cfg.resume and self.checkpoints()):
-            return done, best
-        folder = self.checkpoints()[0]
-        try:
-            if RANK == 0:
-                shutil.copy(folder / "metrics.jsonl", self.dir)
-            if phase.name in folder.name:
-                done, best = int(folder.name[-8:]), json.loads((folder / "best.json").read_text())
-                weights, moments = get_state_dict(phase.model, optimizer)
-                state = {"model": weights, "optimizer": moments}
-                # partial: weights that never get a gradient have no moments (composite models)
-                planner = dcp.DefaultLoadPlanner(allow_partial_load=True)
-                dcp.load(state, checkpoint_id=folder, planner=planner, no_dist=WORLD == 1)
-                loaded = dict(model_state_dict=weights, optim_state_dict=moments)
-                set_state_dict(phase.model, optimizer, **loaded)
-                print(f"resuming the {phase.name} after step {done}")
-        except (Exception, dcp.CheckpointException) as why:
-            what = f"is damaged ({first_line(why)}); remove it to go on from the one before"
-            raise UserError(f"{folder}: {what}") from None
-        return done, best
+        if self.saved is None or self.saved[0] != phase.name:
+            return 0, [-1.0, 0.0]
+        _, done, state = self.saved
+        # not strict: weights that never get a gradient have no moments (composite models)
+        options = StateDictOptions(full_state_dict=True, strict=False)
+        states = dict(model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+        set_state_dict(phase.model, optimizer, **states, options=options)
+        print(f"resuming the {phase.name} after step {done}")
+        return done, state["best"]
 
 
 # ----------------------------------------------------------------------------------------- the demo
@@ -2097,9 +2088,6 @@ def quiet() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", "FSDP2-wrapped module")  # its outputs are never written to
-    warnings.filterwarnings(
-        "ignore", "torch.distributed is disabled"
-    )  # one process, one checkpoint
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 
