@@ -1871,7 +1871,7 @@ class Run:
         return bool(self.cfg.teacher_epochs and self.saved and self.saved[0] == "student")
 
     def checkpoint(self, phase: Phase, step: int, optimizer, best: list[float]) -> None:
-        """Weights and moments, gathered from all processes, and the log so far; the last two stay."""
+        """Weights and moments of all processes, and the log so far; the last two stay."""
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         weights, moments = get_state_dict(phase.model, optimizer, options=options)
         if RANK > 0:
