@@ -321,7 +321,7 @@ class RewardModel(nn.Module):
         visible = (batch["seg"] != 3)[:, None, None, :]
         maps = []
         for layer in layers:
-            query, key, scale, _ = tap.kept.pop(layer)
+            query, key, scale, _ = tap.kept[layer]
             query, key = self.as_packed(query, batch), self.as_packed(key, batch)
             maps.append(attention_map(query, key, scale, visible))
         return rewards, maps
@@ -373,7 +373,7 @@ class InteractionTeacher(nn.Module):
             with tap:
                 out = self.stock(**inputs)
             for layer in layers:
-                query, key, scale, mask = tap.kept.pop(layer)
+                query, key, scale, mask = tap.kept[layer]
                 maps.append(attention_map(query, key, scale, self.visible(batch["mask"], mask)))
 
         scalars, seg = out.logits[..., 0].float(), batch["seg"]
@@ -1533,7 +1533,8 @@ def load_models(run: Run, needs_teacher: bool, is_trained: bool):
         layers = parse_layers(cfg.align_layers, depth, teacher_depth)
     probe_student(model, cfg.model, cfg.max_length, layers[0])
     if cfg.gradient_checkpointing:  # non-reentrant, which the tap works with
-        stock.gradient_checkpointing_enable({"use_reentrant": False})
+        enable = getattr(stock, "activation_checkpointing_enable", None)  # its name from v6 on
+        (enable or stock.gradient_checkpointing_enable)({"use_reentrant": False})
     return model, tokenizer, teacher, layers
 
 
@@ -1714,9 +1715,13 @@ class Run:
             self.saved = self.newest() if self.cfg.resume else None
             return self
         try:
+            self.check_folder()  # a folder that is refused stays as it is
             self.dir.mkdir(parents=True, exist_ok=True)
             self.lock.acquire()
             self.check_folder()
+            for old in self.dir.glob("*.old"):  # killed between two renames: the old one is whole
+                if not old.with_suffix("").exists():
+                    os.replace(old, old.with_suffix(""))
             self.saved = self.newest() if self.cfg.resume else None
         except BaseException as why:
             self.lock.release()
@@ -1741,15 +1746,11 @@ class Run:
     def check_folder(self) -> None:
         """The one rule, and that this run may go on or replace what is there."""
         cfg = self.cfg
-        for name in ("student", "teacher"):  # killed between two renames: the old one is whole
-            old = self.dir / f"{name}.old"
-            if old.exists() and not (self.dir / name).exists():
-                os.replace(old, self.dir / name)
         try:
             before = json.loads((self.dir / "config.json").read_text(encoding="utf-8"))
             before["flags"]["seed"]  # any model directory has a config.json: ours lists flags
         except (OSError, ValueError, KeyError, TypeError):
-            foreign = sorted(path.name for path in self.dir.iterdir() if path.name != "lock")
+            foreign = sorted(path.name for path in self.dir.glob("*") if path.name != "lock")
             if foreign:
                 what = f"holds {foreign[0]} and is no earlier run; choose a new --output-dir"
                 raise UserError(f"{self.dir}: {what}") from None
