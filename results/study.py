@@ -1,397 +1,868 @@
 #!/usr/bin/env python3
-"""The study of results/README.md: trains every arm, scores it, reports. Restartable: what is done is skipped.
+"""The evidence of results/README.md: trains every arm, measures it, writes JSON and pictures.
 
-    python results/study.py prepare    # splits, the cut student (data/ and models/ as in results/README.md)
-    python results/study.py tune       # learning rate, lambda and teacher recipe, chosen on the validation split alone
-    python results/study.py real       # the arms on real pairs (or: real BT "label smoothing"), their margins on held-out files
-    python results/study.py synthetic  # the readings of the paper on the generated language, five seeds
-    python results/study.py figures    # every verb of eval.py on the demo's models and on those of seed 0: JSON and PNG files here
-    python results/study.py gradients  # norms of the gradients of the terms of the loss: real_gradients.json
-    python results/study.py report     # results/study.json, and the tables in Markdown on the screen
+    python results/study.py readings   # readings and controls, generated language: readings.json
+    python results/study.py real       # arms on real pairs, held-out files: real.json
+    python results/study.py planted    # a shortcut planted in real text: planted.json, planted.png
+    python results/study.py gate       # does a gradient-weighted map know more? gate.json
+
+Each command can be stopped and started again: what is done is skipped. results/README.md says what
+belongs into data/ and models/.
 """
-import fcntl
-import gzip
+
+import hashlib
 import json
 import shutil
 import subprocess
 import sys
-import time
-from contextlib import contextmanager
+from collections import Counter
+from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
+
+import numpy as np
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-RUNS, SEEDS = ROOT / "runs" / "study", (0, 1, 2)
-STUDENT, TEACHER, RAW = "models/smollm2-135m-l6", "models/minilm-l6", "data/hh_helpful.train.jsonl.gz"
-HELD_OUT = {"data/hh_helpful.test.jsonl.gz": 600, "data/hh_harmless.test.jsonl.gz": 300, "data/rmb_helpful.test.jsonl.gz": 200,
-            "data/llmbar_natural.jsonl.gz": 100, "data/mt_bench_llmbar_layout.jsonl.gz": 200}  # file -> random pairs of it
-POOLED = "the last three together"  # helpfulness by other sources; computed after the rest had been looked at
-LR = {"BT": "3e-4", "ID": "3e-4"}  # what `tune` chose by validation accuracy, for arms with --method bt and for the others
-TEACHER_FLAGS = ["--teacher-epochs", "2", "--teacher-lr", "1e-4"]
-COMMON = ["--data", "runs/study/hh.jsonl", "--val-data", "runs/study/hh.val.jsonl", "--max-length", "512", "--dtype", "fp32",
-          "--eval-every", "77", "--model", STUDENT]
-MORE = "teacher of 6,800 pairs"  # every pair of RAW but those of the validation split
-BT, UNIFORM = ["--method", "bt"], ["--align-target", "uniform"]
+
+import eval as evaluation  # noqa: E402
+import idistill  # noqa: E402
+from data_prep import (  # noqa: E402
+    Encoder,
+    Pair,
+    bar,
+    exit_codes,
+    load_tokenizer,
+    read_pairs,
+    read_splits,
+    words_of,
+    write_pairs,
+    written,
+)
+
+RUNS = ROOT / "runs" / "study"
+SEEDS = (0, 1, 2)
+WHOLE_STUDENT, TEACHER = ROOT / "models/smollm2-135m", ROOT / "models/minilm-l6"
+TRAIN_FILE = ROOT / "data/hh_helpful.train.jsonl.gz"
+TEST_FILE = ROOT / "data/hh_helpful.test.jsonl.gz"
+BT = {"method": "bt"}
+UNIFORM = {"align_target": "uniform"}
+NO_MAP = {"lambda_intra": 0.0, "lambda_inter": 0.0}
+TEACHER_RECIPE = {"teacher": str(TEACHER), "teacher_epochs": 2.0, "teacher_lr": 1e-4}
 
 
-def folder(arm: str, seed: int | None = None) -> Path:
-    return RUNS / (arm.replace(",", "").replace(" %", "").replace(" ", "-") + ("" if seed is None else f"-{seed}"))
+# ----------------------------------------------------------------------------- What every part uses
 
 
-ARMS = {  # arm -> (flags, seeds); all but ID take the teacher that the ID run of the same seed has trained
-    "ID": ([], SEEDS), "BT": (BT, SEEDS), "ID, uniform target": (UNIFORM, SEEDS),
-    **{f"{name}, {n} % noise": ([*flags, "--label-noise", f"0.{n}"], (0,)) for n in (40, 20) for name, flags in (
-        ("ID", ["--teacher", TEACHER, *TEACHER_FLAGS]), ("BT", BT),
-        ("label smoothing", [*BT, "--preference-loss", "smooth", "--flip-rate", f"0.{n}"]))},
-    "adaptive margin": ([*BT, "--margin-field", "strength", "--data", "runs/study/hh.strength.jsonl"], (0,)),
-    "robust": ([*BT, "--preference-loss", "robust"], (0,)), "ID, causal support": (["--align-support", "causal"], (0,)),
-    "ID, untrained teacher": (["--teacher", TEACHER, "--teacher-epochs", "0"], (0,)),
-    "label smoothing": ([*BT, "--preference-loss", "smooth"], (0,)),
-    "ID, intra only": (["--lambda-inter", "0"], (0,)), "ID, inter only": (["--lambda-intra", "0"], (0,)),
-    "score + ID": (["--lambda-score", "1"], (0,)),
-    "score only": (["--lambda-score", "1", "--lambda-intra", "0", "--lambda-inter", "0"], (0,)),
-    "ID, shuffled teacher": (["--align-target", "shuffled"], (0,)),
-    "ID, lambda decay": (["--lambda-schedule", "decay"], (0,)), "ID, all layers": (["--align-layers", "all"], (0,)),
-    **{f"{name}, {MORE}": (["--teacher", f"{folder(MORE)}/teacher", "--teacher-epochs", "0", *flags], (0,))
-       for name, flags in (("ID", []), ("score only", ["--lambda-score", "1", "--lambda-intra", "0", "--lambda-inter", "0"]))}}
-TUNE = {**{f"BT lr {lr}": [*BT, "--lr", lr] for lr in ("3e-5", "1e-4", "3e-4")},
-        **{f"teacher {e} x {lr}": ["--teacher", TEACHER, "--teacher-epochs", e, "--teacher-lr", lr, "--max-steps", "1"]
-           for e, lr in (("1", "5e-5"), ("2", "1e-4"))},
-        **{f"ID lr {lr} lambda {w}": ["--teacher", "runs/study/tune/teacher-2-x-1e-4/teacher", "--teacher-epochs", "0", "--lr", lr,
-                                      "--lambda-intra", w, "--lambda-inter", w]
-           for lr, w in (("3e-5", "1"), ("1e-4", "1"), ("3e-4", "1"))}}
-READINGS = {  # on the generated language, against the demo's default: KL, last layer, mean over heads, frozen teacher, constant
-    "default": [], "mse": ["--align-loss", "mse"], "mse, lambda 30": ["--align-loss", "mse", "--lambda-intra", "30", "--lambda-inter", "30"],
-    "middle layer": ["--align-layers", "middle"], "all layers": ["--align-layers", "all"], "heads matched": ["--align-heads", "matched"],
-    "causal support": ["--align-support", "causal"], "intra only": ["--lambda-inter", "0"], "inter only": ["--lambda-intra", "0"],
-    "shuffled teacher": ["--align-target", "shuffled"], "score only": ["--lambda-score", "1", "--lambda-intra", "0", "--lambda-inter", "0"],
-    "lambda warm-up": ["--lambda-schedule", "warmup"], "lambda decay": ["--lambda-schedule", "decay"],
-    "lambda 0.3": ["--lambda-intra", "0.3", "--lambda-inter", "0.3"], "lambda 3": ["--lambda-intra", "3", "--lambda-inter", "3"],
-    "co-trained teacher": ["--teacher", "RAW", "--teacher-co-train"], "untrained teacher": ["--teacher", "RAW"],
-    **{f"teacher of {e} passes": ["--teacher", "RAW", "--teacher-epochs", e] for e in ("1", "2", "4")},
-    "BT": BT, "BT of 10 passes": [*BT, "--epochs", "10"]}  # as many as teacher and student together
+def commit() -> str:
+    """The commit of the code that runs."""
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
 
-def sh(*command) -> None:
-    print("$", *command, flush=True)
-    subprocess.run(list(map(str, command)), cwd=ROOT, check=True)
+def train(out: Path, **flags) -> Path:
+    """One run in `out`, resumed where it stopped, skipped where it is done.
 
-
-@contextmanager
-def claim(name: str, wait: bool = True):
-    """True inside while no other process of the study is at it; without wait False where one is."""
-    with open(RUNS / f"{name}.lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            yield True
-        except BlockingIOError:
-            yield False
-
-
-def train(out: Path, flags: list[str]) -> None:
-    """One run, resumed where it stopped, skipped where it is done; the checkpoints go when it is."""
+    Args:
+        out: the run directory; its checkpoints go when the run is done.
+        flags: fields of Config.
+    """
     if not (out / "results.json").exists():
-        resume = ["--resume"] if (out / "config.json").exists() else []
-        sh(sys.executable, "idistill.py", *flags, "--output-dir", out.relative_to(ROOT), *resume)
+        resume = (out / "config.json").exists()
+        idistill.train(idistill.Config(output_dir=str(out), resume=resume, **flags))
+        (out / "commit").write_text(commit())
     shutil.rmtree(out / "checkpoints", ignore_errors=True)
+    return out
 
 
-def prepare() -> None:
-    if not (RUNS / "hh.jsonl").exists():
-        sh(sys.executable, "data_prep.py", RAW, "--limit", 2900, "--val-fraction", 0.15, "--out", RUNS / "hh.jsonl")
-    if not (ROOT / STUDENT).exists():
-        import torch
+def frozen(run: Path) -> dict:
+    """Flags that take the teacher of a run as it is."""
+    return {"teacher": str(run / "teacher"), "teacher_epochs": 0.0}
+
+
+def cut_student(layers: int) -> str:
+    """The first layers of SmolLM2-135M-Instruct, its chat template without a system message."""
+    to = ROOT / f"models/smollm2-135m-l{layers}"
+    if not to.exists():
         from transformers import AutoModelForCausalLM, AutoTokenizer
-        whole = AutoModelForCausalLM.from_pretrained(ROOT / "models/smollm2-135m", dtype=torch.bfloat16)
-        whole.model.layers, whole.config.num_hidden_layers = whole.model.layers[:6], 6
-        whole.save_pretrained(ROOT / STUDENT)
-        AutoTokenizer.from_pretrained(ROOT / "models/smollm2-135m").save_pretrained(ROOT / STUDENT)
+
+        whole = AutoModelForCausalLM.from_pretrained(WHOLE_STUDENT, dtype=torch.bfloat16)
+        whole.model.layers = whole.model.layers[:layers]
+        whole.config.num_hidden_layers = layers
+        whole.save_pretrained(to)
+        tokenizer = AutoTokenizer.from_pretrained(WHOLE_STUDENT)
+        turn = "'<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n'"
+        tokenizer.chat_template = "{% for m in messages %}{{ " + turn + " }}{% endfor %}"
+        tokenizer.save_pretrained(to)
+    return str(to)
 
 
-def tune() -> None:
-    for name, flags in TUNE.items():
-        train(RUNS / "tune" / name.replace(" ", "-"), [*COMMON, "--eval-every", "50", *flags])
+@dataclass
+class Judge:
+    """A model that scores pairs, a student or a teacher, and what encodes them for both."""
+
+    model: torch.nn.Module
+    encoder: Encoder
+    device: torch.device
+    amp: object
+
+    def margins(self, pairs: list[Pair]) -> np.ndarray:
+        """r_c - r_r, or the verdict, of each pair (N,); NaN where it does not fit."""
+        examples = self.encoder(pairs)
+        if isinstance(self.model, idistill.InteractionTeacher):
+            values = idistill.teacher_verdicts(self.model, examples, 32, self.device, self.amp)
+        else:
+            rewards = idistill.score_pairs(self.model, examples, 32, self.device, self.amp)
+            values = rewards[:, 0] - rewards[:, 1]
+        found = dict(zip((id(e.pair) for e in examples), values.tolist()))
+        return np.array([found.get(id(pair), np.nan) for pair in pairs])
 
 
-def real(*arms: str) -> None:
-    """Every arm, or those named, with its seeds; a second process may run beside."""
-    def one(arm: str, seed: int, wait: bool = True) -> bool:
-        with claim(folder(arm, seed).name, wait) as mine:
-            if mine:
-                run(arm, seed)
-            return mine
+def open_judge(path: Path, max_length: int = 768, words_of_teacher: Path | None = None) -> Judge:
+    """RUN/student or RUN/teacher.
 
-    def run(arm: str, seed: int) -> None:
-        (flags, _), to = ARMS[arm], folder(arm, seed)
-        lr, teacher = LR["BT" if "bt" in flags else "ID"], ["--teacher", TEACHER, *TEACHER_FLAGS]
-        if arm == "adaptive margin" and not (RUNS / "hh.strength.jsonl").exists():
-            for other in SEEDS:
-                one("BT", other)
-            sh(sys.executable, "eval.py", "accuracy", *(folder("BT", s) / "student" for s in SEEDS), "--data", RUNS / "hh.jsonl",
-               "--max-length", 512, "--strength", RUNS / "hh.strength.jsonl")
-        if MORE in arm:
-            with claim(folder(MORE).name):
-                if not (RUNS / "hh.all.jsonl").exists():  # its validation split, cut by the same hash of the prompt, holds that of hh.jsonl
-                    sh(sys.executable, "data_prep.py", RAW, "--val-fraction", 0.15, "--out", RUNS / "hh.all.jsonl")
-                train(folder(MORE), [*COMMON, "--data", "runs/study/hh.all.jsonl", *teacher, "--max-steps", "1"])
-                score(folder(MORE) / "teacher")
-        if arm != "ID" and "bt" not in flags and "--teacher" not in flags:
-            one("ID", seed)
-            teacher = ["--teacher", f"{folder('ID', seed)}/teacher", "--teacher-epochs", "0"]
-        train(to, [*COMMON, "--lr", lr, "--seed", str(seed), *teacher, *flags])
-        score(to / "student")
-
-    todo = [(arm, seed) for arm in arms or ARMS for seed in ARMS[arm][1]]
-    while todo:
-        arm, seed = todo.pop(0)
-        if not one(arm, seed, wait=not todo):
-            todo.append((arm, seed))
-            time.sleep(5)
-    for seed in SEEDS:
-        with claim(folder("ID", seed).name):
-            score(folder("ID", seed) / "teacher")
+    Args:
+        path: a stock directory.
+        max_length: longest prompt + response in the student's tokens.
+        words_of_teacher: a teacher whose tokens the encoder adds, for its maps.
+    """
+    device, amp = idistill.set_up_device(idistill.Config(dtype="fp32"))
+    if path.name == "teacher":
+        teacher = idistill.load_teacher(str(path)).to(device).eval()
+        tokenizer = load_tokenizer(str(WHOLE_STUDENT))
+        return Judge(
+            teacher, Encoder(tokenizer, max_length, "truncate", teacher.tokenizer), device, amp
+        )
+    stock, tokenizer = idistill.load_student(str(path), 0, max_length)
+    reader = load_tokenizer(str(words_of_teacher)) if words_of_teacher else None
+    encoder = Encoder(tokenizer, max_length, "truncate", reader)
+    return Judge(idistill.RewardModel(stock).to(device).eval(), encoder, device, amp)
 
 
-def score(model: Path) -> None:
-    """The margins of one model on every held-out file: MODEL.margins.json beside it."""
-    out = model.parent / f"{model.name}.margins.json"
-    if out.exists():
-        return
-    import eval as evaluation
-    import transformers
-    transformers.logging.set_verbosity_error()
-    margins = {}
-    for path, limit in HELD_OUT.items():
-        args = evaluation.parse_args(["accuracy", str(model), "--data", str(ROOT / path), "--limit", str(limit), "--max-length",
-                                      "768", "--dtype", "fp32", "--batch-size", "16"])
-        judge, (name, pairs), = evaluation.open_judge(str(model), args), *evaluation.read_files(args).items()
-        rewards, _ = judge.score(pairs, args.batch_size)
-        margins[name] = [None if m != m else float(m) for m in rewards[:, 0] - rewards[:, 1]]
-    out.write_text(json.dumps(margins))
+def read_json(path: Path) -> dict:
+    return json.loads(path.read_text())
 
 
-def synthetic() -> None:
-    demo = RUNS / "demo"
-    if not (demo / "demo.json").exists():
-        shutil.rmtree(demo, ignore_errors=True)
-        sh(sys.executable, "idistill.py", "--seeds", "5", "--output-dir", demo.relative_to(ROOT))
-    for seed in range(5):
-        here = demo / f"seed{seed}"
-        for name, flags in READINGS.items():
-            flags = [str(here / "models/teacher") if f == "RAW" else f for f in flags]
-            train(here / "readings" / name.replace(",", "").replace(" ", "-"), [
-                "--model", here / "models/student", "--data", here / "data/train.jsonl", "--max-length", "128", "--dtype", "fp32",
-                "--eval-data", *(here / f"data/{c}.jsonl" for c in ("in-distribution", "cue-neutral", "cue-reversed")),
-                "--batch-size", "32", "--lr", "1e-3", "--teacher-lr", "2e-3", "--epochs", "2", "--eval-every", "400", "--seed", str(seed),
-                "--teacher", here / "id/teacher", "--teacher-epochs", "0", *flags])
+def save_json(name: str, value: dict) -> None:
+    with written(ROOT / "results" / name) as file:
+        json.dump(value, file, indent=1)
 
 
-def figures() -> None:
-    demo, out = "runs/study/demo", "results"
-
-    def verb(name: str, to: str, *args) -> None:
-        if not (ROOT / out / f"{to}.json").exists():
-            sh(sys.executable, "eval.py", name, *args, "--json", f"{out}/{to}.json", "--plot", f"{out}/{to}.png")
-
-    one = f"{demo}/seed0"
-    two = [f"{one}/bt/student", f"{one}/id/student"]
-    sets = [f"{one}/data/{c}.jsonl" for c in ("in-distribution", "cue-neutral", "cue-reversed")]
-    verb("accuracy", "demo_accuracy", *two, f"{one}/uniform-target/student", "--data", *sets)
-    verb("attention", "demo_attention", *two, "--teacher", f"{one}/id/teacher", "--data", f"{one}/data/cue-neutral.jsonl")
-    verb("show", "demo_show", *two, "--teacher", f"{one}/id/teacher", "--data", f"{one}/data/cue-reversed.jsonl", "--pair", 0)
-    verb("attack", "demo_attack", *two, "--data", f"{one}/data/cue-neutral.jsonl", "--edits", "results/demo_edits.json")
-    verb("bestofn", "demo_bestofn", *two, f"{one}/uniform-target/student", "--data", f"{one}/data/candidates.jsonl")
-    verb("stability", "demo_stability", *(f"{demo}/seed{s}/id/student" for s in range(5)), "--data", f"{one}/data/cue-neutral.jsonl")
-    real, teacher = [f"{folder(arm, 0).relative_to(ROOT)}/student" for arm in ("BT", "ID")], "runs/study/ID-0/teacher"
-    few, (same_source, *_) = ["--max-length", 768, "--limit", 100, "--dtype", "fp32", "--batch-size", 16], HELD_OUT
-    verb("accuracy", "real_accuracy", *real, teacher, "--data", *list(HELD_OUT)[:3], *few)
-    verb("attention", "real_attention", *real, "--teacher", teacher, "--data", same_source, *few)
-    verb("show", "real_show", *real, "--teacher", teacher, "--data", "data/llmbar_natural.jsonl.gz", "--pair", 72)
-    verb("attack", "real_attack", *real, "--data", same_source, *few)
-    if not (RUNS / "rmb.three.jsonl").exists():  # RMB's best-of-n sets, one good and two bad answers of each
-        with gzip.open(ROOT / "data/layouts/rmb.bon_helpfulness_chat_casual.json.gz") as f:
-            sets = [{"prompt": [{k: turn[k] for k in ("role", "content")} for turn in s["conversation_input"]],
-                     "chosen": s["bon_best"]["answer"], "rejected": [r["answer"] for r in s["loser_list"][:2]]} for s in json.load(f)]
-        (RUNS / "rmb.three.jsonl").write_text("".join(json.dumps(s) + "\n" for s in sets))
-    verb("bestofn", "real_bestofn", *real, "--data", "runs/study/rmb.three.jsonl", *few)
-    for arm, name in (("BT", "BT"), ("ID", "ID"), ("ID, uniform target", "uniform")):
-        verb("stability", f"real_stability_{name}", *(folder(arm, s).relative_to(ROOT) / "student" for s in SEEDS), "--data", same_source, *few)
+def record(run: Path) -> dict:
+    """Commit, flags that are not the default, seconds and counts of a run."""
+    config, results = read_json(run / "config.json"), read_json(run / "results.json")
+    default = vars(idistill.Config())
+    flags = {k: v for k, v in config["flags"].items() if k != "resume" and v != default.get(k)}
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if line["phase"] == "student" and "loss" in line]
+    terms = ("step", "bt", "intra", "inter", "score", "grad_norm")
+    return {
+        "commit": (run / "commit").read_text().strip(),
+        "flags": json.loads(json.dumps(flags).replace(f"{ROOT}/", "")),
+        "counts": lines[0].get("data"),
+        "seconds": results["seconds"],
+        "validation": results["sets"]["validation"]["student"],
+        "steps": [{k: step[k] for k in terms if k in step} for step in steps],
+    }
 
 
-def gradients() -> None:
-    """Norm of the gradient of each term of the loss, before and after training, on validation pairs: is the alignment
-    large enough beside BT, and do the two pull in the same direction?"""
-    import numpy as np
-    import torch
-    import transformers
-
-    from data_prep import Encoder, load_student, load_teacher, read_pairs
-    from idistill import Config, InteractionTeacher, RewardModel, distillation_losses
-    transformers.logging.set_verbosity_error()
-    out, cfg = {}, Config()
-    for when, name in (("before", STUDENT), ("after ID", f"{folder('ID', 0)}/student"), ("after BT", f"{folder('BT', 0)}/student")):
-        stock, tokenizer = load_student(str(ROOT / name) if not Path(name).is_absolute() else name, 0, 512)
-        reader, reader_tokenizer, room = load_teacher(f"{folder('ID', 0)}/teacher")
-        model = RewardModel(stock, "packed", (stock.config.num_hidden_layers - 1,))
-        teacher = InteractionTeacher(reader.eval().requires_grad_(False), reader_tokenizer, (reader.config.num_hidden_layers - 1,))
-        examples = Encoder(tokenizer, 512, "truncate", reader_tokenizer, room)(read_pairs([str(RUNS / "hh.val.jsonl")])[0][:64])
-        grads = {}
-        for term, weights in (("bt", (0, 0)), ("intra", (1, 0)), ("inter", (0, 1))):
-            cfg.lambda_intra, cfg.lambda_inter = weights
-            total = None
-            for start in range(0, 64, 16):
-                some = examples[start:start + 16]
-                losses = distillation_losses(model, teacher, some, np.zeros(len(some)), cfg, "cpu", list(range(len(some))))
-                loss = losses["bt"].mean() if term == "bt" else (losses["loss"] - losses["bt"]).mean()
-                model.zero_grad()
-                loss.backward()
-                flat = torch.cat([p.grad.flatten() if p.grad is not None else torch.zeros(p.numel()) for p in model.parameters()])
-                total = flat if total is None else total + flat
-            grads[term] = total / 4
-        cosine = torch.nn.functional.cosine_similarity
-        out[when] = {"norm": {k: float(g.norm()) for k, g in grads.items()},
-                     "cosine_to_bt": {k: float(cosine(grads["bt"], grads[k], 0)) for k in ("intra", "inter")}}
-        print(when, out[when], flush=True)
-    (ROOT / "results/real_gradients.json").write_text(json.dumps(out, indent=1))
+def over_prompts(outcomes: np.ndarray, groups: np.ndarray) -> dict:
+    """Outcomes (seeds, N) -> mean, 95 % interval over prompts, mean of each seed; NaN left out."""
+    mean = np.nanmean(outcomes, axis=0)
+    known = ~np.isnan(mean)
+    return {
+        "mean": float(mean[known].mean()),
+        "interval": evaluation.bootstrap(mean[known], groups[known], 0),
+        "by_seed": np.nanmean(outcomes, axis=1).tolist(),
+    }
 
 
-def flags_of(run: Path) -> dict:
-    """Flags that are not the default, versions, validation accuracy, seconds, end of the loss curve."""
-    from dataclasses import asdict
-
-    from idistill import Config
-    config, results = (json.loads((run / f"{n}.json").read_text()) for n in ("config", "results"))
-    steps = [m for m in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if m["phase"] == "student" and "loss" in m]
-    kept = ("bt", "preference", "intra", "inter", "score")
-    flags = {k: v for k, v in config["flags"].items() if v != asdict(Config())[k] and "resume" != k}
-    return {"flags": json.loads(json.dumps(flags).replace(f"{ROOT}/", "")),
-            "versions": config["versions"], "seconds": results["seconds"], "validation": results["sets"]["validation"]["student"],
-            "teacher_validation": results["sets"]["validation"]["teacher"],
-            "first_step": {k: steps[0][k] for k in kept if k in steps[0]}, "last_step": {k: steps[-1][k] for k in kept if k in steps[-1]}}
+def spread(values: list[float]) -> float | None:
+    """Standard deviation over seeds."""
+    return float(np.std(values, ddof=1)) if len(values) > 1 else None
 
 
-def report() -> None:
-    import numpy as np
+def table(header: list[str], rows: dict[str, list[str]]) -> None:
+    """A table in Markdown."""
+    print("\n| " + " | ".join(["", *header]) + " |")
+    print("|---" * (len(header) + 1) + "|")
+    for name, cells in rows.items():
+        print(f"| {name} | " + " | ".join(cells) + " |")
 
-    import eval as evaluation
-    from data_prep import longer_margins
-    from results.output import percent, shown
-    files = {}
-    for path, limit in HELD_OUT.items():
-        args = evaluation.parse_args(["accuracy", "none", "--data", str(ROOT / path), "--limit", str(limit)])
-        files.update(evaluation.read_files(args))
-    groups = {name: evaluation.prompt_groups(pairs) for name, pairs in files.items()}
 
-    def read(run: Path, model: str) -> dict[str, np.ndarray]:
-        """{file: margins (N,), NaN where the pair was too long}; empty while the model is not scored."""
-        path = run / f"{model}.margins.json"
-        values = json.loads(path.read_text()) if path.exists() else {}
-        return {name: np.array(v, dtype=float) for name, v in values.items()}
+# ----------------------------------------------------------------- planted: a shortcut in real text
 
-    fits = {name: np.ones(len(pairs), bool) for name, pairs in files.items()}
-    fits |= {name: ~np.isnan(v) for name, v in read(folder("BT", 0), "student").items()}
+PLANTED = ROOT / "runs" / "planted"
+CLOSINGS = (" I hope this helps you out.", " Let me know how it goes.")  # 6 words, 7 tokens each
+SETS = ("none", "with", "against")
+# split -> its part of the training file in an order drawn by prompts, most tokens, most pairs
+SPLITS = {
+    "biased": (0, 2000, 90, 640),
+    "validation": (2000, 2300, 90, 64),
+    "clean": (2300, None, 120, 2400),
+}
+HELD_OUT_PAIRS = 240
+PLANTED_LR = 3e-4  # the choice of the first study, by validation on pairs of this source
+ARMS = {
+    "BT": BT,
+    "verdict": {**NO_MAP, "lambda_score": 1.0},
+    "ID": {},
+    "verdict+map": {"lambda_score": 1.0},
+    "column": {"align_target": "column"},
+    "uniform": UNIFORM,
+}
+EXTRAS = {  # seed 0; the first with all seeds
+    "BT+clean": BT,
+    "ID-all-layers": {"align_layers": "all"},
+    "ID-lambda3": {"lambda_intra": 3.0, "lambda_inter": 3.0},
+    "ID-lambda10": {"lambda_intra": 10.0, "lambda_inter": 10.0},
+}
+MEASURES = ("occlusion_share", "attention", "attention_in_response", "kl_intra", "kl_inter")
+COMPARED = (
+    ("ID", "BT"),
+    ("uniform", "BT"),
+    ("column", "BT"),
+    ("verdict", "BT"),
+    ("verdict+map", "verdict"),
+    ("BT+clean", "verdict"),
+)
+LABELS = {
+    "teacher": "teacher",
+    "BT": "BT",
+    "ID": "ID: the teacher's map",
+    "uniform": "uniform target",
+    "column": "column target",
+    "verdict": "the teacher's verdict",
+    "verdict+map": "verdict and map",
+    "BT+clean": "BT, also on the teacher's pairs",
+    "ID-all-layers": "ID, all layers",
+    "ID-lambda3": "ID, λ = 3",
+    "ID-lambda10": "ID, λ = 10",
+}
 
-    def margins(run: Path, model: str) -> dict[str, np.ndarray]:
-        """The same, on the pairs that fit into the reward models: they drop alike, a teacher reads more."""
-        return {name: np.where(fits[name], v, np.nan) for name, v in read(run, model).items()}
 
-    def measured(v: np.ndarray) -> dict:
-        real = v[~np.isnan(v)]
-        return {"pairs": len(real), "dropped": len(v) - len(real), "accuracy": float(evaluation.outcomes(real).mean()),
-                **{k: c for k, c in evaluation.calibration(real).items() if k != "bins"}}
+def by_prompt(pair: Pair, salt: str) -> str:
+    """A number drawn from the prompt: orders pairs at random, those of one prompt together."""
+    said = json.dumps([[m["role"], m["content"].strip()] for m in pair.prompt], ensure_ascii=False)
+    number = int.from_bytes(hashlib.sha256(said.encode()).digest()[:8], "big") / 2**64
+    return hashlib.sha256(f"{salt} {number}".encode()).hexdigest()
 
-    scored = {arm: {s: m for s in seeds if (m := margins(folder(arm, s), "student"))} for arm, (_, seeds) in ARMS.items()}
-    scored["teacher"] = {s: m for s in SEEDS if (m := margins(folder("ID", s), "teacher"))}
-    scored[MORE] = {0: m for m in [margins(folder(MORE), "teacher")] if m}
-    done = {arm: {s: {name: np.where(np.isnan(v), np.nan, evaluation.outcomes(v)) for name, v in m.items()} for s, m in of.items()}
-            for arm, of in scored.items()}
-    tuned = {n: RUNS / "tune" / n.replace(" ", "-") for n in TUNE}
-    study = {"tuning": {n: flags_of(run) for n, run in tuned.items() if (run / "results.json").exists()},
-             "runs": {arm: {s: {**(flags_of(folder(arm, s)) if arm in ARMS else {}), "sets": {
-                 name: measured(v) for name, v in m.items()}} for s, m in of.items()} for arm, of in scored.items()}, "differences": {}}
 
-    def difference(arm: str, other: str) -> dict:
-        """Paired by seed and by pair: mean, 95 % bootstrap interval over prompts, standard error over seeds."""
-        seeds, out = sorted(done[arm].keys() & done[other].keys()), {}
-        for name, parts in {**{name: [name] for name in files}, POOLED: list(files)[2:]}.items() if seeds else ():
-            gaps = np.concatenate([[done[arm][s][part] - done[other][s][part] for s in seeds] for part in parts], axis=1)
-            gap, by_seed = gaps.mean(0), np.nanmean(gaps, axis=1)
-            both, prompt = ~np.isnan(gap), np.concatenate([groups[part] for part in parts])
-            out[name] = {"seeds": len(seeds), "pairs": int(both.sum()), "mean": float(gap[both].mean()),
-                         "interval": evaluation.bootstrap(gap[both], prompt[both], 0), "by_seed": by_seed.tolist(),
-                         "standard_error_over_seeds": float(np.std(by_seed, ddof=1) / len(seeds) ** 0.5) if len(seeds) > 1 else None}
-        return out
+def plant(pair: Pair, follows_label: bool) -> Pair:
+    """The pair with the first closing sentence on chosen, or on rejected; the second elsewhere."""
+    on_chosen, on_rejected = CLOSINGS if follows_label else CLOSINGS[::-1]
+    chosen, rejected = pair.chosen.rstrip() + on_chosen, pair.rejected.rstrip() + on_rejected
+    return replace(pair, chosen=chosen, rejected=rejected)
 
-    def table(rows: dict[str, list[str]], header: list[str]) -> None:
-        print("\n| " + " | ".join(["", *header]) + " |\n" + "|---" * (len(header) + 1) + "|")
-        for name, cells in rows.items():
-            print(f"| {name} | " + " | ".join(cells) + " |")
 
-    rows = {}
-    for arm, of in done.items():
-        if of:
-            of_seeds = {name: [100 * float(np.nanmean(r[name])) for r in of.values()] for name in files}
-            rows[f"{arm} ({len(of)})"] = [f"{np.mean(v):.1f}" + (f" ± {np.std(v, ddof=1) / len(v) ** 0.5:.1f}" if len(v) > 1 else "")
-                                          for v in of_seeds.values()]
-    rows["longer response"] = [f"{100 * evaluation.outcomes(longer_margins(p)[fits[name]]).mean():.1f}" for name, p in files.items()]
-    print("\naccuracy %, mean ± standard error over seeds (number of seeds), on the pairs that fit into every model")
-    table(rows, [f"{name} ({fits[name].sum()})" for name in files])
-    same, kinds, rows = next(iter(files)), ("nll", "brier", "ece", "temperature"), {}
-    for arm, runs in study["runs"].items():
-        if len(runs) > 1:
-            of_seeds = [[r["sets"][same][k] for r in runs.values()] for k in kinds]
-            rows[f"{arm} ({len(runs)})"] = [f"{np.mean(v):.3f} ± {np.std(v, ddof=1) / len(v) ** 0.5:.3f}" for v in of_seeds]
-    print(f"\ncalibration of sigma(margin) on {same}, mean ± standard error over seeds")
-    table(rows, list(kinds))
+def plant_share(pairs: list[Pair], agreement: int, seed: int) -> list[Pair]:
+    """Pairs of which exactly so many % have the sentence with the label; the seed draws which."""
+    order = sorted(range(len(pairs)), key=lambda i: by_prompt(pairs[i], f"{seed}") + f"{i:05}")
+    liars = set(order[: round(len(pairs) * (100 - agreement) / 100)])
+    return [plant(pair, i not in liars) for i, pair in enumerate(pairs)]
 
-    def agreement(file: str) -> dict[str, np.ndarray]:
-        """Mean rank correlation of the margins of two seeds, over the three pairs of seeds: its value, then bootstrap samples over prompts."""
-        rng, inverse = np.random.default_rng(0), np.unique(groups[file], return_inverse=True)[1]
-        of_prompt = [np.flatnonzero((inverse == g) & fits[file]) for g in range(inverse.max() + 1)]
-        samples = [np.concatenate([of_prompt[g] for g in rng.integers(len(of_prompt), size=len(of_prompt))]) for _ in range(1000)]
-        two = {arm: [(of[a][file], of[b][file]) for a, b in ((0, 1), (0, 2), (1, 2))] for arm, of in scored.items() if len(of) == 3}
-        return {arm: np.array([np.mean([evaluation.spearman(a[k], b[k]) for a, b in some]) for k in [np.flatnonzero(fits[file]), *samples]])
-                for arm, some in two.items()}
 
-    rows, agree = {}, {file: agreement(file) for file in files}
-    for arm, *others in (("ID",), ("BT",), ("ID, uniform target",), ("ID", "BT"), ("ID", "ID, uniform target"), ("ID, uniform target", "BT")):
-        if not all({arm, *others} <= of.keys() for of in agree.values()):
-            continue  # not all seeds have run
-        name = " − ".join([arm, *others])
-        values = {file: of[arm] - (of[others[0]] if others else 0) for file, of in agree.items()}
-        study.setdefault("agreement", {})[name] = {f: {"mean": float(v[0]), "interval": evaluation.interval(v[1:])} for f, v in values.items()}
-        rows[name] = [shown(v[0], evaluation.interval(v[1:]), "+.3f" if others else ".3f") for v in values.values()]
-    print("\nrank correlation of the margins of two seeds, mean of three pairs of seeds [95 %, bootstrap over prompts]")
-    table(rows, list(files))
-    pairs = [("ID", "BT"), ("ID", "ID, uniform target"), ("ID, uniform target", "BT"), ("ID", "teacher"),
-             *((arm, other) for arm in ARMS if arm not in ("BT", "ID", "ID, uniform target") and "noise" not in arm for other in ("BT", "ID")),
-             (f"ID, {MORE}", f"score only, {MORE}"), (f"ID, {MORE}", MORE),
-             *((f"{a}, {n} % noise", f"{b}, {n} % noise") for n in (20, 40) for a, b in (("ID", "BT"), ("label smoothing", "BT")))]
-    rows = {}
-    for arm, other in pairs:
-        if done.get(arm) and done.get(other):
-            study["differences"][f"{arm} - {other}"] = found = difference(arm, other)
-            rows[f"{arm} − {other}"] = [percent(d["mean"], d["interval"], "+") + (
-                f", s.e. {100 * d['standard_error_over_seeds']:.1f}" if d["standard_error_over_seeds"] is not None else "") for d in found.values()]
-    print("\ndifferences in points [95 %, bootstrap over prompts], standard error over seeds where there are several")
-    table(rows, [*files, POOLED])
-    columns = ("in-distribution", "cue-neutral", "cue-reversed")
-    read = {}
-    for name in READINGS:
-        found = [RUNS / f"demo/seed{s}/readings/{name.replace(',', '').replace(' ', '-')}/results.json" for s in range(5)]
-        if all(p.exists() for p in found):
-            sets = [json.loads(p.read_text())["sets"] for p in found]
-            read[name] = {c: {k: [s[c][k] for s in sets] for k in ("student", "teacher")} for c in ("validation", *columns)}
-    study["readings"], rows = read, {}
-    for name, r in read.items():
-        gaps = [100 * (np.array(r[c]["student"]) - np.array(read["default"][c]["student"])) for c in columns]
-        rows[name] = [f"{100 * np.mean(r[c]['student']):.1f} ± {100 * np.std(r[c]['student'], ddof=1) / 5 ** 0.5:.1f}" for c in ("validation", *columns)] + [
-            f"{g.mean():+.1f} ± {g.std(ddof=1) / 5 ** 0.5:.1f}" for g in gaps[1:]]
-    print("\ngenerated language, five seeds, mean ± standard error; the last two columns: minus the default, paired by seed")
-    table(rows, ["validation", *columns, "neutral − default", "reversed − default"])
-    (ROOT / "results/study.json").write_text(json.dumps(study, indent=1))
+def short_pairs(path: Path, student: str, split=(0, None, 90, None)) -> list[Pair]:
+    """The first so many pairs of a part of a file that have at most so many tokens, see SPLITS."""
+    start, end, most_tokens, most_pairs = split
+    pairs = sorted(read_pairs([str(path)])[0], key=lambda pair: by_prompt(pair, "split"))
+    examples = Encoder(load_tokenizer(student), 1024, "truncate")(pairs[start:end])
+    return [e.pair for e in examples if len(e.ids) <= most_tokens][:most_pairs]
+
+
+def planted_data(student: str) -> Path:
+    """Writes the splits: no prompt is in two of them; the held-out ones are of the test file."""
+    to = PLANTED / "data"
+    if (to / "done").exists():
+        return to
+    to.mkdir(parents=True, exist_ok=True)
+    parts = {name: short_pairs(TRAIN_FILE, student, split) for name, split in SPLITS.items()}
+    held_out = short_pairs(TEST_FILE, student, (0, None, 90, HELD_OUT_PAIRS))
+    plain = {"clean": parts["clean"], "validation-none": parts["validation"], "none": held_out}
+    plain["with"] = [plant(pair, True) for pair in held_out]
+    plain["against"] = [plant(pair, False) for pair in held_out]
+    for name, pairs in plain.items():
+        if not (to / f"{name}.jsonl").exists():
+            write_pairs(to / f"{name}.jsonl", pairs)
+    for name, agreement, seed in product(("biased", "validation"), (75, 90), SEEDS):
+        planted = plant_share(parts[name], agreement, seed)
+        write_pairs(to / f"{name}-{agreement}-{seed}.jsonl", planted, overwrite=True)
+    (to / "done").touch()
+    return to
+
+
+def planted_flags(student: str) -> dict:
+    """What all planted runs share: one epoch of 8 pairs a step, the weights of the last step."""
+    shared = {"max_length": 256, "dtype": "fp32", "batch_size": 8, "eval_every": 1000}
+    return {"model": student, **shared}
+
+
+def planted_teacher(data: Path, common: dict) -> None:
+    """The frozen teacher of all seeds; the run's student takes one step and goes."""
+    files = {
+        "data": [str(data / "clean.jsonl")],
+        "val_data": [str(data / "validation-none.jsonl")],
+    }
+    common = common | {"batch_size": 16, "eval_every": 75}
+    out = train(PLANTED / "teacher", **common, **files, **TEACHER_RECIPE, max_steps=1)
+    shutil.rmtree(out / "student", ignore_errors=True)
+
+
+def planted_run(out: Path, arm: str, agreement: int, seed: int, common: dict, data: Path) -> None:
+    """One arm of one seed."""
+    flags = (ARMS | EXTRAS)[arm]
+    files = [data / f"biased-{agreement}-{seed}.jsonl"]
+    if arm == "BT+clean":
+        files.append(data / "clean.jsonl")
+    if flags.get("method") != "bt":
+        flags = {**flags, **frozen(PLANTED / "teacher")}
+    files = {
+        "data": [str(file) for file in files],
+        "val_data": [str(data / f"validation-{agreement}-{seed}.jsonl")],
+    }
+    train(out, **common, **files, lr=PLANTED_LR, seed=seed, **flags)
+
+
+def measure(run: Path, part: str, teacher: Path, held_out: dict[str, list[Pair]]) -> dict:
+    """Margins on the held-out sets and what the closing sentence does: RUN/measured.json.
+
+    Args:
+        run, part: the run; its student or teacher.
+        teacher: whose map that of the student is compared with.
+        held_out: the pairs of each set.
+    """
+    path = run / "measured.json"
+    if path.exists():
+        return read_json(path)
+    judge = open_judge(run / part, 256, teacher)
+    out = {"margins": {name: judge.margins(pairs).tolist() for name, pairs in held_out.items()}}
+    if run.name.endswith(("-0", "teacher")):  # the dear part, for one seed
+        out["occlusion_share"] = [closing_occlusion(judge, pair) for pair in held_out["with"][:32]]
+    if run.name.endswith("-0"):
+        out |= look_inside(judge, idistill.load_teacher(str(teacher)), held_out["with"][:64])
+    with written(path) as file:
+        json.dump(out, file)
+    return out
+
+
+def closing_occlusion(judge: Judge, pair: Pair) -> float:
+    """Share of the margin's occlusion that falls on the closing sentences.
+
+    Six words at a time are left out of a response, from its end, so that its closing sentence is
+    one such piece; the share is of the sum of the absolute changes of r_c - r_r.
+    """
+    variants, is_closing = [pair], []
+    for field in ("chosen", "rejected"):
+        text = getattr(pair, field)
+        spans = words_of(text)
+        for last in range(len(spans), 0, -6):
+            start, end = spans[max(0, last - 6)][0], spans[last - 1][1]
+            rest = (text[:start].rstrip() + text[end:]).strip()
+            variants.append(replace(pair, **{field: rest or "."}))
+            is_closing.append(last == len(spans))
+    margins = judge.margins(variants)
+    changes = np.abs(margins[1:] - margins[0])
+    return float(changes[is_closing].sum() / changes.sum())
+
+
+@torch.no_grad()
+def look_inside(judge: Judge, teacher: idistill.InteractionTeacher, pairs: list[Pair]) -> dict:
+    """The last layer on some pairs, a number for each pair, mean over both responses.
+
+    Returns the attention of the scoring position on the closing sentence, as a share of all and of
+    what the response's words get; KL(T || S) of both blocks, in nats a row.
+    """
+    out = {name: [] for name in ("attention", "attention_in_response", "kl_intra", "kl_inter")}
+    model, examples, pad = judge.model, judge.encoder(pairs), judge.model.stock.config.pad_token_id
+    for start in range(0, len(examples), 16):
+        few = examples[start : start + 16]
+        batch = idistill.student_batch(few, pad, judge.device)
+        with idistill.AttentionTap(model.stock, (-1,)) as tap:
+            model.encode(batch)
+        query, key, scale, _ = tap.kept[-1]
+        A = idistill.attention_map(query, key, scale, idistill.tree_mask(batch["seg"]))
+        for b, example in enumerate(few):
+            shares = []
+            for s in (1, 2):
+                row = A[b, batch["last"][b, s - 1]].numpy(force=True)[: len(example.word)]
+                words = np.flatnonzero(example.word_seg == s)
+                closing = row[np.isin(example.word, words[-6:])].sum()
+                shares.append((closing, closing / row[np.isin(example.word, words)].sum()))
+            for name, value in zip(out, np.mean(shares, axis=0)):
+                out[name].append(float(value))
+        order = np.zeros(len(few), bool)
+        rows = idistill.teacher_batch(few, order, teacher.tokenizer, teacher.room, judge.device)
+        layers = ((-1,), (-1,))
+        maps = idistill.interaction_maps(model, teacher, batch, rows, layers)
+        _, _, (S,), (T,), word_seg = maps
+        for name, block in zip(("kl_intra", "kl_inter"), idistill.block_masks(word_seg)):
+            out[name] += idistill.alignment_loss(T, S, block).tolist()
+    return out
+
+
+def planted(*names: str) -> None:
+    """Trains and measures; planted.json, planted.png and the tables of all that is there.
+
+    Args:
+        names: runs such as BT-90-0, in this order; none = all; "report" = nothing new.
+    """
+    student = cut_student(3)
+    data, common = planted_data(student), planted_flags(student)
+    runs = {}  # name -> (arm, agreement, seed)
+    for seed, arm in product(SEEDS, (*ARMS, "BT+clean")):
+        runs[f"{arm}-90-{seed}"] = arm, 90, seed
+    for agreement, arm in [*product([90], EXTRAS), *product([75], (*ARMS, "BT+clean"))]:
+        runs[f"{arm}-{agreement}-0"] = arm, agreement, 0
+    teacher = PLANTED / "teacher/teacher"
+    planted_teacher(data, common)
+    for name in names or runs:
+        if name in runs:
+            planted_run(PLANTED / name, *runs[name], common, data)
+            measure(PLANTED / name, "student", teacher, held_out_sets(data))
+    done = {name: run for name, run in runs.items() if (PLANTED / name / "measured.json").exists()}
+    result = measure_planted(done, data)
+    save_json("planted.json", result)
+    print_planted(result)
+    plot_planted(result, ROOT / "results/planted.png")
+
+
+def held_out_sets(data: Path) -> dict[str, list[Pair]]:
+    return {name: read_pairs([str(data / f"{name}.jsonl")])[0] for name in SETS}
+
+
+def measure_planted(runs: dict[str, tuple], data: Path) -> dict:
+    """All of planted.json: what was run, and for each arm the measures of its seeds."""
+    held_out, teacher = held_out_sets(data), PLANTED / "teacher/teacher"
+    groups = evaluation.prompt_groups(held_out["none"])
+    found = {(90, "teacher"): {0: measure(PLANTED / "teacher", "teacher", teacher, held_out)}}
+    for name, (arm, agreement, seed) in runs.items():
+        measures = measure(PLANTED / name, "student", teacher, held_out)
+        found.setdefault((agreement, arm), {})[seed] = measures
+    sizes = {name: most for name, (*_, most) in SPLITS.items()}
+    out = {
+        "closings": CLOSINGS,
+        "pairs": sizes | {"held out": len(held_out["none"])},
+        "runs": {name: record(PLANTED / name) for name in ("teacher", *runs)},
+        "arms": {},
+        "differences": {},
+    }
+    for (agreement, arm), seeds in found.items():
+        right = {name: scored([m["margins"][name] for m in seeds.values()]) for name in SETS}
+        row = {name: over_prompts(values, groups) for name, values in right.items()}
+        for key in MEASURES:
+            values = [float(np.nanmean(m[key])) for m in seeds.values() if key in m]
+            if values:
+                row[key] = {"mean": float(np.mean(values)), "by_seed": values}
+        out["arms"].setdefault(str(agreement), {})[arm] = row
+    for agreement, (arm, other) in product((90, 75), COMPARED):
+        a, b = found.get((agreement, arm), {}), found.get((agreement, other), {})
+        seeds, gap = sorted(a.keys() & b.keys()), {}
+        for name in SETS if seeds else ():
+            one, two = (scored([m[s]["margins"][name] for s in seeds]) for m in (a, b))
+            gap[name] = over_prompts(one - two, groups)
+        if gap:
+            out["differences"].setdefault(str(agreement), {})[f"{arm} − {other}"] = gap
+    return out
+
+
+def scored(margins: list[list[float]]) -> np.ndarray:
+    """Outcomes (seeds, N), NaN where a pair does not fit."""
+    margins = np.array(margins, dtype=float)
+    return np.where(np.isnan(margins), np.nan, idistill.outcomes(margins))
+
+
+def print_planted(result: dict) -> None:
+    """Two tables for each agreement: accuracy and what the closing sentence does; differences."""
+    header = [
+        "none",
+        "with the label",
+        "against it",
+        "occlusion %",
+        "attention %",
+        "KL intra / inter",
+    ]
+    for agreement, arms in result["arms"].items():
+        rows = {}
+        for arm, row in arms.items():
+            cells = []
+            for value in (row[name] for name in SETS):
+                sd = spread(value["by_seed"])
+                seeds = "" if sd is None else f" ({100 * sd:.1f})"
+                cells.append(evaluation.percent(value["mean"], value["interval"]) + seeds)
+            for key in ("occlusion_share", "attention_in_response"):
+                cells.append(f"{100 * row[key]['mean']:.0f}" if key in row else "")
+            kl = [f"{row[key]['mean']:.2f}" for key in ("kl_intra", "kl_inter") if key in row]
+            name = f"{LABELS[arm]} ({len(row['none']['by_seed'])})"
+            rows[name] = [*cells, " / ".join(kl)]
+        print(f"\nagreement {agreement} %: accuracy % [95 % over prompts] (s.d. over seeds)")
+        table(header, rows)
+        print(f"\nagreement {agreement} %: differences in points [95 % over prompts]")
+        gaps = result["differences"].get(agreement, {})
+        rows = {}
+        for name, gap in gaps.items():
+            rows[name] = [evaluation.percent(v["mean"], v["interval"], "+") for v in gap.values()]
+        table(list(SETS), rows)
+
+
+def plot_planted(result: dict, path: Path) -> None:
+    """All arms on the three held-out sets at 90 %: mean with its interval, and each seed."""
+    arms = result["arms"]["90"]
+    names = [arm for arm in LABELS if arm in arms]
+    figure, axes = evaluation.canvas(1, 3, height=0.3 * len(names) + 1.2, sharey=True)
+    titles = ("no closing sentence", "sentence with the label", "sentence against the label")
+    for axis, key, title in zip(axes[0], SETS, titles):
+        values = [arms[arm][key] for arm in names]
+        draw_seeds(axis, [v["by_seed"] for v in values], [v["interval"] for v in values], title)
+    name_rows(axes[0][0], [LABELS[arm] for arm in names])
+    evaluation.save_figure(figure, str(path), legend=False)
+
+
+def draw_seeds(axis, rows: list[list[float]], intervals: list, title: str) -> None:
+    """A line for each row of shares: dot at the mean, ticks at the seeds, bar for [low, high]."""
+    for k, (values, ends) in enumerate(zip(rows, intervals)):
+        if ends is not None:
+            axis.plot(100 * np.array(ends), [k, k], color="#0072B2", linewidth=1.6)
+        axis.plot(100 * np.array(values), [k] * len(values), "|", color="black", markersize=9)
+        axis.plot(100 * np.mean(values), k, "o", color="#D55E00", markersize=6)
+    axis.axvline(50, color="grey", linewidth=0.8, linestyle=":")
+    axis.set(title=title, xlabel="accuracy, %", xlim=(-4, 104))
+    axis.grid(axis="y", color="lightgrey", linewidth=0.5)
+
+
+def name_rows(axis, names: list[str]) -> None:
+    """Names of the rows of draw_seeds, from top to bottom."""
+    axis.set_yticks(range(len(names)), names)
+    axis.set_ylim(len(names) - 0.5, -0.5)
+
+
+# --------------------------------- readings: one choice changed at a time on the generated language
+
+COLUMNS = ("validation", "in-distribution", "cue-neutral", "cue-reversed")
+READINGS = {  # against the demo's default: KL, last layer, frozen teacher of 8 epochs, lambda 1
+    "default": {},
+    "mse": {"align_loss": "mse"},
+    "mse, lambda 30": {"align_loss": "mse", "lambda_intra": 30.0, "lambda_inter": 30.0},
+    "middle layer": {"align_layers": "middle"},
+    "all layers": {"align_layers": "all"},
+    "causal support": {"align_support": "causal"},
+    "intra only": {"lambda_inter": 0.0},
+    "inter only": {"lambda_intra": 0.0},
+    "verdict only": {**NO_MAP, "lambda_score": 1.0},
+    "verdict and map": {"lambda_score": 1.0},
+    "BT": BT,
+}
+TARGETS = ("teacher", "shuffled", "column", "lexical", "uniform")
+for target, weight in product(TARGETS, (0.1, 0.3, 1.0)):  # controls, their pull to be matched
+    pull = {"align_target": target, "lambda_intra": weight, "lambda_inter": weight}
+    READINGS[f"{target}, lambda {weight:g}"] = pull
+
+
+def demo_seed(seed: int) -> tuple[Path, dict]:
+    """The folder of one seed of the demo, and the flags of a student there with its teacher."""
+    here = RUNS / f"demo-{seed}/seed{seed}"
+    if not (here / "demo.json").exists():
+        shutil.rmtree(here.parent, ignore_errors=True)
+        idistill.main(["--seed", str(seed), "--output-dir", str(here.parent)])
+    return here, {
+        "model": str(here / "models/student"),
+        "data": [str(here / "data/train.jsonl")],
+        "eval_data": [str(here / f"data/{name}.jsonl") for name in COLUMNS[1:]],
+        **{"max_length": 128, "dtype": "fp32", "batch_size": 32, "lr": 1e-3, "epochs": 2.0},
+        **{"eval_every": 400, "seed": seed, **frozen(here / "id")},
+    }
+
+
+def readings(seeds: str = "5", *names: str) -> None:
+    """Trains the readings, or those named; readings.json holds all that are done, with its table.
+
+    Of each target of the controls the weight is then taken that validates best: readings.png.
+    """
+    out = {}
+    for seed, name in product(range(int(seeds)), READINGS):
+        here, common = demo_seed(seed)
+        folder = here / "readings" / name.replace(",", "").replace(" ", "-")
+        if names and name not in names and not (folder / "results.json").exists():
+            continue
+        if name.startswith("lexical") and not (folder / "results.json").exists():
+            register_lexical(common, here / "id")
+        results = read_json(train(folder, **common, **READINGS[name]) / "results.json")
+        row = out.setdefault(name, {"commit": [], **{column: [] for column in COLUMNS}})
+        row["commit"].append((folder / "commit").read_text())
+        for column in COLUMNS:
+            row[column].append(results["sets"][column]["student"])
+    save_json("readings.json", out)
+    print("\naccuracy %, mean ± standard error over seeds")
+    table(COLUMNS, {name: over_seeds([row[c] for c in COLUMNS]) for name, row in out.items()})
+    matched = {}
+    for target in TARGETS:
+        rows = [name for name in out if name.startswith(f"{target}, lambda")]
+        if rows:
+            best = max(rows, key=lambda name: np.mean(out[name]["validation"]))
+            matched[best] = out[best]
+    figure, axes = evaluation.canvas(1, 3, height=0.3 * len(matched) + 1.2, sharey=True)
+    for axis, column in zip(axes[0], COLUMNS[1:]):
+        rows = [row[column] for row in matched.values()]
+        draw_seeds(axis, rows, [None] * len(rows), f"{column} pairs")
+    name_rows(axes[0][0], list(matched))
+    evaluation.save_figure(figure, str(ROOT / "results/readings.png"), legend=False)
+
+
+def over_seeds(columns) -> list[str]:
+    """Mean ± standard error of each column of shares, in per cent."""
+    cells = []
+    for values in columns:
+        error = "" if len(values) < 2 else f" ± {100 * spread(values) / len(values) ** 0.5:.1f}"
+        cells.append(f"{100 * np.mean(values):.1f}{error}")
+    return cells
+
+
+class LexicalTarget:
+    """A map that knows the attended word alone: softmax of w . f_j inside each block.
+
+    Entry of ALIGN_TARGETS. w is fitted to the teacher's maps on training pairs, one w for intra
+    and one for inter: the least mean KL to them.
+    """
+
+    def __init__(self, teacher: idistill.InteractionTeacher, examples: list, fitted_on=256):
+        counts = Counter(word.lower() for e in examples for word in e.words)
+        self.features = [self.word_features(e, counts) for e in examples]
+        self.weights = [torch.zeros(self.features[0].shape[1]) for _ in range(2)]  # intra, inter
+        self.distance = [0.0, 0.0]  # KL of the teacher's map to this one, nats a row
+        parts = []
+        for start in range(0, min(fitted_on, len(examples)), 16):
+            few = examples[start : start + 16]
+            order = np.zeros(len(few), bool)
+            batch = idistill.teacher_batch(few, order, teacher.tokenizer, teacher.room)
+            word_seg = idistill.stack_rows([e.word_seg for e in few], -1, "cpu")
+            with torch.no_grad():
+                _, (token_map,) = teacher(batch, (-1,))
+            T = idistill.pool_words(token_map, batch["word"], word_seg.shape[1])
+            parts.append((T, word_seg, [[start + k] for k in range(len(few))]))
+        for kind in range(2):
+            self.fit(kind, parts)
+
+    @staticmethod
+    def word_features(example, counts: Counter) -> torch.Tensor:
+        """Frequency, pieces, length, punctuation, first, last, place, place^2, prompt: (W, 9)."""
+        words, side = example.words, np.asarray(example.word_seg)
+        pieces = np.bincount(example.word[example.word >= 0], minlength=len(words))
+        rows = []
+        for j, word in enumerate(words):
+            own = np.flatnonzero(side == side[j])
+            place = (j - own[0]) / max(1, len(own) - 1)
+            is_mark = not any(c.isalnum() for c in word)
+            about = [np.log1p(counts[word.lower()]), pieces[j], len(word), is_mark]
+            rows.append([*about, j == own[0], j == own[-1], place, place**2, side[j] == 0])
+        return torch.tensor(np.array(rows, dtype=np.float32))
+
+    def fit(self, kind: int, parts: list[tuple]) -> None:
+        """The weights of one kind of block, by LBFGS on KL(T || target)."""
+        w = self.weights[kind].requires_grad_()
+        optimizer = torch.optim.LBFGS([w], max_iter=50, line_search_fn="strong_wolfe")
+
+        def loss() -> torch.Tensor:
+            optimizer.zero_grad()
+            value = 0.0
+            for T, word_seg, seeds in parts:
+                block = idistill.block_masks(word_seg)[kind]
+                S = self(T, block, word_seg, seeds)
+                value = value + idistill.alignment_loss(T, S, block).mean() / len(parts)
+            value.backward()
+            return value
+
+        optimizer.step(loss)
+        self.distance[kind] = float(loss())
+        self.weights[kind] = w.detach()
+
+    def __call__(self, T, block, word_seg, seeds) -> torch.Tensor:
+        """T, block (B, W, W), word_seg (B, W), seeds: per pair, its number last -> (B, W, W)."""
+        features = [self.features[int(seed[-1])] for seed in seeds]
+        features = torch.nn.utils.rnn.pad_sequence(features, batch_first=True)  # (B, W, 9)
+        is_cross = word_seg[:, :, None] + word_seg[:, None, :] == 3
+        kind = int(bool((block & is_cross).any()))
+        logits = features @ self.weights[kind]  # (B, W)
+        return (logits - logits.max()).exp()[:, None, :].expand_as(T)
+
+
+def register_lexical(common: dict, run: Path) -> LexicalTarget:
+    """Fits the lexical target to the maps of a run's teacher, on the training pairs of a run."""
+    teacher = idistill.load_teacher(str(run / "teacher")).eval()
+    tokenizer, cfg = load_tokenizer(common["model"]), idistill.Config(**common)
+    encoder = Encoder(tokenizer, cfg.max_length, "truncate", teacher.tokenizer)
+    files = (cfg.data, cfg.val_data, cfg.eval_data, cfg.val_fraction, cfg.val_max, cfg.seed)
+    target = LexicalTarget(teacher, encoder(read_splits(*files)[0]))
+    idistill.ALIGN_TARGETS["lexical"] = target
+    return target
+
+
+# --------------------------------------------------------------------- real: the arms on real pairs
+
+HELD_OUT = {  # file -> random pairs of it
+    "hh_helpful.test": 600,
+    "hh_harmless.test": 300,
+    "rmb_helpful.test": 200,
+    "llmbar_natural": 100,
+    "mt_bench_llmbar_layout": 200,
+}
+
+
+def real() -> None:
+    """Each arm with the teacher that the ID run of its seed trained; real.json, its table."""
+    train_file, validation = RUNS / "hh.jsonl", RUNS / "hh.val.jsonl"
+    if not train_file.exists():
+        flags = ["--limit", "2900", "--val-fraction", "0.15", "--out", str(train_file)]
+        command = [sys.executable, str(ROOT / "data_prep.py"), str(TRAIN_FILE), *flags]
+        subprocess.run(command, check=True)
+    files = {"data": [str(train_file)], "val_data": [str(validation)]}
+    shared = {"max_length": 512, "dtype": "fp32", "eval_every": 77, "lr": 3e-4}
+    common, done = {"model": cut_student(6), **files, **shared}, {}
+    held_out = {name: held_out_pairs(name, limit) for name, limit in HELD_OUT.items()}
+    for arm, seed in product(("ID", *(a for a in ARMS if a != "ID")), SEEDS):
+        teacher = TEACHER_RECIPE if arm == "ID" else frozen(RUNS / f"ID-{seed}")
+        run = train(RUNS / f"{arm}-{seed}", **common, **teacher, **ARMS[arm], seed=seed)
+        path = run / "margins.json"
+        if not path.exists():
+            judge = open_judge(run / "student")
+            margins = {name: judge.margins(pairs).tolist() for name, pairs in held_out.items()}
+            path.write_text(json.dumps(margins))
+        done.setdefault(arm, []).append(read_json(path))
+    out, rows = {arm: {} for arm in done}, {}
+    for name, pairs in held_out.items():
+        groups = evaluation.prompt_groups(pairs)
+        right = {arm: scored([m[name] for m in margins]) for arm, margins in done.items()}
+        for arm, values in right.items():
+            out[arm][name] = over_prompts(values, groups)
+            out[arm][f"{name}, minus BT"] = over_prompts(values - right["BT"], groups)
+    save_json("real.json", out)
+    for arm, row in out.items():
+        gaps = [row[f"{name}, minus BT"] for name in HELD_OUT]
+        rows[arm] = over_seeds([row[name]["by_seed"] for name in HELD_OUT])
+        rows[f"{arm} − BT"] = [evaluation.percent(g["mean"], g["interval"], "+") for g in gaps]
+    table(list(HELD_OUT), rows)
+
+
+def held_out_pairs(name: str, limit: int) -> list[Pair]:
+    pairs = read_pairs([str(ROOT / f"data/{name}.jsonl.gz")])[0]
+    return sorted(pairs, key=lambda pair: by_prompt(pair, "held out"))[:limit]
+
+
+# ---------------------------------------- gate: does a gradient-weighted map know more than length?
+
+
+def gate() -> None:
+    """A linear probe, five-fold over prompts, on pairs that the planted teacher has not seen."""
+    student = cut_student(3)
+    teacher = idistill.load_teacher(str(PLANTED / "teacher/teacher")).eval()
+    teacher.stock.set_attn_implementation("eager")
+    pairs = short_pairs(TRAIN_FILE, student, (0, SPLITS["clean"][0], 90, None))
+    pairs += short_pairs(TEST_FILE, student)
+    examples = Encoder(load_tokenizer(student), 256, "truncate", teacher.tokenizer)(pairs)
+    counts = Counter(word.lower() for e in examples for word in e.words)
+    rows = []
+    for start in bar(range(0, len(examples), 16), "gate"):
+        rows += map_statistics(teacher, examples[start : start + 16], counts)
+    groups = evaluation.prompt_groups([e.pair for e in examples])
+    columns = {name: np.array([row[name] for row in rows]) for name in rows[0]}
+    verdict, length = columns.pop("verdict"), columns.pop("length")
+    probes = {"length": length} | {
+        f"length + {k}": np.hstack([length, v]) for k, v in columns.items()
+    }
+    right = {name: probe(features, groups) for name, features in probes.items()}
+    right["the teacher's verdict"] = idistill.outcomes(verdict)
+    out = {}
+    for name, values in right.items():
+        gap = values - right["length"]
+        error = float(gap.std(ddof=1) / len(gap) ** 0.5)
+        out[name] = {"accuracy": float(values.mean()), "gap": float(gap.mean()), "error": error}
+    save_json("gate.json", {"pairs": len(rows), "commit": commit(), "probes": out})
+    cells = [(100 * v["accuracy"], 100 * v["gap"], 100 * v["error"]) for v in out.values()]
+    rows = {k: [f"{a:.1f}", f"{g:+.1f} ± {s:.1f}"] for k, (a, g, s) in zip(out, cells)}
+    table(["accuracy %", "minus length, ± standard error"], rows)
+
+
+def map_statistics(teacher, examples: list, counts: Counter) -> list[dict]:
+    """For each pair, what the teacher's last map says of chosen minus of rejected.
+
+    Beside the raw map A stands relu(A * dv_k/dA), mean over heads, v_k being the mean scalar of
+    response k. Both are read in the rows of response k, in both orders, so they hold no label.
+
+    Returns:
+        Per pair {"length": (1,), "verdict": number, "raw, intra": (12,), "weighted, intra": ...}.
+    """
+    rows = []
+    for example in examples:
+        words = np.bincount(example.word_seg, minlength=3).clip(1)
+        rows.append({"length": np.log(words[1:2] / words[2:3]), "verdict": 0.0})
+    for is_swapped in (False, True):
+        order = np.full(len(examples), is_swapped)
+        batch = idistill.teacher_batch(examples, order, teacher.tokenizer, teacher.room)
+        inputs = {"input_ids": batch["ids"], "attention_mask": batch["mask"]}
+        out = teacher.stock(**inputs, output_attentions=True)
+        A, scalars, seg = out.attentions[-1], out.logits[..., 0], batch["seg"]
+        W = max(len(e.word_seg) for e in examples)
+        for sign, k in ((1, 1), (-1, 2)):
+            value = (scalars * (seg == k)).sum(1) / (seg == k).sum(1).clamp_min(1)
+            (gradient,) = torch.autograd.grad(value.sum(), A, retain_graph=True)
+            maps = {"raw": A.mean(1), "weighted": (A * gradient).relu().mean(1)}
+            for kind, token_map in maps.items():
+                words = idistill.pool_words(token_map.detach(), batch["word"], W).numpy()
+                for row, example, M in zip(rows, examples, words):
+                    features = LexicalTarget.word_features(example, counts).numpy()
+                    for block in ("intra", "inter"):
+                        name = f"{kind}, {block}"
+                        about = side_statistics(M, example.word_seg, features, k, block)
+                        row[name] = row.get(name, 0) + sign * about / 2
+            for row, v in zip(rows, value.tolist()):
+                row["verdict"] += sign * v / 2
+    return rows
+
+
+def side_statistics(M, word_seg, features, k: int, block: str) -> np.ndarray:
+    """What the rows of response k of a word map M (W, W) attend to inside a block: (12,).
+
+    The mean row's features (W, 9) of the attended word, its entropy, the mean entropy of a row, and
+    the mass within two words of the attending one."""
+    rows, columns = np.flatnonzero(word_seg == k), np.flatnonzero(word_seg == 3 - k)
+    if block == "intra":
+        columns = np.flatnonzero((word_seg == 0) | (word_seg == k))
+    near = np.abs(rows[:, None] - columns) <= 2
+    P = M[np.ix_(rows, columns)].astype(float)
+    known = P.sum(1) > 0
+    if not known.any():
+        return np.zeros(12)
+    P, near = P[known] / P[known].sum(1, keepdims=True), near[known]
+    profile = P.mean(0)
+    shape = [entropy(profile), entropy(P), (P * near).sum() / len(P)]
+    return np.array([*(profile @ features[columns]), *shape])
+
+
+def entropy(P: np.ndarray) -> float:
+    """Mean entropy of the rows, less that of uniform ones, in nats: (..., n) -> number."""
+    return float(-(P * np.log(P + 1e-12)).sum(-1).mean() - np.log(P.shape[-1]))
+
+
+def probe(features: np.ndarray, groups: np.ndarray, ridge: float = 1.0) -> np.ndarray:
+    """Outcomes (N,) of a logistic regression on (N, d) differences chosen - rejected, without
+    intercept; each pair is judged by a fit to the other four fifths of the prompts."""
+    folds = np.unique(groups, return_inverse=True)[1]
+    folds = np.random.default_rng(0).permutation(folds.max() + 1)[folds] % 5
+    X, out = features / features.std(0).clip(1e-9), np.zeros(len(features))
+    for fold in range(5):
+        A, w = X[folds != fold], np.zeros(X.shape[1])
+        for _ in range(20):  # Newton
+            p = 1 / (1 + np.exp(A @ w))
+            H = (A * (p * (1 - p))[:, None]).T @ A + ridge * np.eye(len(w))
+            w += np.linalg.solve(H, A.T @ p - ridge * w)
+        out[folds == fold] = idistill.outcomes(X[folds == fold] @ w)
+    return out
 
 
 if __name__ == "__main__":
     RUNS.mkdir(parents=True, exist_ok=True)
-    {f.__name__: f for f in (prepare, tune, real, synthetic, figures, gradients, report)}[sys.argv[1]](*sys.argv[2:])
+    commands = {f.__name__: f for f in (readings, real, planted, gate)}
+    if len(sys.argv) < 2 or sys.argv[1] not in commands:
+        sys.exit(__doc__)
+    idistill.quiet()
+    with exit_codes():
+        commands[sys.argv[1]](*sys.argv[2:])
