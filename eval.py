@@ -23,6 +23,7 @@ n tokens, W words.
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import re
 import sys
@@ -206,9 +207,9 @@ class Judge:
             )
 
     @torch.no_grad()
-    def eager_maps(self, inputs: dict[str, torch.Tensor]) -> tuple[list, torch.Tensor]:
+    def layer_maps(self, inputs: dict[str, torch.Tensor]) -> tuple[list, torch.Tensor]:
         """The attention of every layer that attends, (B, n, n) each, mean over heads; the last
-        hidden state. Eager attention shows it in all families, with sinks, caps and biases."""
+        hidden state. Eager attention shows it with sinks, caps and biases, the tap does not."""
         before = self.model.config._attn_implementation
         try:
             self.model.set_attn_implementation("eager")
@@ -216,7 +217,13 @@ class Judge:
         finally:
             self.model.set_attn_implementation(before)
         maps = [A.float().mean(1) for A in out.attentions or () if A is not None]
-        return maps, out.last_hidden_state
+        if maps:
+            return maps, out.last_hidden_state
+        layers, n = range(idistill.attention_layers(self.model)), inputs["input_ids"].shape[1]
+        with idistill.AttentionTap(self.model, layers) as tap:  # some hybrids show none
+            hidden = self.model.base_model(**inputs, use_cache=False).last_hidden_state
+        causal = torch.ones(1, 1, n, n, dtype=torch.bool, device=self.device).tril()
+        return [idistill.attention_map(*tap.kept[k][:3], causal) for k in layers], hidden
 
     @cached_property
     def layer_count(self) -> int:
@@ -224,7 +231,8 @@ class Judge:
         inputs = {"input_ids": torch.tensor([[5, 6, 7, 8]], device=self.device)}
         with torch.no_grad():
             plain = self.model.base_model(**inputs, use_cache=False).last_hidden_state
-        maps, hidden = self.eager_maps(inputs)
+        found = idistill.attempt(self.layer_maps, inputs)
+        maps, hidden = found if isinstance(found, tuple) else ([], plain)
         if not maps or not (hidden - plain).abs().max() <= 0.05 * plain.abs().max():
             raise UserError(f"{self.name}: {type(self.model).__name__} does not show its attention")
         return len(maps)
@@ -239,7 +247,7 @@ class Judge:
         shares = [np.zeros(0)] * len(rows)
         for index, inputs, last in self.batches(rows, max(1, min(batch_size, 2**28 // held))):
             with self.amp():
-                maps, _ = self.eager_maps(inputs)
+                maps, _ = self.layer_maps(inputs)
             end = F.one_hot(last, inputs["input_ids"].shape[1]).float()[:, None]  # (B, 1, n)
             seen = sum(end @ maps[k] for k in chosen) / len(chosen)
             if rollout:
@@ -1825,7 +1833,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     verbs, adders = ap.add_subparsers(dest="verb", required=True), {}
     for run in (accuracy, attention, show, attack, bestofn, stability):
         parents = [common, maps if run in (attention, show) else scoring]
-        about = {"description": textwrap.dedent(run.__doc__), "formatter_class": layout}
+        about = {"description": inspect.cleandoc(run.__doc__), "formatter_class": layout}
         verb = verbs.add_parser(run.__name__, parents=parents, allow_abbrev=False, **about)
         verb.set_defaults(run=run)
         adders[run] = verb.add_argument
