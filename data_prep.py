@@ -523,7 +523,12 @@ def read_rows(source: str):
         folder, split = source, ""
     is_hub_id = HUB_ID.fullmatch(folder) and not FILE_NAME.fullmatch(folder)
     saved = [Path(folder) / name for name in ("state.json", "dataset_dict.json")]
-    if any(p.exists() for p in saved) or (is_hub_id and not Path(folder).parent.exists()):
+    if (
+        folder == "hh-rlhf" and not Path(source).exists()
+    ):  # its helpful half, the default of training
+        for path in download_hh(["helpful-base"], split or "train"):
+            yield from read_file(Path(path))
+    elif any(p.exists() for p in saved) or (is_hub_id and not Path(folder).parent.exists()):
         yield from read_with_datasets(source, folder, split)
     elif Path(folder).is_dir():
         raise UserError(f"{source}: is no folder that save_to_disk wrote; give the files in it")

@@ -1365,13 +1365,20 @@ def load_teacher(name: str, seed: int = 0) -> InteractionTeacher:
     return InteractionTeacher(model, tokenizer, positions_of(model), eager=how == "eager")
 
 
-def open_student(student) -> tuple[RewardModel, object]:
-    """(RewardModel, tokenizer) of a directory, a hub id, or a loaded stock model."""
+def open_student(student, layers=()) -> tuple[RewardModel, object]:
+    """(RewardModel that reads it rightly, tokenizer) of a directory, a hub id, or a loaded model."""
     if isinstance(student, str | Path):
         stock, tokenizer = load_student(str(student))
-        return RewardModel(stock.eval()), tokenizer
-    stock = getattr(student, "stock", student)
-    return RewardModel(stock), load_tokenizer(stock.name_or_path)
+    else:
+        stock = getattr(student, "stock", student)
+        tokenizer = load_tokenizer(stock.name_or_path)
+    stock.eval()
+    problems = {}
+    for encoding in ENCODINGS.values():
+        problems[encoding] = attempt(probe_student, encoding(stock), stock.name_or_path, 0, layers)
+        if problems[encoding] is None:
+            return encoding(stock), tokenizer
+    raise UserError(problems[RewardModel])
 
 
 # ------------------------------------------------------------------------------ the notebook door
@@ -1389,7 +1396,7 @@ def maps_of_pair(student, teacher, prompt, chosen: str, rejected: str, layers=(-
     Returns words (W strings), segments (W,), S and T (len(layers), W, W), over the words that both
     models see. Rows of S and T sum to at most 1: markup, which is no word, takes the rest.
     """
-    model, tokenizer = open_student(student)
+    model, tokenizer = open_student(student, layers)
     teacher = load_teacher(teacher) if isinstance(teacher, str | Path) else teacher
     length = positions_of(model.stock)
     encoder = Encoder(tokenizer, length, "truncate", teacher.tokenizer)
