@@ -1366,7 +1366,7 @@ def load_teacher(name: str, seed: int = 0) -> InteractionTeacher:
 
 
 def open_student(student, layers=()) -> tuple[RewardModel, object]:
-    """(RewardModel that reads it rightly, tokenizer) of a directory, a hub id, or a loaded model."""
+    """(RewardModel, tokenizer) of a directory, a hub id, or a loaded model; tried as at the door."""
     if isinstance(student, str | Path):
         stock, tokenizer = load_student(str(student))
     else:
