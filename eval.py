@@ -543,12 +543,12 @@ def label_axes(axis, title: str = "", **settings) -> None:
     axis.set(title=textwrap.fill(title, max(20, int(16 * inches))), **settings)
 
 
-def save_figure(figure, path: str) -> None:
+def save_figure(figure, path: str, legend: bool = True) -> None:
     """Written aside, then renamed: never half a picture. One legend below serves all panels."""
     entries = {}
     for axis in figure.axes:
         entries |= dict(zip(*reversed(axis.get_legend_handles_labels())))
-    if entries:
+    if legend and entries:
         fitting = int(16 * figure.get_figwidth() / (max(map(len, entries)) + 6))
         columns = max(1, min(fitting, len(entries)))
         place = {"loc": "outside lower center", "ncols": columns, "frameon": False}
