@@ -119,25 +119,17 @@ class Judge:
         return np.array([found.get(id(pair), np.nan) for pair in pairs])
 
 
-def open_judge(path: Path, max_length: int = 768, words_of_teacher: Path | None = None) -> Judge:
-    """RUN/student or RUN/teacher.
-
-    Args:
-        path: a stock directory.
-        max_length: longest prompt + response in the student's tokens.
-        words_of_teacher: a teacher whose tokens the encoder adds, for its maps.
-    """
+def open_judge(path: Path, max_length: int = 768, teacher: Path = TEACHER) -> Judge:
+    """RUN/student or RUN/teacher; pairs are encoded for `teacher` too."""
     device, amp = idistill.set_up_device(idistill.Config(dtype="fp32"))
     if path.name == "teacher":
-        teacher = idistill.load_teacher(str(path)).to(device).eval()
-        tokenizer = load_tokenizer(str(WHOLE_STUDENT))
-        return Judge(
-            teacher, Encoder(tokenizer, max_length, "truncate", teacher.tokenizer), device, amp
-        )
-    stock, tokenizer = idistill.load_student(str(path), 0, max_length)
-    reader = load_tokenizer(str(words_of_teacher)) if words_of_teacher else None
-    encoder = Encoder(tokenizer, max_length, "truncate", reader)
-    return Judge(idistill.RewardModel(stock).to(device).eval(), encoder, device, amp)
+        tokenizer, teacher = load_tokenizer(str(WHOLE_STUDENT)), path
+        model = idistill.load_teacher(str(path))
+    else:
+        stock, tokenizer = idistill.load_student(str(path), 0, max_length)
+        model = idistill.RewardModel(stock)
+    encoder = Encoder(tokenizer, max_length, "truncate", load_tokenizer(str(teacher)))
+    return Judge(model.to(device).eval(), encoder, device, amp)
 
 
 def read_json(path: Path) -> dict:
@@ -218,7 +210,7 @@ EXTRAS = {  # seed 0; the first with all seeds
     "ID-lambda3": {"lambda_intra": 3.0, "lambda_inter": 3.0},
     "ID-lambda10": {"lambda_intra": 10.0, "lambda_inter": 10.0},
 }
-MEASURES = ("occlusion_share", "attention", "attention_in_response", "kl_intra", "kl_inter")
+MEASURES = ("occlusion_share", "attention_in_response", "kl_intra", "kl_inter")
 COMPARED = (
     ("ID", "BT"),
     ("uniform", "BT"),
@@ -292,36 +284,22 @@ def planted_data(student: str) -> Path:
     return to
 
 
-def planted_flags(student: str) -> dict:
-    """What all planted runs share: one epoch of 8 pairs a step, the weights of the last step."""
-    shared = {"max_length": 256, "dtype": "fp32", "batch_size": 8, "eval_every": 1000}
-    return {"model": student, **shared}
-
-
 def planted_teacher(data: Path, common: dict) -> None:
     """The frozen teacher of all seeds; the run's student takes one step and goes."""
-    files = {
-        "data": [str(data / "clean.jsonl")],
-        "val_data": [str(data / "validation-none.jsonl")],
-    }
-    common = common | {"batch_size": 16, "eval_every": 75}
-    out = train(PLANTED / "teacher", **common, **files, **TEACHER_RECIPE, max_steps=1)
+    files = [[str(data / f"{name}.jsonl")] for name in ("clean", "validation-none")]
+    common = common | TEACHER_RECIPE | {"batch_size": 16, "eval_every": 75, "max_steps": 1}
+    out = train(PLANTED / "teacher", **common, data=files[0], val_data=files[1])
     shutil.rmtree(out / "student", ignore_errors=True)
 
 
 def planted_run(out: Path, arm: str, agreement: int, seed: int, common: dict, data: Path) -> None:
     """One arm of one seed."""
-    flags = (ARMS | EXTRAS)[arm]
-    files = [data / f"biased-{agreement}-{seed}.jsonl"]
+    flags = {**common, **frozen(PLANTED / "teacher"), **(ARMS | EXTRAS)[arm]}
+    flags["data"] = [str(data / f"biased-{agreement}-{seed}.jsonl")]
     if arm == "BT+clean":
-        files.append(data / "clean.jsonl")
-    if flags.get("method") != "bt":
-        flags = {**flags, **frozen(PLANTED / "teacher")}
-    files = {
-        "data": [str(file) for file in files],
-        "val_data": [str(data / f"validation-{agreement}-{seed}.jsonl")],
-    }
-    train(out, **common, **files, lr=PLANTED_LR, seed=seed, **flags)
+        flags["data"].append(str(data / "clean.jsonl"))
+    flags["val_data"] = [str(data / f"validation-{agreement}-{seed}.jsonl")]
+    train(out, **flags, lr=PLANTED_LR, seed=seed)
 
 
 def measure(run: Path, part: str, teacher: Path, held_out: dict[str, list[Pair]]) -> dict:
@@ -408,7 +386,9 @@ def planted(*names: str) -> None:
         names: runs such as BT-90-0, in this order; none = all; "report" = nothing new.
     """
     student = cut_student(3)
-    data, common = planted_data(student), planted_flags(student)
+    data = planted_data(student)
+    common = {"model": student, "max_length": 256, "dtype": "fp32", "batch_size": 8}
+    common["eval_every"] = 1000  # never but at the end: the weights of the last step
     runs = {}  # name -> (arm, agreement, seed)
     for seed, arm in product(SEEDS, (*ARMS, "BT+clean")):
         runs[f"{arm}-90-{seed}"] = arm, 90, seed
@@ -428,6 +408,7 @@ def planted(*names: str) -> None:
 
 
 def held_out_sets(data: Path) -> dict[str, list[Pair]]:
+    """The same held-out pairs without, with and against the sentence."""
     return {name: read_pairs([str(data / f"{name}.jsonl")])[0] for name in SETS}
 
 
@@ -474,14 +455,7 @@ def scored(margins: list[list[float]]) -> np.ndarray:
 
 def print_planted(result: dict) -> None:
     """Two tables for each agreement: accuracy and what the closing sentence does; differences."""
-    header = [
-        "none",
-        "with the label",
-        "against it",
-        "occlusion %",
-        "attention %",
-        "KL intra / inter",
-    ]
+    header = ["none", "with", "against", "occlusion %", "attention %", "KL intra / inter"]
     for agreement, arms in result["arms"].items():
         rows = {}
         for arm, row in arms.items():
@@ -509,31 +483,30 @@ def plot_planted(result: dict, path: Path) -> None:
     """All arms on the three held-out sets at 90 %: mean with its interval, and each seed."""
     arms = result["arms"]["90"]
     names = [arm for arm in LABELS if arm in arms]
-    figure, axes = evaluation.canvas(1, 3, height=0.3 * len(names) + 1.2, sharey=True)
-    titles = ("no closing sentence", "sentence with the label", "sentence against the label")
-    for axis, key, title in zip(axes[0], SETS, titles):
-        values = [arms[arm][key] for arm in names]
-        draw_seeds(axis, [v["by_seed"] for v in values], [v["interval"] for v in values], title)
-    name_rows(axes[0][0], [LABELS[arm] for arm in names])
-    evaluation.save_figure(figure, str(path), legend=False)
+    columns = {}
+    for key, title in zip(SETS, ("no sentence", "sentence with the label", "sentence against it")):
+        columns[title] = [arms[arm][key] for arm in names]
+    draw_seeds([LABELS[arm] for arm in names], columns, path)
 
 
-def draw_seeds(axis, rows: list[list[float]], intervals: list, title: str) -> None:
-    """A line for each row of shares: dot at the mean, ticks at the seeds, bar for [low, high]."""
-    for k, (values, ends) in enumerate(zip(rows, intervals)):
-        if ends is not None:
-            axis.plot(100 * np.array(ends), [k, k], color="#0072B2", linewidth=1.6)
-        axis.plot(100 * np.array(values), [k] * len(values), "|", color="black", markersize=9)
-        axis.plot(100 * np.mean(values), k, "o", color="#D55E00", markersize=6)
-    axis.axvline(50, color="grey", linewidth=0.8, linestyle=":")
-    axis.set(title=title, xlabel="accuracy, %", xlim=(-4, 104))
-    axis.grid(axis="y", color="lightgrey", linewidth=0.5)
-
-
-def name_rows(axis, names: list[str]) -> None:
-    """Names of the rows of draw_seeds, from top to bottom."""
-    axis.set_yticks(range(len(names)), names)
-    axis.set_ylim(len(names) - 0.5, -0.5)
+def draw_seeds(names: list[str], columns: dict[str, list[dict]], path: Path) -> None:
+    """A panel for each column, a line for each name: dot at the mean, ticks at the seeds, and a bar
+    for the interval, of {"by_seed": [share ...], "interval": [low, high] or none}."""
+    figure, axes = evaluation.canvas(1, len(columns), 0.3 * len(names) + 1.2, sharey=True)
+    for axis, (title, values) in zip(axes[0], columns.items()):
+        for k, value in enumerate(values):
+            shares = 100 * np.array(value["by_seed"])
+            if "interval" in value:
+                ends = 100 * np.array(value["interval"])
+                axis.plot(ends, [k, k], color="#0072B2", label="95 % over prompts")
+            axis.plot(shares, [k] * len(shares), "|k", markersize=9, label="one seed")
+            axis.plot(shares.mean(), k, "o", color="#D55E00", label="mean over seeds")
+        axis.axvline(50, color="grey", linewidth=0.8, linestyle=":")
+        axis.set(title=title, xlabel="accuracy, %", xlim=(-4, 104))
+        axis.grid(axis="y", color="lightgrey", linewidth=0.5)
+    axes[0][0].set_yticks(range(len(names)), names)
+    axes[0][0].set_ylim(len(names) - 0.5, -0.5)
+    evaluation.save_figure(figure, str(path))
 
 
 # --------------------------------- readings: one choice changed at a time on the generated language
@@ -600,12 +573,8 @@ def readings(seeds: str = "5", *names: str) -> None:
         if rows:
             best = max(rows, key=lambda name: np.mean(out[name]["validation"]))
             matched[best] = out[best]
-    figure, axes = evaluation.canvas(1, 3, height=0.3 * len(matched) + 1.2, sharey=True)
-    for axis, column in zip(axes[0], COLUMNS[1:]):
-        rows = [row[column] for row in matched.values()]
-        draw_seeds(axis, rows, [None] * len(rows), f"{column} pairs")
-    name_rows(axes[0][0], list(matched))
-    evaluation.save_figure(figure, str(ROOT / "results/readings.png"), legend=False)
+    columns = {c: [{"by_seed": row[c]} for row in matched.values()] for c in COLUMNS[1:]}
+    draw_seeds(list(matched), columns, ROOT / "results/readings.png")
 
 
 def over_seeds(columns) -> list[str]:
@@ -743,6 +712,7 @@ def real() -> None:
 
 
 def held_out_pairs(name: str, limit: int) -> list[Pair]:
+    """So many pairs of a held-out file, drawn by their prompts."""
     pairs = read_pairs([str(ROOT / f"data/{name}.jsonl.gz")])[0]
     return sorted(pairs, key=lambda pair: by_prompt(pair, "held out"))[:limit]
 
