@@ -930,26 +930,27 @@ def plot_attention(result: dict, args) -> None:
     """For each file accuracy under masking from either side, and attention in pairs ranked right
     and wrong; the models have one legend, neighbours one scale."""
     what = {"response": "response", "all": "prompt and response"}[args.span]
+    panels = {
+        "masked_from_start": "the first part is masked",
+        "masked_from_end": "the last part is masked",
+        "density_right": "pairs ranked right",
+        "density_wrong": "pairs ranked wrong",
+    }
     figure, axes = canvas(2 * len(result), 2, height=2.7, sharey="row")
-    for above, below, (file, models) in zip(axes[::2], axes[1::2], result.items()):
-        curves = {}
-        for side in ("masked_from_start", "masked_from_end", "density_right", "density_wrong"):
-            curves[side] = {}
-            for name, r in models.items():
-                c, K = r[side], len(r["density_right"]["mean"])
-                x = np.arange(1, K + 1) if "density" in side else np.linspace(0, 100, K + 1)
-                curves[side][args.names[name]] = x, c["mean"], c["interval"]
-        for axis, side, masked in zip(above, ("start", "end"), ("first", "last")):
-            axis.axhline(0.5, color="grey", linewidth=0.8)
-            title, label = f"{file}: the {masked} part is masked", f"% masked of the {what}"
-            draw(axis, curves[f"masked_from_{side}"], title=title, xlabel=label)
-        for axis, side in zip(below, ("right", "wrong")):
-            axis.axhline(1, color="grey", linewidth=0.8)
-            counts = [f"{args.names[m]} {r[f'density_{side}']['pairs']}" for m, r in models.items()]
-            title = f"pairs ranked {side} ({', '.join(counts)})"
-            draw(axis, curves[f"density_{side}"], title=title, xlabel=f"stage of the {what}")
-        above[0].set(ylabel="pair accuracy", ylim=(None, 1))
-        below[0].set(ylabel="attention density (1: even)", ylim=(0, None))
+    for row, (file, models) in zip(axes.reshape(-1, 4), result.items()):
+        for axis, (key, title) in zip(row, panels.items()):
+            x, even = np.linspace(0, 100, args.stages + 1), 0.5
+            xlabel = f"% masked of the {what}"
+            if "density" in key:
+                x, even, xlabel = np.arange(1, args.stages + 1), 1, f"stage of the {what}"
+                counts = [f"{args.names[m]} {r[key]['pairs']}" for m, r in models.items()]
+                title += f" ({', '.join(counts)})"
+            axis.axhline(even, color="grey", linewidth=0.8)
+            curves = {args.names[m]: r[key] for m, r in models.items()}
+            series = {name: (x, c["mean"], c["interval"]) for name, c in curves.items()}
+            draw(axis, series, title=f"{file}: {title}", xlabel=xlabel)
+        row[0].set(ylabel="pair accuracy", ylim=(None, 1))
+        row[2].set(ylabel="attention density (1: even)", ylim=(0, None))
     save_figure(figure, args.plot)
 
 
