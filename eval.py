@@ -312,11 +312,11 @@ def own_name(model: str) -> str:
         name = {"bt": "BT", "id": "ID"}[flags["method"]]
     except (OSError, ValueError, KeyError, TypeError):
         return folder.name or model
-    usual = {"BT": ("preference_loss", "bt"), "ID": ("align_target", "teacher")}[name]
-    variant = flags.get(usual[0], usual[1])
     if folder.name == "teacher":
         return "teacher"
-    return name if variant == usual[1] else f"{name}, {variant}"
+    flag, default = {"BT": ("preference_loss", "bt"), "ID": ("align_target", "teacher")}[name]
+    variant = flags.get(flag, default)
+    return name if variant == default else f"{name}, {variant}"
 
 
 def display_names(models: list[str]) -> dict[str, str]:
