@@ -1395,7 +1395,7 @@ def load_teacher(name: str, seed: int = 0) -> InteractionTeacher:
 
 
 def open_student(student, layers=()) -> tuple[RewardModel, object]:
-    """(RewardModel, tokenizer) of a directory, a hub id, or a loaded model; tried as at the door."""
+    """(RewardModel, tokenizer) of a directory, a hub id, or a loaded model; tried first."""
     if isinstance(student, str | Path):
         stock, tokenizer = load_student(str(student))
     else:
