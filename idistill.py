@@ -1874,7 +1874,9 @@ class Run:
         """Ends the process after a saved step: 130 after Ctrl-C, 0 after SIGTERM."""
         start = ["torchrun", "--nproc-per-node", str(WORLD)] if WORLD > 1 else ["python"]
         argv = [*start, *(a for a in sys.argv if a not in ("--overwrite", "--resume")), "--resume"]
-        print(f"stopped and saved after {where}. Go on with:\n  {shlex.join(argv)}")
+        is_demo = not any(a.startswith("--model") for a in argv)
+        then = "the demo starts anew" if is_demo else f"go on with:\n  {shlex.join(argv)}"
+        print(f"stopped and saved after {where}; {then}")
         raise SystemExit(130 if stop == signal.SIGINT else 0)
 
     def save_model(self, model: nn.Module, tokenizer, name: str) -> None:
