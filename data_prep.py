@@ -662,7 +662,7 @@ def files_in(folder: Path, patterns: list[str]) -> list[str]:
 def download_hh(subsets: list[str], split: str) -> list[str]:
     """Raw HH-RLHF files from the hub (cached there). Raises UserError without a network."""
     files = [f"{subset}/{split}.jsonl.gz" for subset in subsets]
-    instead = f"give local files: pairs of your own, or its {', '.join(files)}"
+    instead = f"give local files by --data (data_prep.py: --input), as its {', '.join(files)}"
     return fetch_files("Anthropic/hh-rlhf", files, instead)
 
 

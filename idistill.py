@@ -1401,7 +1401,6 @@ def open_student(student, layers=()) -> tuple[RewardModel, object]:
     else:
         stock = getattr(student, "stock", student)
         tokenizer = load_tokenizer(stock.name_or_path)
-    stock.eval()
     problems = {}
     for encoding in ENCODINGS.values():
         problems[encoding] = attempt(probe_student, encoding(stock), stock.name_or_path, 0, layers)
@@ -1435,7 +1434,12 @@ def maps_of_pair(student, teacher, prompt, chosen: str, rejected: str, layers=(-
     batch = student_batch(examples, pad_id_of(model.stock), model.stock.device)
     order = (teacher.tokenizer, teacher.room, teacher.stock.device)
     rows = teacher_batch(examples, np.array([False]), *order)
+    modes = [(m, m.training) for m in (model.stock, teacher.stock)]
+    for m, _ in modes:
+        m.eval()
     _, _, S, T, word_seg = interaction_maps(model, teacher, batch, rows, (layers, layers))
+    for m, was_training in modes:
+        m.train(was_training)
     seen = (word_seg[0] >= 0).cpu()
     words = [word for word, is_seen in zip(examples[0].words, seen.tolist()) if is_seen]
     if not words:
