@@ -338,7 +338,8 @@ def refused(capsys, program, argv, *mentions) -> None:
 
 @pytest.fixture(scope="session")
 def argv(zoo, tmp_path_factory):
-    """argv(out, flag=value ...) -> the flags of a tiny run; None = no such flag, True = a switch."""
+    """argv(out, flag=value ...) -> the flags of a tiny run; None = no such flag, True = a
+    switch."""
     root = tmp_path_factory.mktemp("data")
     base = dict(model=zoo("llama"), teacher=zoo("bert"), max_length=100, batch_size=5, lr=1e-3)
     base |= dict(dtype="fp32", log_every=1, eval_every=4, save_every=3, device="cpu")
@@ -410,7 +411,8 @@ def test_tree_mask_against_loops():
 
 
 def test_packed_row_by_hand():
-    """Positions of y_r restart at |x|; rewards are read at the last tokens; padding is at the right."""
+    """Positions of y_r restart at |x|; rewards are read at the last tokens; padding is at the
+    right."""
     whole = example_by_hand()
     part = {name: getattr(whole, name)[3:7] for name in ("ids", "seg", "word")}
     batch = student_batch([whole, dataclasses.replace(whole, **part)], pad_id=9)
@@ -468,8 +470,8 @@ def naive_map(query: np.ndarray, key: np.ndarray, scale: float, visible: np.ndar
 
 @pytest.mark.parametrize("is_long", [False, True])
 def test_simulated_map_against_loops(monkeypatch, is_long):
-    """Long rows, one head at a time under checkpoint: the same values and gradients, and no head's map
-    is kept for the backward pass."""
+    """Long rows, one head at a time under checkpoint: the same values and gradients, and no head's
+    map is kept for the backward pass."""
     rng = np.random.default_rng(0)
     Q, K = rng.normal(size=(2, 4, 7, 5)), rng.normal(size=(2, 2, 7, 5))
     padding = np.ones((2, 1, 1, 7), dtype=bool)
@@ -481,7 +483,7 @@ def test_simulated_map_against_loops(monkeypatch, is_long):
             monkeypatch.setattr(idistill, "LONG_ROW", length)
             q, k = (torch.from_numpy(x).requires_grad_() for x in (Q, K))
             kept.clear()
-            hooks = (lambda t: kept.append(t.numel()) or t, lambda t: t)
+            hooks = (lambda t: kept.append(t.numel()) or t, lambda t: t)  # noqa: B023
             with torch.autograd.graph.saved_tensors_hooks(*hooks):
                 S = attention_map(q, k, 0.3, torch.from_numpy(visible))
             found.append([S, *torch.autograd.grad((S * weight).sum(), (q, k))])
@@ -516,7 +518,7 @@ def test_the_mask_is_lifted_in_the_map_alone(zoo, encoding):
     close(model(alone, layers=(-1,))[1][0][0], maps[1][0, :n, :n])
 
 
-# ------------------------------------------------------------------- words, blocks, alignment (E5, E6)
+# ---------------------------------------------------------------- words, blocks, alignment (E5, E6)
 
 
 def test_pool_words_against_loops():
@@ -585,7 +587,8 @@ def test_alignment_loss_against_loops(kind):
 
 @pytest.mark.parametrize("gap", [3.0, 30.0, 60.0])
 def test_gradient_is_alive_at_any_logit_gap(gap):
-    """d KL(T || softmax(z)) / dz = S - T, however little the student gives to a word that matters."""
+    """d KL(T || softmax(z)) / dz = S - T, however little the student gives to a word that
+    matters."""
     z = torch.tensor([[[0.0, -gap], [0.0, 0.0]]], requires_grad=True)
     T = torch.tensor([[[0.0, 1.0], [0.5, 0.5]]])
     alignment_loss(T, z.softmax(-1), torch.ones(1, 2, 2, dtype=torch.bool)).sum().backward()
@@ -593,8 +596,8 @@ def test_gradient_is_alive_at_any_logit_gap(gap):
 
 
 def test_targets_by_hand():
-    """uniform: every word alike. column: each row is the mean row. shuffled: rows change places inside
-    their segment, by the pair's own seed, whatever its company."""
+    """uniform: every word alike. column: each row is the mean row. shuffled: rows change places
+    inside their segment, by the pair's own seed, whatever its company."""
     rng = np.random.default_rng(3)
     T = torch.from_numpy(rng.dirichlet(np.ones(7), (2, 7)))
     T[0, 0] = 0  # a row that the teacher leaves empty counts for no mean
@@ -616,7 +619,7 @@ def test_targets_by_hand():
         assert sorted(shuffled[b, mine].tolist()) == sorted(T[b, mine].tolist())
 
 
-# ---------------------------------------------------------------------------- preference losses (E2)
+# --------------------------------------------------------------------------- preference losses (E2)
 
 REWARDS = [(0.3, -0.4), (-1.5, 2.0), (0.0, 0.0), (4.0, 3.5)]
 STRENGTH = [1.2, -0.7, 0.0, -2.5]
@@ -631,8 +634,8 @@ def minus_log_sigmoid(x: float) -> float:
     "margin, signed", [([0.0] * 4, False), ([0.0, 1.5, 0.2, 3.0], False), (STRENGTH, True)]
 )
 def test_preference_losses_by_hand(kind, margin, signed):
-    """One pair at a time. With the label flipped r_r - r_c is to exceed the margin, or minus it where
-    the margin belongs to the label (strength)."""
+    """One pair at a time. With the label flipped r_r - r_c is to exceed the margin, or minus it
+    where the margin belongs to the label (strength)."""
     e, expected = 0.2, []
     for (r_c, r_r), m, strength in zip(REWARDS, margin, STRENGTH):
         as_labelled = minus_log_sigmoid(r_c - r_r - m)
@@ -651,7 +654,8 @@ def test_preference_losses_by_hand(kind, margin, signed):
 
 @pytest.mark.parametrize("e", [0.1, 0.49])
 def test_robust_loss_is_unbiased(e):
-    """Its mean over labels that are flipped with probability e is the clean BT loss; smooth's is not."""
+    """Its mean over labels that are flipped with probability e is the clean BT loss; smooth's is
+    not."""
     rewards = torch.randn(20, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     for kind, is_unbiased in (("robust", True), ("smooth", False)):
         as_labelled, as_flipped = (
@@ -673,7 +677,8 @@ def random_maps(B: int, W: int, layers: int, seed: int = 4):
 
 
 def test_total_loss_is_the_sum():
-    """L = BT + lambda_intra intra + lambda_inter inter (+ score, centring), layers by their mean."""
+    """L = BT + lambda_intra intra + lambda_inter inter (+ score, centring), layers by their
+    mean."""
     rewards, S, T = random_maps(3, 6, layers=2)
     word_seg = torch.tensor([[0, 0, 1, 1, 2, 2], [0, 1, 1, 2, 2, -1], [0, 0, 0, 1, 2, -1]])
     verdict = torch.tensor([0.5, -1.0, 2.0])
@@ -734,11 +739,12 @@ def test_words_that_one_model_does_not_see_are_left_out(target):
         close(whole[name], value, 1e-5)
 
 
-# ------------------------------------------------------------ the whole method, one pair by one pair
+# ----------------------------------------------------------- the whole method, one pair by one pair
 
 
 def naive_read(stock, ids: torch.Tensor):
-    """One plain causal row (n,) in a stock model: its reward, last layer's Q, K (H, n, d) and scale."""
+    """One plain causal row (n,) in a stock model: its reward, last layer's Q, K (H, n, d) and
+    scale."""
     seen = []
 
     def attention(module, query, key, value, mask, **kwargs):
@@ -802,7 +808,8 @@ def naive_terms(stock, teacher: InteractionTeacher, example: Example, swap: bool
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_the_whole_method_against_one_pair_at_a_time(zoo, family):
-    """Values and gradients of L: a padded, packed batch in float32 against plain rows in float64."""
+    """Values and gradients of L: a padded, packed batch in float32 against plain rows in
+    float64."""
     model, tokenizer = student_of(zoo, family)
     teacher = teacher_of(zoo, "modernbert")
     examples = Encoder(tokenizer, 100, "truncate", teacher.tokenizer)(make_pairs(3))
@@ -870,8 +877,8 @@ STUDENTS += [("llama", "bos"), ("llama", "nopad"), ("gpt2", "nopad"), ("gemma3_v
 
 @pytest.mark.parametrize("family, kind", STUDENTS)
 def test_packed_siamese_and_stock_scores_agree(zoo, tmp_path, family, kind):
-    """What is trained is what users score: the saved directory in the stock class, alone and padded,
-    with a pad token that is not the end token in every config."""
+    """What is trained is what users score: the saved directory in the stock class, alone and
+    padded, with a pad token that is not the end token in every config."""
     model, tokenizer = student_of(zoo, family, kind)
     siamese = idistill.ENCODINGS["siamese"](model.stock)
     examples = Encoder(tokenizer, 100)(make_pairs(5))
@@ -974,7 +981,7 @@ def test_room_is_what_the_teacher_can_number(zoo):
             teacher.stock(torch.full((1, teacher.room + 1), 7))
 
 
-# ------------------------------------------------------------------------- what a model is refused for
+# ---------------------------------------------------------------------- what a model is refused for
 
 
 def edit(path: Path, **change) -> None:
@@ -1079,9 +1086,9 @@ def test_bad_model_is_named(zoo, argv, tmp_path, capsys, flag, name):
 
 
 def test_a_teacher_whose_config_says_nothing_usual(zoo):
-    """XLNet's -1 positions mean that there is no limit. I-BERT's embeddings are no nn.Embedding: it is a
-    teacher or one line. BigBird turns from sparse to full attention for good on short rows: the probe
-    leaves it as it was."""
+    """XLNet's -1 positions mean that there is no limit. I-BERT's embeddings are no nn.Embedding:
+    it is a teacher or one line. BigBird turns from sparse to full attention for good on short
+    rows: the probe leaves it as it was."""
     assert load_teacher(zoo("xlnet", "bert")).room == 10**6
     with contextlib.suppress(UserError):
         assert load_teacher(zoo("ibert", "bert")).room == 127
@@ -1090,7 +1097,8 @@ def test_a_teacher_whose_config_says_nothing_usual(zoo):
 
 
 def test_what_changes_its_meaning_is_said(zoo, capsys):
-    """Routers that draw noise in training are made quiet; LongRoPE beyond its window is a warning."""
+    """Routers that draw noise in training are made quiet; LongRoPE beyond its window is a
+    warning."""
     stock, _ = load_student(zoo("phimoe", router_jitter_noise=0.1, input_jitter_noise=0.2))
     assert stock.config.router_jitter_noise == stock.config.input_jitter_noise == 0
     ids = torch.tensor([[7, 8, 9]])
@@ -1209,7 +1217,8 @@ def test_same_seed_same_run(whole_run, argv, tmp_path):
 
 @pytest.mark.parametrize("phase, step", [("teacher", 2), ("student", 1), ("student", 6)])
 def test_stopped_run_goes_on(whole_run, argv, tmp_path, monkeypatch, capsys, phase, step):
-    """SIGTERM after any step saves, says how to go on, and exits with 0; --resume is bit for bit."""
+    """SIGTERM after any step saves, says how to go on, and exits with 0; --resume is bit for
+    bit."""
     log, out = idistill.Run.log, tmp_path / "run"
 
     def log_and_stop(run, **line):
@@ -1243,8 +1252,8 @@ TRAPS = {  # moments of a run: the function that is called there
 
 
 def child(args: list[str], log: str, trap: str = "", call: int = 1, events: tuple = ()) -> None:
-    """idistill.main in a process of its own, which meets an event (a signal, or a disk that is full) at
-    each call of the trap from number `call` on."""
+    """idistill.main in a process of its own, which meets an event (a signal, or a disk that is
+    full) at each call of the trap from number `call` on."""
     sys.stdout = sys.stderr = open(log, "a", buffering=1)  # noqa: SIM115
     sys.argv = ["idistill.py", *args]
     signal.signal(
@@ -1272,8 +1281,8 @@ def child(args: list[str], log: str, trap: str = "", call: int = 1, events: tupl
 
 @pytest.fixture(scope="session")
 def children():
-    """children(function, *args) -> the exit code (minus the signal that killed it) in a process forked
-    from one that has imported this file already; after=seconds kills it."""
+    """children(function, *args) -> the exit code (minus the signal that killed it) in a process
+    forked from one that has imported this file already; after=seconds kills it."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
 
@@ -1290,8 +1299,8 @@ def children():
 
 
 def kill_again_and_again(children, args: list[str], out: Path, kills: list) -> int:
-    """Starts a run, kills it, resumes it, kills it ... at (trap, call) each, or ("", seconds); then goes
-    on to its end. Returns how often it was killed."""
+    """Starts a run, kills it, resumes it, kills it ... at (trap, call) each, or ("", seconds);
+    then goes on to its end. Returns how often it was killed."""
     killed, log = 0, f"{out}.log"
     for trap, when in kills:
         resume = ["--resume"] if out.exists() else []
@@ -1338,8 +1347,8 @@ def test_thirty_kills(children, whole_run, argv, tmp_path):
 def test_ctrl_c_and_a_full_disk(
     children, whole_run, argv, tmp_path, trap, call, events, code, said
 ):
-    """Ctrl-C saves and exits with 130, a second one ends at once; a disk that is full in the middle of a
-    file is one line and exit code 2. None does harm: the run goes on bit for bit."""
+    """Ctrl-C saves and exits with 130, a second one ends at once; a disk that is full in the
+    middle of a file is one line and exit code 2. None does harm: the run goes on bit for bit."""
     out, log = tmp_path / "run", tmp_path / "log"
     assert children(child, argv(out), str(log), trap, call, events) == code
     text = log.read_text()
@@ -1390,8 +1399,8 @@ def test_damaged_checkpoint_is_named_and_the_one_before_serves(
 
 
 def test_output_directory_is_protected(zoo, argv, tmp_path, capsys):
-    """Unwritable, foreign, in use, an earlier run, other flags or pairs on --resume, an input inside:
-    one line, and nothing there is touched."""
+    """Unwritable, foreign, in use, an earlier run, other flags or pairs on --resume, an input
+    inside: one line, and nothing there is touched."""
     out, data = tmp_path / "run", write_pairs(tmp_path / "d.jsonl", make_pairs(20))
     flags = dict(method="bt", teacher=None, max_steps=2, data=data)
     main = idistill.main
@@ -1433,8 +1442,8 @@ def test_output_directory_is_protected(zoo, argv, tmp_path, capsys):
 
 
 def test_composite_decoder_resumes(zoo, argv, tmp_path):
-    """Its vision part never gets a gradient, so it has no moments to restore. The best validation so far
-    is remembered: here labels are turned, so that it is the first one."""
+    """Its vision part never gets a gradient, so it has no moments to restore. The best validation
+    so far is remembered: here labels are turned, so that it is the first one."""
     turned = [Pair(p.prompt, p.rejected, p.chosen) for p in make_pairs(7, seed=2)]
     flags = dict(model=zoo("gemma3_vision"), align_target="uniform", teacher=None, max_steps=4)
     flags |= dict(val_data=write_pairs(tmp_path / "v.jsonl", turned), eval_every=1, lr=0.01)
@@ -1475,8 +1484,8 @@ def torchrun(code: str, *args: str, processes: int = 2) -> subprocess.CompletedP
 
 
 def test_several_processes_are_one(zoo, argv, tmp_path):
-    """Two processes, data parallel and sharded, over uneven batches, micro-batches and a last batch too
-    small to share; a sharded run goes on in one process."""
+    """Two processes, data parallel and sharded, over uneven batches, micro-batches and a last
+    batch too small to share; a sharded run goes on in one process."""
     common = dict(teacher=zoo("modernbert"), max_steps=5, batch_size=7, val_data=None)
     common |= dict(teacher_epochs=0.4)
     assert code_of(idistill.main, *argv(tmp_path / "one", **common)) == 0
@@ -1498,8 +1507,8 @@ def test_several_processes_are_one(zoo, argv, tmp_path):
 
 @slow
 def test_a_process_that_stops_or_dies_ends_all(argv, tmp_path):
-    """A signal to one of them stops all after the same step; a death is one line that says how to go on;
-    none hangs."""
+    """A signal to one of them stops all after the same step; a death is one line that says how to
+    go on; none hangs."""
     start = "import os, signal, sys, idistill\nlog = idistill.Run.log\ndef meet(run, **line):\n"
     start += "    if idistill.RANK and line.get('step') == 2 and 'loss' in line: "
     end = "\n    log(run, **line)\nidistill.Run.log = meet\nidistill.main(sys.argv[1:])"
@@ -1575,8 +1584,9 @@ def test_layers_by_name():
 
 
 def test_label_noise_and_its_remedies(argv, tmp_path, monkeypatch):
-    """Flips, margins and strengths reach the loss: r is the log's mean reward difference, so one step of
-    one batch can be computed by hand. Held-out labels stay; a resumed run flips the same."""
+    """Flips, margins and strengths reach the loss: r is the log's mean reward difference, so one
+    step of one batch can be computed by hand. Held-out labels stay; a resumed run flips the
+    same."""
     pairs = make_pairs(20)
     for k, pair in enumerate(pairs):
         pair.strength, pair.margin = 0.1 * (k % 4) - 0.15, 0.5
@@ -1666,8 +1676,8 @@ def small_demo(monkeypatch, tmp_path):
 
 
 def test_demo_and_ablations_in_one_table(small_demo, tmp_path, capsys):
-    """An ablation makes the demo where there is none; the next one reuses its teacher and adds a row.
-    `python idistill.py` then is a demo of its own: an earlier one is never overwritten."""
+    """An ablation makes the demo where there is none; the next one reuses its teacher and adds a
+    row. `python idistill.py` then is a demo of its own: an earlier one is never overwritten."""
     main, here = idistill.main, tmp_path / "runs/demo/seed0"
     assert code_of(main, "--align-loss", "mse") == 0
     table = read_json(here / "demo.json")
@@ -1810,8 +1820,8 @@ def test_ids_beyond_the_embeddings(zoo, argv, tmp_path, capsys):
 
 
 def test_maps_of_a_pair_are_those_of_training(whole_run, zoo):
-    """Strings or messages, folders or models: one and the same; the models are afterwards as they were,
-    and give maps of their own again."""
+    """Strings or messages, folders or models: one and the same; the models are afterwards as they
+    were, and give maps of their own again."""
     out, _ = whole_run
     prompt, chosen, rejected = "How do I bake good bread?", "Knead the dough", "sorry, ask a baker"
     args = (out / "student", str(out / "teacher"), prompt, chosen, rejected)
