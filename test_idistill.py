@@ -28,7 +28,6 @@ from types import SimpleNamespace
 
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 
-import eval as evaluation
 import numpy as np
 import pytest
 import torch
@@ -52,6 +51,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 import data_prep
+import eval as evaluation
 import idistill
 from data_prep import Encoder, Example, Formatter, Pair, UserError
 from idistill import (
