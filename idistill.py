@@ -1117,13 +1117,12 @@ def positions_of(model, name: str = "", max_length: int = 0) -> int:
     return positions
 
 
-def refuse_missing(name: str, model, keys: list[str]) -> None:
-    """Weights that a checkpoint lacks would be random."""
+def refuse_missing(name: str, model, keys: list[str], heads=()) -> None:
+    """Weights that a checkpoint lacks would be random; heads: what it holds under other names."""
     if keys:
-        kind = type(model).__name__
-        raise UserError(
-            f"{name}: its weights lack {len(keys)} tensors of {kind}, {min(keys)} first"
-        )
+        what = f"its weights lack {len(keys)} tensors of {type(model).__name__}, {min(keys)} first"
+        there = f"; it holds {heads[0]}: rename that to score.weight, or remove it" if heads else ""
+        raise UserError(f"{name}: {what}{there}")
 
 
 def pad_id_of(stock) -> int:
@@ -1178,11 +1177,10 @@ def load_student(name: str, seed: int = 0, max_length: int = 0):
     if not hasattr(model, "score"):
         what = f"{type(model).__name__} has no linear head called score, as decoders have"
         raise UserError(f"{name}: {what}; take another decoder (an encoder can be a --teacher)")
-    refuse_missing(name, model, [k for k in info["missing_keys"] if not k.startswith("score")])
+    heads = list(filter(HEADS.search, info["unexpected_keys"]))  # a trained one is not to be lost
+    missing = [k for k in info["missing_keys"] if heads or not k.startswith("score")]
+    refuse_missing(name, model, missing, heads)
     if info["missing_keys"]:
-        for key in filter(HEADS.search, info["unexpected_keys"]):
-            advice = "rename it to score.weight, or remove it to start from a new head"
-            raise UserError(f"{name}: holds a trained head under another name, {key}: {advice}")
         std = 1 / math.sqrt(model.score.in_features + 1)  # arXiv 2009.01325
         nn.init.normal_(model.score.weight, std=std)
     positions_of(model, name, max_length)
@@ -1229,7 +1227,8 @@ def load_reward_model(name: str, dtype: torch.dtype, max_length: int = 0):
     tokenizer.padding_side = "right"
     options = dict(output_loading_info=True, dtype=dtype)
     model, info = load(transformers.AutoModelForSequenceClassification, name, **options)
-    refuse_missing(name, model, info["missing_keys"])
+    heads = list(filter(HEADS.search, info["unexpected_keys"]))
+    refuse_missing(name, model, info["missing_keys"], heads)
     positions = positions_of(model, name, max_length)
     say_rope(model, name, max_length)
     return model, tokenizer, max_length or positions
@@ -1716,7 +1715,7 @@ def save_stock(stock, tokenizer, to: Path, weights: dict | None = None) -> None:
     weights = stock.state_dict() if weights is None else weights
     remove(aside)
     try:
-        stock.save_pretrained(aside, state_dict=weights)
+        stock.save_pretrained(aside, state_dict=dict(weights))
         tokenizer.save_pretrained(aside)
         if hasattr(stock, "score"):
             files = [safe_open(path, "pt") for path in aside.glob("*.safetensors")]
