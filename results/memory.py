@@ -1,89 +1,150 @@
 #!/usr/bin/env python3
-"""Memory of a training step, computed from the code itself: no GPU, no weights (fake tensors).
+"""Memory a GPU of one training step, computed from the code: needs no GPU and no weights.
 
-    python results/memory.py [--tokens 2048] [--gpus 8]      # one pair a GPU, bf16 autocast, the table of the main README
+    python results/memory.py [--tokens 2048]      # one pair a GPU, bf16 autocast
 
-The forward pass of RewardModel with its tap runs on tensors without storage, and a hook adds up what autograd keeps for
-the backward pass. The rest is arithmetic on the number of weights P (of one layer: P_l; embeddings and head: P_e).
-Below the table: each term and the line of code that it comes from. Not in it: the teacher, word pooling, losses.
+One step of RewardModel and its losses runs forward and backward on fake tensors, which have a
+shape and no storage, while the bytes of all that live are counted. The rest is arithmetic on the
+number of weights P, of one layer P_l, of embeddings and head P_e:
+
+    16 P      weights, gradients and both moments of AdamW, in fp32; --fsdp divides it by the GPUs
+    10 P_l    with --fsdp: the layer at work and the next one gathered in bf16, the gradient of a
+              layer in bf16 and its sum over the GPUs in fp32
+    12 P_e    with --fsdp: embeddings and head gathered in fp32, their gradient and its sum
+
+Not in it: the teacher, whose weights take 4 bytes each and whose forward pass keeps nothing.
 """
+
 import argparse
 import sys
 import warnings
+import weakref
+from functools import partial
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 import transformers
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import LlamaConfig, LlamaForSequenceClassification
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from transformers import AutoModelForSequenceClassification, LlamaConfig
 
-import idistill
-from idistill import RewardModel
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from idistill import Config, RewardModel, pool_words, set_up_device, total_loss
 
 SIZES = {  # as published: layers, hidden, feed-forward, heads, key/value heads, vocabulary
-    "0.1B (SmolLM2-135M)": (30, 576, 1536, 9, 3, 49152), "1B (Llama 3.2 1B)": (16, 2048, 8192, 32, 8, 128256),
-    "8B (Llama 3.1 8B)": (32, 4096, 14336, 32, 8, 128256), "70B (Llama 3.1 70B)": (80, 8192, 28672, 64, 8, 128256)}
-
-TERMS = {  # term -> where it comes from: file, text of the line
-    "weights fp32, 4 P, / GPUs with --fsdp": ("data_prep.py", "AutoModelForSequenceClassification, name, config=config, dtype=torch.float32"),
-    "gradients fp32, 4 P, / GPUs with --fsdp": ("idistill.py", ".backward()"),
-    "AdamW moments fp32, 8 P, / GPUs with --fsdp": ("idistill.py", "return torch.optim.AdamW("),
-    "with --fsdp, gathered layers bf16, 4 P_l: the one at work and the next": ("data_prep.py", "MixedPrecisionPolicy(param"),
-    "with --fsdp, the gradient of a layer bf16 and its fp32 sum over the processes, 6 P_l": ("data_prep.py", "reduce_dtype=torch.float32"),
-    "with --fsdp, gathered embeddings and head fp32, their gradient and its sum, 12 P_e": ("data_prep.py", "fully_shard(model, mesh"),
-    "kept for backward, measured; bf16 copies of the matrices, made by autocast, are in it": ("idistill.py", "self.stock.base_model("),
-    "of that, the tap, measured: K in fp32 for each head of Q (Q is kept anyway); a map goes when it is pooled": ("idistill.py", "ctx.save_for_backward(Q, K, mask)")}
+    "0.1B (SmolLM2-135M)": (30, 576, 1536, 9, 3, 49152),
+    "1B (Llama 3.2 1B)": (16, 2048, 8192, 32, 8, 128256),
+    "8B (Llama 3.1 8B)": (32, 4096, 14336, 32, 8, 128256),
+    "70B (Llama 3.1 70B)": (80, 8192, 28672, 64, 8, 128256),
+}
+COLUMNS = (
+    *("student", "weights, gradients, moments", "the rest, plain BT", "the rest, whole method"),
+    *("the rest, --gradient-checkpointing", "one GPU", "one GPU, checkpointing"),
+    *("--fsdp, 8 GPUs, checkpointing", "64 GPUs"),
+)
 
 
-def kept(model: RewardModel, n: int) -> int:
-    """Bytes that autograd keeps for the backward pass of one packed pair of n tokens, weights left out."""
-    own, seen = {p.untyped_storage()._cdata for p in model.parameters()}, {}
+class PeakBytes(TorchDispatchMode):
+    """Counts the bytes of all tensors made inside the with block, while they live."""
 
-    def keep(t):
-        if t.untyped_storage()._cdata not in own:
-            seen[t.untyped_storage()._cdata] = (t.untyped_storage().nbytes(), t)  # the reference keeps its name unique
-        return t
+    def __init__(self):
+        super().__init__()
+        self.now, self.peak, self.counted = 0, 0, set()
 
-    seg = torch.zeros(1, n, dtype=torch.long)
-    seg[:, n // 2:], seg[:, 3 * n // 4:] = 1, 2
-    batch = dict(ids=seg, seg=seg, pos=seg, last=torch.full((1, 2), n - 1), word=seg)
-    idistill.two_rows = lambda _: (seg, seg.new_zeros(2, 3 * n // 4), None)  # of fake tensors only the shapes are known
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), torch.autocast("cpu", dtype=torch.bfloat16):
-        model(batch)
-    return sum(size for size, _ in seen.values())
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for t in tree_iter(out):
+            if isinstance(t, torch.Tensor):
+                self.count(t.untyped_storage())
+        return out
+
+    def count(self, storage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self.counted:
+            self.counted.add(key)
+            self.now += size
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self.forget, key, size)
+
+    def forget(self, key: int, size: int) -> None:
+        self.counted.remove(key)
+        self.now -= size
+
+
+def build(size: tuple[int, ...], tokens: int):
+    """A student of this size, without gradients to keep: 16 P counts those."""
+    layers, hidden, feed_forward, heads, kv_heads, vocabulary = size
+    config = LlamaConfig(
+        num_hidden_layers=layers,
+        hidden_size=hidden,
+        intermediate_size=feed_forward,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        vocab_size=vocabulary,
+        max_position_embeddings=tokens,
+        pad_token_id=0,
+        num_labels=1,
+    )
+    stock = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
+    stock.get_input_embeddings().requires_grad_(False)
+    for p in filter(lambda p: p.requires_grad, stock.parameters()):
+        p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+    return stock.train()
+
+
+def peak_of_step(stock, tokens: int, layers: tuple[int, ...], amp) -> int:
+    """Most bytes that live in one step on one pair, beside weights and gradients.
+
+    Args:
+        stock: the student; tokens: of the pair, packed.
+        layers: those that are aligned; none for plain BT.
+        amp: amp() is the autocast of the forward pass.
+    """
+    W = 3 * tokens // 4  # words
+    zeros = torch.zeros(1, tokens, dtype=torch.long)
+    batch = dict.fromkeys(("ids", "seg", "pos", "word"), zeros)
+    batch["last"] = torch.zeros(1, 2, dtype=torch.long)
+    word_seg = torch.zeros(1, W, dtype=torch.long)
+    with PeakBytes() as bytes_of:
+        with amp():
+            rewards, maps = RewardModel(stock)(batch, layers)
+            S = [pool_words(token_map, batch["word"], W) for token_map in maps]
+            T = [torch.zeros_like(word_map) for word_map in S]
+            loss = total_loss(rewards, S, T, word_seg)["loss"].mean()
+        loss.backward()
+    return bytes_of.peak
+
+
+def row_of(size: tuple[int, ...], tokens: int) -> list[float]:
+    """The numbers of a row, in bytes."""
+    _, amp = set_up_device(Config(device="cpu", dtype="bf16"))
+    with FakeTensorMode():
+        stock = build(size, tokens)
+        P, P_l = (sum(p.numel() for p in m.parameters()) for m in (stock, stock.model.layers[0]))
+        plain, method = (peak_of_step(stock, tokens, layers, amp) for layers in ((), (-1,)))
+        stock.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpointed = peak_of_step(stock, tokens, (-1,), amp)
+        # FSDP2 gathers a layer in bf16 each time, so autocast keeps no copies of the weights
+        uncached = partial(torch.autocast, "cpu", torch.bfloat16, cache_enabled=False)
+        sharded = peak_of_step(stock, tokens, (-1,), uncached)
+    gathered = 10 * P_l + 12 * (P - size[0] * P_l)
+    one_gpu = [16 * P + method, 16 * P + checkpointed]
+    several = [16 * P / gpus + gathered + sharded for gpus in (8, 64)]
+    return [16 * P, plain, method, checkpointed, *one_gpu, *several]
 
 
 def main() -> None:
-    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ap.add_argument("--tokens", type=int, default=2048)
-    ap.add_argument("--gpus", type=int, default=8)
-    args = ap.parse_args()
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("--tokens", type=int, default=2048, help="of the pair (default: 2048)")
+    tokens = parser.parse_args().tokens
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
-    print("| student | weights, gradients, moments | kept for backward | with checkpointing | of that, the tap | one GPU | one GPU, checkpointing "
-          f"| --fsdp, {args.gpus} GPUs, checkpointing |\n|---|---|---|---|---|---|---|---|")
-    for name, (layers, hidden, ff, heads, kv, vocabulary) in SIZES.items():
-        with FakeTensorMode():
-            stock = LlamaForSequenceClassification(LlamaConfig(
-                num_hidden_layers=layers, hidden_size=hidden, intermediate_size=ff, num_attention_heads=heads, num_key_value_heads=kv,
-                vocab_size=vocabulary, num_labels=1, pad_token_id=0, max_position_embeddings=args.tokens))
-            P, P_l = (sum(p.numel() for p in m.parameters()) for m in (stock, stock.model.layers[0]))
-            P_e = P - layers * P_l
-            plain = kept(RewardModel(stock), args.tokens)
-            tapped = RewardModel(stock, layers=(layers - 1,))
-            tap = kept(tapped, args.tokens) - plain
-            stock.train().gradient_checkpointing_enable({"use_reentrant": False})
-            tapped.whole = True
-            checkpointed = kept(tapped, args.tokens) + plain // layers  # and one layer at a time, computed again
-        fixed = 16 * P
-        cells = [fixed, plain + tap, checkpointed, tap, fixed + plain + tap, fixed + checkpointed,
-                 fixed / args.gpus + 10 * P_l + 12 * P_e + checkpointed]
-        print(f"| {name} | " + " | ".join(f"{c / 2**20:.0f} MiB" if c == tap else f"{c / 2**30:.1f} GiB" for c in cells) + " |")
-    print("\nP weights, P_l of one layer, P_e of embeddings and head")
-    for term, (file, text) in TERMS.items():
-        lines = (Path(__file__).resolve().parent.parent / file).read_text().splitlines()
-        print(f"{term}: {file}:{next(k for k, line in enumerate(lines, 1) if text in line)}")
+    print("| " + " | ".join(COLUMNS) + " |\n" + "|---" * len(COLUMNS) + "|")
+    for name, size in SIZES.items():
+        cells = [f"{value / 2**30:.1f} GiB" for value in row_of(size, tokens)]
+        print("| " + " | ".join([name, *cells]) + " |", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,307 +1,490 @@
-"""What `python eval.py speed` times: ways to train as arms of one interleaved comparison, and what each needs of memory."""
+#!/usr/bin/env python3
+"""What a training step costs: several ways to train, timed against each other.
+
+    M="--model models/smollm2-135m --teacher models/minilm-l6"
+    python results/speed.py $M --data data/hh_helpful.train.jsonl.gz --trl    # pairs a second
+    python results/speed.py $M --memory 512:16 2048:4 8192:1                  # peak memory
+
+The ways ("arms"). Each makes whole steps: batch, forward, loss, backward, clipping, AdamW (at rate
+0, so that all of them time the same weights):
+
+    b    two padded rows a pair, batches in random order: as most code trains
+    b'   the same rows, batches of pairs of about equal length
+    c    one packed row a pair, batches of about equal length: plain BT of idistill.py
+    d    the whole method of idistill.py: c, the teacher, both maps, the alignment losses
+    e    d by output_attentions, which makes attention eager in every layer of both models
+    trl  TRL's own RewardTrainer (pip install trl), on the batches of b
+
+With --data the arms take turns in one process, round after round. A ratio compares the pairs a
+second of an arm with those of the first arm in the same round; the table shows the median over the
+rounds [least, most]. With --memory each arm makes two steps in a process of its own, and the second
+is timed. On a CPU that has other work too, --cpu-seconds counts the seconds of this process alone;
+give it one thread then (OMP_NUM_THREADS=1).
+"""
+
 from __future__ import annotations
 
 import argparse
-import os
+import contextlib
+import json
 import platform
 import resource
 import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import nullcontext
+from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 import torch
 import transformers
-from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from torch import Tensor
 
-from data_prep import (Encoder, Example, Formatter, Pair, TeacherCache, UserError, bar, choose_pad, collate, collate_teacher, load,
-                       load_student, load_teacher, load_tokenizer, plan_epoch, probe_student, quiet, read_files, set_up_device)
-from idistill import (Config, InteractionTeacher, RewardModel, alignment_loss, block_masks, bt_loss, distillation_losses,
-                      make_optimizer, pick, pool_words, tree_mask)
-from results.output import draw, print_rows, save_json, shown
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import idistill
+from data_prep import Encoder, Example, Parser, UserError, bar, exit_codes, read_pairs, written
+from idistill import Config, InteractionTeacher, RewardModel
 
-ARMS = {"a": "two passes, padded", "b": "one batch of both, random order (as TRL)",
-        "b'": "b, bucketed by length", "c": "packed tree, bucketed: plain BT", "tap": "c and its maps",
-        "pool": "c, maps, pooling, loss; no teacher", "d": "the whole method with its teacher",
-        "d'": "d, the teacher's maps from --cache-teacher", "e": "maps by eager output_attentions, all layers",
-        "trl": "TRL's RewardTrainer, no checkpointing"}
+# ------------------------------------------------------------------------------ what all arms share
 
 
-def add_flags(add) -> None:
-    """The flags of the verb, by the add_argument of its parser."""
-    add("--teacher", metavar="DIR", help="encoder that serves as the teacher")
-    add("--arms", nargs="+", default=["b", "a", "b'", "c", "tap", "pool", "d", "e"], choices=list(ARMS),
-        help="ways to train, ratios are to the first (default: b a b' c tap pool d e)")
-    add("--pairs", type=int, default=128, help="pairs a round (default: 128)")
-    add("--rounds", type=int, default=5, help="rounds, after one that warms up (default: 5)")
-    add("--steps", type=int, default=0, help="steps of each arm a round, of every size, others in each round: as "
-        "padded as among all --pairs, in less time (default: 0 = all)")
-    add("--lengths", type=int, nargs=3, metavar="N",
-        help="random tokens instead of --data: of prompt, chosen, rejected")
-    add("--spread", type=float, default=0.0, metavar="SHARE",
-        help="lengths vary by up to this share, uniformly (default: 0)")
-    add("--shrink", type=int, nargs=2, metavar=("HIDDEN", "LAYERS"),
-        help="MODEL's class at this size, random weights")
-    add("--align-max-tokens", type=int, default=0, help="as in idistill.py (default: 0)")
-    add("--memory", action="store_true", help="peak memory of each arm, in its own process")
-    add("--grow", type=int, nargs="+", metavar="N",
-        help="each arm at these total lengths (with --lengths: batch sizes), each in its own process")
-    add("--peer", choices=["trl"], help="add TRL's own RewardTrainer (pip install trl)")
+@dataclass
+class Setting:
+    """Models on their device, and the pairs."""
+
+    student: RewardModel
+    tokenizer: object
+    teacher: InteractionTeacher
+    examples: list[Example]
+    device: torch.device
+    amp: object
+    clock: object  # () -> seconds
+
+    def teacher_rows(self, part: list[Example]) -> dict[str, Tensor]:
+        """The batch that the teacher reads."""
+        swap = np.zeros(len(part), dtype=bool)
+        tokenizer, room = self.teacher.tokenizer, self.teacher.room
+        return idistill.teacher_batch(part, swap, tokenizer, room, self.device)
+
+    def student_rows(self, part: list[Example]) -> dict[str, Tensor]:
+        """The packed batch."""
+        return idistill.student_batch(part, idistill.pad_id_of(self.student.stock), self.device)
+
+
+def set_up(args, examples_of) -> Setting:
+    """Models as the flags say, and the pairs that examples_of(tokenizer, teacher) gives."""
+    device, amp = idistill.set_up_device(Config(dtype=args.dtype, device=args.device))
+    if args.shrink:
+        stock, tokenizer = shrunk_student(args.model, *args.shrink)
+    else:
+        stock, tokenizer = idistill.load_student(args.model, args.seed)
+    teacher = idistill.load_teacher(args.teacher, args.seed)
+    examples = examples_of(tokenizer, teacher)
+    stock.to(device).train()
+    teacher.to(device).eval().requires_grad_(False)
+    clock = time.process_time if args.cpu_seconds else time.perf_counter
+    return Setting(RewardModel(stock), tokenizer, teacher, examples, device, amp, clock)
 
 
 def shrunk_student(name: str, hidden: int, layers: int):
-    """(a model of the class of another, at this size and with random weights; the other's tokenizer)."""
-    tokenizer, own = load_tokenizer(name), load(AutoConfig, name, num_labels=1)
-    choose_pad(tokenizer)
-    small = dict(hidden_size=hidden, num_hidden_layers=layers, intermediate_size=4 * hidden,
-                 num_attention_heads=4, num_key_value_heads=4, head_dim=None, layer_types=None,
-                 max_position_embeddings=2**15, pad_token_id=tokenizer.pad_token_id, dtype=torch.float32)
-    return AutoModelForSequenceClassification.from_config(type(own)(**{**own.to_dict(), **small})), tokenizer
+    """(a model of another's class at this size, with random weights; the other's tokenizer)."""
+    tokenizer = idistill.load_tokenizer(name)
+    config = idistill.load(transformers.AutoConfig, name, num_labels=1)
+    idistill.choose_pad(tokenizer, config.vocab_size)
+    size = dict(hidden_size=hidden, num_hidden_layers=layers, intermediate_size=4 * hidden)
+    heads = dict(num_attention_heads=4, num_key_value_heads=4, head_dim=None, layer_types=None)
+    other = dict(max_position_embeddings=2**15, pad_token_id=tokenizer.pad_token_id)
+    small = type(config)(**{**config.to_dict(), **size, **heads, **other, "dtype": torch.float32})
+    torch.manual_seed(0)
+    return transformers.AutoModelForSequenceClassification.from_config(small), tokenizer
 
 
-def speed_examples(args, encoder: Encoder, vocabulary: tuple[int, int]) -> list[Example]:
-    """For `eval.py speed`: the first --pairs of --data; or random tokens, (prompt, chosen, rejected) of --lengths, each length
-    drawn from --spread around it, three words to four tokens, of which the teacher reads what it has room for. vocabulary:
-    sizes in student and teacher. Raises UserError."""
-    if not args.lengths:
-        return encoder([p for some in read_files(args).values() for p in some][:args.pairs], progress="encoding")
-    rng, out, low, high = np.random.default_rng(args.seed), [], 1 - args.spread, 1 + args.spread
-    for _ in range(args.pairs):
-        lengths = [max(1, round(n * rng.uniform(low, high))) for n in args.lengths]
-        n, seg = sum(lengths), np.repeat([0, 1, 2], lengths)
-        word, share = np.arange(n) * 3 // 4, min(1.0, (encoder.teacher_length - 4) / n)
-        word_seg = np.zeros(word[-1] + 1, dtype=int)
-        word_seg[word] = seg
-        heads = [np.flatnonzero(seg == s)[:int(share * length)] for s, length in enumerate(lengths)]
-        word_seg[np.setdiff1d(word, word[np.concatenate(heads)])] = -1
-        runs = [(rng.integers(5, vocabulary[1], len(at)), word[at]) for at in heads]
-        out.append(Example(rng.integers(5, vocabulary[0], n), seg, word, word_seg, runs, None))
-    return out
+# ----------------------------------------------------------------------------------------- the arms
 
 
-def training_step(arm: str, model: RewardModel, teacher: InteractionTeacher, examples: list[Example],
-                  cfg: Config, device) -> tuple[torch.Tensor, int, int]:
-    """(loss of one arm, tokens computed, those that are not padding)."""
-    stock, pad, B = model.stock, model.stock.config.get_text_config().pad_token_id, len(examples)
-    if arm[0] in "ab":
-        rows = [torch.from_numpy(e.ids[(e.seg == 0) | (e.seg == s)]) for s in (1, 2) for e in examples]
-        rewards, slots = [], 0
-        for some in [rows[:B], rows[B:]] if arm == "a" else [rows]:
-            ids = pad_sequence(some, batch_first=True, padding_value=-1).to(device)
-            inputs = dict(input_ids=ids.where(ids >= 0, pad), attention_mask=ids >= 0)
-            rewards.append(stock(**inputs, use_cache=False).logits[:, 0].float())
-            slots += ids.numel()
-        return bt_loss(*torch.cat(rewards).chunk(2)).mean(), slots, sum(map(len, rows))
-    batch, swap = collate(examples, pad, device), np.zeros(B)
+def two_rows_a_pair(part: list[Example]) -> list[np.ndarray]:
+    """Tokens of [x | y_c] of every pair, then of [x | y_r]."""
+    return [e.ids[(e.seg == 0) | (e.seg == s)] for s in (1, 2) for e in part]
+
+
+def two_row_loss(setting: Setting, part: list[Example]) -> Tensor:
+    """b and b': 2B padded causal rows through the stock class -> (B,)."""
+    stock, rows = setting.student.stock, two_rows_a_pair(part)
+    ids = idistill.stack_rows(rows, idistill.pad_id_of(stock), setting.device)
+    mask = idistill.stack_rows([np.ones(len(row)) for row in rows], 0, setting.device)
+    out = stock(input_ids=ids, attention_mask=mask, use_cache=False)
+    r_c, r_r = out.logits[:, 0].float().chunk(2)
+    return idistill.bt_loss(r_c, r_r)
+
+
+def packed_loss(setting: Setting, part: list[Example]) -> Tensor:
+    """c: plain BT as idistill.py trains it -> (B,)."""
+    rewards, _ = setting.student(setting.student_rows(part))
+    return idistill.bt_loss(*rewards.T)
+
+
+def method_loss(setting: Setting, part: list[Example]) -> Tensor:
+    """d: interaction distillation as idistill.py trains it, last layer to last layer -> (B,)."""
+    batches = setting.student_rows(part), setting.teacher_rows(part)
+    last = (-1,), (-1,)
+    rewards, verdict, S, T, word_seg = idistill.interaction_maps(
+        setting.student, setting.teacher, *batches, last
+    )
+    return idistill.total_loss(rewards, S, T, word_seg, verdict)["loss"]
+
+
+def eager_loss(setting: Setting, part: list[Example]) -> Tensor:
+    """e: both models give their maps by output_attentions -> (B,).
+
+    The student's map is then the one under its own mask, which cannot be lifted there.
+    """
+    student, teacher = setting.student, setting.teacher
+    batch, rows = setting.student_rows(part), setting.teacher_rows(part)
+    visible = idistill.tree_mask(batch["seg"])
+    added = torch.zeros_like(visible, dtype=torch.float32)  # eager attention adds its mask
+    added = added.masked_fill(~visible, torch.finfo(torch.float32).min)
+    inputs = dict(attention_mask=added, position_ids=batch["pos"], use_cache=False)
+    out = student.stock.base_model(batch["ids"], **inputs, output_attentions=True)
+    rewards = student.rewards_at(out.last_hidden_state, batch["last"])
+    with torch.no_grad():
+        read = teacher.stock(rows["ids"], attention_mask=rows["mask"], output_attentions=True)
+    W = batch["word_seg"].shape[1]
+    S = idistill.pool_words(out.attentions[-1].float().mean(1), batch["word"], W)
+    T = idistill.pool_words(read.attentions[-1].float().mean(1), rows["word"], W)
+    word_seg = batch["word_seg"].masked_fill(~idistill.seen_words(rows["word"], W), -1)
+    return idistill.total_loss(rewards, [S], [T], word_seg, align_support="causal")["loss"]
+
+
+ARMS = {
+    "b": ("two rows a pair, random order", two_row_loss),
+    "b'": ("two rows a pair, bucketed", two_row_loss),
+    "c": ("packed row, bucketed: plain BT", packed_loss),
+    "d": ("the whole method", method_loss),
+    "e": ("d by output_attentions", eager_loss),
+    "trl": ("TRL's RewardTrainer", None),
+}
+TWO_ROWS, RANDOM_ORDER = ("b", "b'", "trl"), ("b", "trl")
+
+
+def train(setting: Setting, arm: str, batches: list[np.ndarray], optimizer) -> float:
+    """Seconds that an arm needs to train on these batches (indices of the pairs)."""
+    loss_of, models = ARMS[arm][1], (setting.student.stock, setting.teacher.stock)
+    before = [model.config._attn_implementation for model in models]
     if arm == "e":
-        other = collate_teacher(examples, swap, teacher.tokenizer, device)
-        seen = tree_mask(batch["seg"])  # eager attention adds its mask: True would count as + 1
-        mask = torch.zeros_like(seen, dtype=torch.float32).masked_fill_(~seen, torch.finfo(torch.float32).min)
-        out = stock.base_model(batch["ids"], attention_mask=mask, position_ids=batch["pos"], use_cache=False,
-                               output_attentions=True)
-        r = stock.score(pick(out.last_hidden_state, batch["last"]))[..., 0].float()
-        with torch.no_grad():
-            read = teacher.stock(other["ids"], attention_mask=other["mask"], output_attentions=True)
-        S, T = (pool_words(maps.attentions[-1].float().mean(1, keepdim=True), b["word"],
-                           batch["word_seg"].shape[1]) for maps, b in ((out, batch), (read, other)))
-        loss = bt_loss(r[:, 0], r[:, 1]) + alignment_loss(T, S, block_masks(batch["word_seg"], "causal")[0])
-    elif arm == "tap":
-        r = model(batch)
-        loss = bt_loss(r[:, 0], r[:, 1]) + 0 * sum(m.sum() for m in model.maps)
+        for model in models:
+            model.set_attn_implementation("eager")
+    started = setting.clock()
+    for index in batches:
+        with setting.amp():
+            loss = loss_of(setting, [setting.examples[i] for i in index]).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(setting.student.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    if setting.device.type == "cuda":
+        torch.cuda.synchronize()
+    seconds = setting.clock() - started
+    for model, implementation in zip(models, before):
+        model.set_attn_implementation(implementation)
+    return seconds
+
+
+class Clock(transformers.TrainerCallback):
+    """Adds up the seconds of a Trainer's steps, without the loading of data."""
+
+    def __init__(self, clock):
+        self.clock, self.seconds = clock, 0.0
+
+    def on_step_begin(self, *_, **__):
+        self.began = self.clock()
+
+    def on_step_end(self, *_, **__):
+        self.seconds += self.clock() - self.began
+
+
+def train_in_trl(setting: Setting, batches: list[np.ndarray]) -> float:
+    """Seconds of TRL's steps on the same tokens in the same batches."""
+    from datasets import Dataset
+    from trl import RewardConfig, RewardTrainer
+
+    rows = [two_rows_a_pair([setting.examples[i]]) for index in batches for i in index]
+    data = [{"chosen_ids": c.tolist(), "rejected_ids": r.tolist()} for c, r in rows]
+    clock = Clock(setting.clock)
+    silent = dict(report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True)
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):
+        config = RewardConfig(
+            output_dir=folder,
+            per_device_train_batch_size=len(batches[0]),
+            train_sampling_strategy="sequential",
+            num_train_epochs=1,
+            learning_rate=1e-12,
+            max_length=None,
+            gradient_checkpointing=False,
+            bf16=setting.amp is not contextlib.nullcontext,
+            use_cpu=setting.device.type == "cpu",
+            **silent,
+        )
+        trainer = RewardTrainer(
+            model=setting.student.stock,
+            args=config,
+            processing_class=setting.tokenizer,
+            train_dataset=Dataset.from_list(data),
+            callbacks=[clock],
+        )
+        trainer.train()
+    return clock.seconds
+
+
+# ------------------------------------------------------------------------ pairs a second, in turns
+
+
+def row_lengths(arm: str, example: Example) -> list[int]:
+    """Tokens of each row that the arm makes of a pair."""
+    n_x, n_c, n_r = np.bincount(example.seg, minlength=3).tolist()
+    return [n_x + n_c, n_x + n_r] if arm in TWO_ROWS else [n_x + n_c + n_r]
+
+
+def epoch_of(arm: str, examples: list[Example], batch_size: int, seed: int) -> list[np.ndarray]:
+    """The arm's batches of one epoch, sorted from the shortest to the longest."""
+    longest = np.array([max(row_lengths(arm, e)) for e in examples])
+    if arm in RANDOM_ORDER:
+        order = np.random.default_rng(seed).permutation(len(examples))
+        plan = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     else:
-        reader = teacher if arm[0] == "d" else None
-        loss = distillation_losses(model, reader, examples, swap, cfg, device, list(range(B)))["loss"]
-    return loss.mean(), batch["ids"].numel(), sum(len(e.ids) for e in examples)
+        plan = idistill.plan_epoch(longest, batch_size, seed, 0)
+    return sorted(plan, key=lambda index: longest[index].max())
+
+
+def sample_of(plan: list, steps: int, rounds: int, k: int) -> list:
+    """Round k: `steps` batches spread evenly over the sorted plan, others in each round.
+
+    So a round costs a few steps, and all rounds together are padded as a whole epoch is.
+    """
+    steps = min(steps, len(plan))
+    places = (np.arange(steps) + (k + 0.5) / rounds) * len(plan) / steps
+    return [plan[int(place)] for place in places]
+
+
+def padding_of(arm: str, examples: list[Example], batches: list) -> dict[str, float]:
+    """Tokens a pair that are no padding, and the share of padding."""
+    lengths = [[n for i in index for n in row_lengths(arm, examples[i])] for index in batches]
+    tokens = sum(map(sum, lengths))
+    slots = sum(max(rows) * len(rows) for rows in lengths)
+    return {"tokens_per_pair": tokens / sum(map(len, batches)), "padding": 1 - tokens / slots}
 
 
 def time_arms(args) -> dict[str, dict]:
-    """Every arm, round after round: median pairs a second, ratios to the first arm in the same round, tokens
-    a pair, share of padding; of a single arm the peak memory in bytes. With --steps a round takes as many of an
-    arm's steps, spread evenly from the shortest to the longest, and the next round others."""
-    (device, amp), name, seed, k = set_up_device(args), args.models[0], args.seed, args.batch_size
-    stock, tokenizer = shrunk_student(name, *args.shrink) if args.shrink else load_student(name, seed)
-    reader, reader_tokenizer, room = load_teacher(args.teacher, seed)
-    stock.to(device).train(), reader.to(device).eval().requires_grad_(False)
-    encoder = Encoder(tokenizer, args.max_length or 1024, "truncate", reader_tokenizer, room)
-    examples = speed_examples(args, encoder, (stock.config.vocab_size, len(reader_tokenizer)))
-    depths = [m.config.get_text_config().num_hidden_layers for m in (stock, reader)]
-    order = np.random.default_rng(seed).permutation(len(examples))
-    lengths = np.array([len(e.ids) for e in examples])
-    rows = np.array([max(((e.seg == 0) | (e.seg == s)).sum() for s in (1, 2)) for e in examples])  # its longer row
-    shuffled, plans = [order[i:i + k] for i in range(0, len(order), k)], {}
-    for arm in args.arms:  # bucketed as in training, by what the arm pads: two rows a pair, or one
-        by = rows if arm in ("a", "b", "b'") else lengths
-        plan = shuffled if arm in ("a", "b") else plan_epoch(by, k, seed, 0)
-        plans[arm] = sorted(plan, key=lambda index: by[index].max())
-    optimizer, sdpa = make_optimizer(stock, 0.0, 0.0), stock.config._attn_implementation  # rate 0: no change
-    passes, rates, out, peer = {arm: [] for arm in args.arms}, {}, {}, None
-    folder = tempfile.TemporaryDirectory()  # of arm d'
+    """All arms in turns: median pairs a second, and ratios to the first arm of the same round."""
 
-    def one_pass(arm: str, batches: list[np.ndarray]) -> list[float]:
-        """Trains on the batches: seconds, tokens computed, those that are not padding, pairs."""
-        last = [(depth - 1,) if arm in ("tap", "pool", "d", "d'") else () for depth in depths]
-        model = RewardModel(stock, "siamese" if arm[0] in "abe" else "packed", last[0])
-        probe_student(model, name)
-        teacher = InteractionTeacher(reader, reader_tokenizer, last[1])
-        cfg = Config(align_target="teacher" if arm[0] == "d" else "uniform", align_max_tokens=args.align_max_tokens)
-        if arm == "d'":
-            teacher.cache = TeacherCache(folder.name, teacher, amp is not nullcontext)
-            with amp(), torch.no_grad():
-                for index in batches:  # all is there before the clock starts
-                    some = [examples[i] for i in index]
-                    teacher.read(some, np.zeros(len(some)), max(len(e.word_seg) for e in some))
-        started, done = time.perf_counter(), np.zeros(3)
-        for index in batches:
-            with amp():
-                loss, *counts = training_step(arm, model, teacher, [examples[i] for i in index], cfg, device)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(stock.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            done += [*counts, len(index)]
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return [time.perf_counter() - started, *done]
+    def examples_of(tokenizer, teacher):
+        pairs, _ = read_pairs(args.data)
+        encoder = Encoder(tokenizer, args.max_length, "drop", teacher.tokenizer)
+        examples = encoder(pairs[: args.pairs], progress="encoding")
+        return examples[: len(examples) // args.batch_size * args.batch_size]  # whole batches
 
-    for round in bar(range(args.rounds + 1), "rounds"):
+    setting = set_up(args, examples_of)
+    if not setting.examples:
+        raise UserError("--data: fewer pairs than --batch-size fit into --max-length")
+    optimizer = idistill.make_optimizer(setting.student, 0.0, 0.0)
+    plans = {a: epoch_of(a, setting.examples, args.batch_size, args.seed) for a in args.arms}
+
+    def seconds_of(arm: str, batches: list) -> float:
+        if arm == "trl":
+            return train_in_trl(setting, batches)
+        return train(setting, arm, batches, optimizer)
+
+    for arm in bar(args.arms, "warming up"):
+        seconds_of(arm, plans[arm][:1])
+    rates, batches_of = {arm: [] for arm in args.arms}, {arm: [] for arm in args.arms}
+    for k in bar(range(args.rounds), "rounds"):
         for arm in args.arms:
-            for m in (stock, reader):
-                m.set_attn_implementation("eager" if arm == "e" else sdpa)
-            if arm == "trl":
-                peer = peer or trl_trainer(stock, tokenizer, [e.pair for e in examples], args, amp is not nullcontext)
-                passes[arm].append([peer(), np.nan, np.nan, len(examples)])
-                continue
-            plan = plans[arm]
-            steps = min(args.steps or len(plan), len(plan))
-            at = (np.arange(steps) + (round - 0.5) / args.rounds) * len(plan) / steps
-            passes[arm].append(one_pass(arm, [plan[int(i)] for i in at] if round else plan[-1:]))  # round 0 warms up
+            batches = sample_of(plans[arm], args.steps, args.rounds, k)
+            rates[arm].append(sum(map(len, batches)) / seconds_of(arm, batches))
+            batches_of[arm] += batches
+    out = {}
     for arm in args.arms:
-        seconds, slots, real, pairs = np.array(passes[arm][1:]).T
-        rates[arm] = pairs / seconds
-        ratios, known = rates[arm] / rates[args.arms[0]], arm != "trl"
-        out[arm] = {"pairs_per_s": float(np.median(rates[arm])), "ratio": float(np.median(ratios)),
-                    "ratios": ratios.tolist(), "tokens_per_pair": real.sum() / pairs.sum() if known else None,
-                    "padding": 1 - real.sum() / slots.sum() if known else None}
-    if len(out) == 1:
-        out[arm]["peak_bytes"] = torch.cuda.max_memory_allocated() if device.type == "cuda" else peak_memory()
+        ratios = np.divide(rates[arm], rates[args.arms[0]])
+        out[arm] = {"pairs_per_s": float(np.median(rates[arm])), "ratio": float(np.median(ratios))}
+        out[arm] |= {"rates": rates[arm], "ratios": ratios.tolist()}
+        out[arm] |= padding_of(arm, setting.examples, batches_of[arm])
     return out
 
 
-def peak_memory() -> int:
-    """Most bytes this process held. On Linux ru_maxrss also counts what its parent held when it was started."""
+def print_times(arms: dict[str, dict], first: str) -> None:
+    """A line an arm."""
+    ratio = f"ratio to {first} [least, most]"
+    print(f"{'':36}{'pairs/s':>8}{ratio:>28}{'tokens a pair':>15}{'padding':>9}")
+    for arm, row in arms.items():
+        name = f"{arm}: {ARMS[arm][0]}"
+        spread = f"{row['ratio']:.2f} [{min(row['ratios']):.2f}, {max(row['ratios']):.2f}]"
+        tokens, padding = row["tokens_per_pair"], row["padding"]
+        print(f"{name:36}{row['pairs_per_s']:>8.2f}{spread:>28}{tokens:>15.0f}{padding:>9.0%}")
+
+
+# ------------------------------------------------------------------ peak memory, process by process
+
+
+def random_pairs(count: int, tokens: int, sizes: tuple[int, int]) -> list[Example]:
+    """Pairs of random tokens: half prompt, a quarter each response, three words to four tokens.
+
+    sizes: of the vocabularies of student and teacher.
+    """
+    rng = np.random.default_rng(0)
+    seg = np.repeat([0, 1, 2], [tokens - 2 * (tokens // 4), tokens // 4, tokens // 4])
+    word = np.arange(tokens) * 3 // 4
+    word_seg = np.zeros(word[-1] + 1, dtype=int)
+    word_seg[word] = seg
+    examples = []
+    for _ in range(count):
+        ids = rng.integers(5, sizes[0], tokens)
+        runs = [(rng.integers(5, sizes[1], sum(seg == s)), word[seg == s]) for s in (0, 1, 2)]
+        examples.append(Example(ids, seg, word, word_seg, runs, texts=[], pair=None))
+    return examples
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes held so far, by the GPU, or by this process with its libraries."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status")
-    if status.exists():
+    if status.exists():  # ru_maxrss also counts what the parent held when it started this process
         return 1024 * int(status.read_text().split("VmHWM:")[1].split()[0])
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def trl_trainer(stock, tokenizer, pairs: list[Pair], args, bf16: bool):
-    """A function that trains an epoch in TRL on the strings that are scored here: seconds of its steps."""
-    try:
-        from datasets import Dataset
-        from trl import RewardConfig, RewardTrainer
-    except ImportError:
-        raise UserError("--peer trl needs TRL: pip install trl") from None
+def two_steps(args, arm: str, tokens: int, pairs: int) -> dict[str, float]:
+    """Seconds of an arm's second step, and the peak memory of this process, which does no more."""
+    idistill.quiet()
 
-    class Clock(transformers.TrainerCallback):
-        def on_step_begin(self, *_, **__):
-            self.began = time.perf_counter()
+    def examples_of(tokenizer, teacher):
+        return random_pairs(pairs, tokens, (len(tokenizer), len(teacher.tokenizer)))
 
-        def on_step_end(self, *_, **__):
-            self.total += time.perf_counter() - self.began
-
-    def epoch() -> float:
-        clock.total = 0.0
-        trainer.train()
-        stock.train()
-        return clock.total
-
-    clock, text, folder = Clock(), Formatter(tokenizer).text, tempfile.TemporaryDirectory()
-    clock.folder = folder  # lives as long as the trainer
-    rows = [{"chosen": text(p.prompt, p.chosen), "rejected": text(p.prompt, p.rejected)} for p in pairs]
-    config = RewardConfig(output_dir=folder.name, per_device_train_batch_size=args.batch_size,
-                          num_train_epochs=1, learning_rate=1e-12, max_length=args.max_length or 1024,
-                          report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True,
-                          bf16=bf16, gradient_checkpointing=False, use_cpu=not torch.cuda.is_available())
-    trainer = RewardTrainer(model=stock, args=config, processing_class=tokenizer, callbacks=[clock],
-                            train_dataset=Dataset.from_list(rows))
-    return epoch
+    setting = set_up(args, examples_of)
+    optimizer = idistill.make_optimizer(setting.student, 0.0, 0.0)
+    seconds = [train(setting, arm, [np.arange(pairs)], optimizer) for _ in range(2)]
+    return {"seconds": seconds[1], "peak_bytes": peak_memory(setting.device)}
 
 
-def own_process(args, arm: str, **changes) -> dict:
-    """One arm alone, a round, in a process of its own: what it really needs of memory. Raises UserError."""
-    alone = argparse.Namespace(**{**vars(args), "arms": [arm], "rounds": 1, "run": None, **changes})
-    with ProcessPoolExecutor(1, get_context("spawn")) as process:
-        try:
-            return process.submit(time_in_silence, alone).result()[arm]
-        except BrokenProcessPool:
-            raise UserError(f"arm {arm} {changes}: killed, probably for memory") from None
-        except UserError as why:
-            raise UserError(f"arm {arm} {changes}: {why}") from None
-
-
-def time_in_silence(args) -> dict[str, dict]:
-    """time_arms without a word. Raises UserError for any error: not every kind can be sent from process to process."""
-    quiet()
-    sys.stdout = open(os.devnull, "w")
-    try:
-        return time_arms(args)
-    except Exception as why:
-        raise UserError((str(why).strip() or type(why).__name__).splitlines()[-1].strip()) from None
-
-
-def speed(args) -> None:
-    """Training steps in several ways, interleaved in one process: pairs a second as ratios to the first of
-    --arms.
-
-    a, b, b': as most code does it; c: the packed tree mask; d: the whole method, teacher included; d': d where
-    --cache-teacher has all maps; e: the naive way to get attention maps. tap and pool are c with a part of
-    d: their differences say what each part costs. Data: --data, or random tokens (--lengths PROMPT CHOSEN
-    REJECTED). --memory runs each arm again in a process of its own, --grow N... runs it at each total length
-    instead (half of it prompt), or, where --lengths are given, at each batch size. The arm trl is TRL's own
-    RewardTrainer, where TRL is installed (--peer trl adds it). Here --batch-size counts pairs, --max-length is
-    1,024 unless given, and --dtype bf16 is autocast, as in training."""
-    if not args.teacher or not (args.data or args.lengths or args.grow):
-        raise UserError("speed needs --teacher, and --data, --lengths or --grow")
-    if args.plot and not args.grow:
-        raise UserError("speed draws what --grow measures: give --grow, or leave --plot out")
-    if args.peer and args.peer not in args.arms:
-        args.arms.append(args.peer)
-    if args.shrink and args.shrink[0] % 8:
-        raise UserError("--shrink HIDDEN must be a multiple of 8: four heads, each of an even size")
-    if not 0 <= args.spread < 1:
-        raise UserError("--spread must be from 0 to under 1")
-    if "d'" in args.arms and args.align_max_tokens:
-        raise UserError("the arm d' keeps whole maps: without --align-max-tokens")
-    if "trl" in args.arms and (args.lengths or args.grow or not args.data):
-        raise UserError("the arm trl reads text: give --data, and neither --lengths nor --grow")
-    rows, cells, grown = {} if args.grow else time_arms(args), [], "pairs a batch" if args.lengths else "tokens a pair"
-    for n in bar(args.grow or [], "sizes"):
-        size = dict(batch_size=n, pairs=2 * n) if args.lengths else dict(lengths=[n // 2, n // 4, n // 4])
+def measure_memory(args) -> dict[str, dict]:
+    """Every arm at every size, each in a process of its own."""
+    out = {}
+    for tokens, pairs in bar(args.memory, "sizes"):
         for arm in args.arms:
-            rows[f"{arm} {n}"] = {"arm": arm, grown.split()[0]: n, **own_process(args, arm, **size)}
-    for arm in args.arms if args.memory and not args.grow else ():
-        rows[arm]["peak_bytes"] = own_process(args, arm)["peak_bytes"]
-    for k, r in rows.items():
-        ratio = "" if args.grow else shown(r["ratio"], [min(r["ratios"]), max(r["ratios"])], ".2f")
-        memory = f"{r['peak_bytes'] / 1e6:.0f} MB" if args.memory or args.grow else ""
-        cells.append([f"{k}: {ARMS[k.split()[0]]}", f"{r['pairs_per_s']:.2f}", ratio,
-                      shown(r["tokens_per_pair"], form=".0f"), shown(r["padding"], form=".0%"), memory])
-    print_rows(["", "pairs/s", f"ratio to {args.arms[0]} [min, max]", "tokens a pair", "padding",
-                "peak memory"], cells)
-    device = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
-    save_json(args, {"arms": rows, "device": torch.cuda.get_device_name() if torch.cuda.is_available() else device})
-    if args.plot:
-        panels = []
-        for label, value in (("seconds a pair", lambda r: 1 / r["pairs_per_s"]),
-                             ("peak memory, GB", lambda r: r["peak_bytes"] / 1e9)):
-            curves = {f"{arm}: {ARMS[arm]}": (args.grow, [value(rows[f"{arm} {n}"]) for n in args.grow], None)
-                      for arm in args.arms}
-            panels.append(("", grown, label, curves))
-        draw(args.plot, [panels], xscale="log", yscale="log")
+            with ProcessPoolExecutor(1, get_context("spawn")) as process:
+                try:
+                    row = process.submit(two_steps, args, arm, tokens, pairs).result()
+                except RuntimeError as why:  # the process was killed, or torch found no memory
+                    first_line = str(why).splitlines()[0]
+                    raise UserError(f"--memory {tokens}:{pairs}, arm {arm}: {first_line}") from None
+            out[f"{arm} {tokens}"] = {"arm": arm, "tokens": tokens, "pairs": pairs, **row}
+    return out
+
+
+def print_memory(rows: dict[str, dict]) -> None:
+    """A line a size and arm."""
+    print(f"{'':36}{'tokens a pair':>14}{'pairs':>7}{'s a step':>10}{'peak, GB':>10}")
+    for row in rows.values():
+        name = f"{row['arm']}: {ARMS[row['arm']][0]}"
+        cells = f"{row['seconds']:>10.2f}{row['peak_bytes'] / 1e9:>10.2f}"
+        print(f"{name:36}{row['tokens']:>14}{row['pairs']:>7}{cells}")
+
+
+# ------------------------------------------------------------------------------------ command line
+
+
+def save_json(args, rows: dict) -> None:
+    """Puts the rows under --name into the file --json; what is there under other names stays."""
+    path, held = Path(args.json), {}
+    if path.exists():
+        held = json.loads(path.read_text(encoding="utf-8"))
+    device = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_name()
+    versions = {module.__name__: module.__version__ for module in (torch, transformers, np)}
+    flags = {k: v for k, v in vars(args).items() if v and k not in ("json", "name")}
+    held[args.name] = {"flags": flags, "device": device, "versions": versions, "arms": rows}
+    with written(path) as f:
+        json.dump(held, f, indent=1)
+
+
+def size(text: str) -> tuple[int, int]:
+    """'2048:4' -> (2048, 4): tokens a pair, pairs a step."""
+    tokens, pairs = text.split(":")
+    if int(tokens) < 4:
+        raise ValueError
+    return int(tokens), positive(pairs)
+
+
+def positive(text: str) -> int:
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = Parser(description=__doc__, formatter_class=raw, allow_abbrev=False)
+    add = parser.add_argument
+    add("--model", required=True, metavar="DIR", help="student: a decoder")
+    add("--teacher", required=True, metavar="DIR", help="an encoder")
+    add("--data", nargs="+", default=[], metavar="FILE", help="pairs to time the arms on")
+    add("--memory", nargs="+", type=size, default=[], metavar="N:B", help="tokens, pairs a step")
+    add("--arms", nargs="+", choices=ARMS, default=["b", "b'", "c", "d", "e"])
+    add("--trl", action="store_true", help="add the arm trl")
+    add("--shrink", nargs=2, type=int, metavar=("HIDDEN", "LAYERS"), help="a smaller --model")
+    add("--batch-size", type=positive, default=16, help="pairs a step (default: 16)")
+    add("--pairs", type=positive, default=1088, help="of --data (default: 1088, 68 steps)")
+    add("--steps", type=positive, default=5, help="of each arm a round (default: 5)")
+    add("--rounds", type=positive, default=5, help="default: 5")
+    add(
+        "--max-length",
+        type=positive,
+        default=1024,
+        help="of the pairs (default: 1024)",
+    )
+    add("--dtype", choices=["auto", "fp32", "bf16"], default="auto")
+    add("--device", default="auto")
+    add("--cpu-seconds", action="store_true", help="of this process, in place of the wall clock")
+    add("--seed", type=int, default=0)
+    add("--json", metavar="OUT", help="file that gets the rows, under --name")
+    add("--name", default="speed", help="default: speed")
+    return parser.parse_args(argv)
+
+
+def check_args(args) -> None:
+    """Raises UserError for flags that cannot work."""
+    if bool(args.data) == bool(args.memory):
+        raise UserError("give --data to time the arms, or --memory to measure what they hold")
+    if args.trl and "trl" not in args.arms:
+        args.arms.append("trl")
+    if "trl" in args.arms:
+        if args.memory:
+            raise UserError("--memory does not measure the arm trl")
+        try:
+            import trl  # noqa: F401
+        except ImportError:
+            raise UserError("the arm trl needs TRL: pip install trl") from None
+    if args.shrink and (args.shrink[0] < 8 or args.shrink[0] % 8 or args.shrink[1] < 1):
+        raise UserError("--shrink: HIDDEN is a multiple of 8 (four heads), LAYERS at least 1")
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    idistill.quiet()
+    with exit_codes():
+        check_args(args)
+        if args.memory:
+            rows = measure_memory(args)
+            print_memory(rows)
+        else:
+            rows = time_arms(args)
+            print_times(rows, args.arms[0])
+        if args.json:
+            save_json(args, rows)
+
+
+if __name__ == "__main__":
+    main()
