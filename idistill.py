@@ -146,6 +146,8 @@ def teacher_row(example: Example, swap: bool, cls: int, sep: int, room: int) -> 
 def cut_runs(runs: list, room: int) -> list[tuple[np.ndarray, np.ndarray]]:
     """The (ids, word) runs of x, y_c, y_r, cut to `room` tokens in all."""
     n_x, n_c, n_r = (len(ids) for ids, _ in runs)
+    if n_x + n_c + n_r <= room:
+        return runs
     keep_x = max(0, min(n_x, room - n_c - n_r))
     keep_c = min(n_c, max(room // 2, room - n_r))
     keep_r = min(n_r, room - keep_c)
