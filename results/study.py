@@ -12,6 +12,7 @@ belongs into data/ and models/.
 
 import hashlib
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -47,7 +48,6 @@ WHOLE_STUDENT, TEACHER = ROOT / "models/smollm2-135m", ROOT / "models/minilm-l6"
 TRAIN_FILE = ROOT / "data/hh_helpful.train.jsonl.gz"
 TEST_FILE = ROOT / "data/hh_helpful.test.jsonl.gz"
 BT = {"method": "bt"}
-UNIFORM = {"align_target": "uniform"}
 NO_MAP = {"lambda_intra": 0.0, "lambda_inter": 0.0}
 TEACHER_RECIPE = {"teacher": str(TEACHER), "teacher_epochs": 2.0, "teacher_lr": 1e-4}
 
@@ -145,13 +145,14 @@ def record(run: Path) -> dict:
     """Commit, flags that are not the default, seconds and counts of a run."""
     config, results = read_json(run / "config.json"), read_json(run / "results.json")
     default = vars(idistill.Config())
-    flags = {k: v for k, v in config["flags"].items() if k != "resume" and v != default.get(k)}
+    flags = {k: v for k, v in config["flags"].items() if k != "resume" and v != default.get(k, v)}
+    flags = re.sub(r'"[^"]*/((models|data|runs)/[^"]*)"', r'"\1"', json.dumps(flags))
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if line["phase"] == "student" and "loss" in line]
     terms = ("step", "bt", "intra", "inter", "score", "grad_norm")
     return {
         "commit": (run / "commit").read_text().strip(),
-        "flags": json.loads(json.dumps(flags).replace(f"{ROOT}/", "")),
+        "flags": json.loads(flags),  # paths from the folder of the project on
         "counts": lines[0].get("data"),
         "seconds": results["seconds"],
         "validation": results["sets"]["validation"]["student"],
@@ -202,7 +203,7 @@ ARMS = {
     "ID": {},
     "verdict+map": {"lambda_score": 1.0},
     "column": {"align_target": "column"},
-    "uniform": UNIFORM,
+    "uniform": {"align_target": "uniform"},
 }
 EXTRAS = {  # seed 0; the first with all seeds
     "BT+clean": BT,
@@ -211,14 +212,7 @@ EXTRAS = {  # seed 0; the first with all seeds
     "ID-lambda10": {"lambda_intra": 10.0, "lambda_inter": 10.0},
 }
 MEASURES = ("occlusion_share", "attention_in_response", "kl_intra", "kl_inter")
-COMPARED = (
-    ("ID", "BT"),
-    ("uniform", "BT"),
-    ("column", "BT"),
-    ("verdict", "BT"),
-    ("verdict+map", "verdict"),
-    ("BT+clean", "verdict"),
-)
+COMPARED = "ID BT, uniform BT, column BT, verdict BT, verdict+map verdict, BT+clean verdict"
 LABELS = {
     "teacher": "teacher",
     "BT": "BT",
@@ -298,6 +292,7 @@ def planted_run(out: Path, arm: str, agreement: int, seed: int, common: dict, da
     flags["data"] = [str(data / f"biased-{agreement}-{seed}.jsonl")]
     if arm == "BT+clean":
         flags["data"].append(str(data / "clean.jsonl"))
+        flags["max_steps"] = 160  # of 380 in an epoch, twice the steps of the others
     flags["val_data"] = [str(data / f"validation-{agreement}-{seed}.jsonl")]
     train(out, **flags, lr=PLANTED_LR, seed=seed)
 
@@ -436,7 +431,7 @@ def measure_planted(runs: dict[str, tuple], data: Path) -> dict:
             if values:
                 row[key] = {"mean": float(np.mean(values)), "by_seed": values}
         out["arms"].setdefault(str(agreement), {})[arm] = row
-    for agreement, (arm, other) in product((90, 75), COMPARED):
+    for agreement, (arm, other) in product((90, 75), map(str.split, COMPARED.split(","))):
         a, b = found.get((agreement, arm), {}), found.get((agreement, other), {})
         seeds, gap = sorted(a.keys() & b.keys()), {}
         for name in SETS if seeds else ():
@@ -547,27 +542,38 @@ def demo_seed(seed: int) -> tuple[Path, dict]:
 
 
 def readings(seeds: str = "5", *names: str) -> None:
-    """Trains the readings, or those named; readings.json holds all that are done, with its table.
+    """Trains the readings; readings.json and its table hold all that are done.
 
-    Of each target of the controls the weight is then taken that validates best: readings.png.
+    Of each target of the controls, readings.png shows the weight that validates best.
+
+    Args:
+        seeds: how many.
+        names: folders such as column-lambda-1; none = all.
     """
-    out = {}
+    out, demo = {}, {}
+    for seed in range(int(seeds)):
+        for arm, values in read_json(demo_seed(seed)[0] / "demo.json").items():
+            for column, value in zip(COLUMNS[1:], values):
+                demo.setdefault(arm, {}).setdefault(column, []).append(value)
     for seed, name in product(range(int(seeds)), READINGS):
         here, common = demo_seed(seed)
         folder = here / "readings" / name.replace(",", "").replace(" ", "-")
-        if names and name not in names and not (folder / "results.json").exists():
+        is_new = not (folder / "results.json").exists()
+        if is_new and names and folder.name not in names:
             continue
-        if name.startswith("lexical") and not (folder / "results.json").exists():
+        if is_new and name.startswith("lexical"):
             register_lexical(common, here / "id")
         results = read_json(train(folder, **common, **READINGS[name]) / "results.json")
         row = out.setdefault(name, {"commit": [], **{column: [] for column in COLUMNS}})
         row["commit"].append((folder / "commit").read_text())
         for column in COLUMNS:
             row[column].append(results["sets"][column]["student"])
-    save_json("readings.json", out)
+    save_json("readings.json", {"demo": demo, "readings": out})
     print("\naccuracy %, mean ± standard error over seeds")
-    table(COLUMNS, {name: over_seeds([row[c] for c in COLUMNS]) for name, row in out.items()})
-    matched = {}
+    rows = {name: ["", *over_seeds(row.values())] for name, row in demo.items()}
+    rows |= {name: over_seeds([row[c] for c in COLUMNS]) for name, row in out.items()}
+    table(COLUMNS, rows)
+    matched = dict(demo)
     for target in TARGETS:
         rows = [name for name in out if name.startswith(f"{target}, lambda")]
         if rows:
@@ -597,7 +603,6 @@ class LexicalTarget:
         counts = Counter(word.lower() for e in examples for word in e.words)
         self.features = [self.word_features(e, counts) for e in examples]
         self.weights = [torch.zeros(self.features[0].shape[1]) for _ in range(2)]  # intra, inter
-        self.distance = [0.0, 0.0]  # KL of the teacher's map to this one, nats a row
         parts = []
         for start in range(0, min(fitted_on, len(examples)), 16):
             few = examples[start : start + 16]
@@ -610,6 +615,9 @@ class LexicalTarget:
             parts.append((T, word_seg, [[start + k] for k in range(len(few))]))
         for kind in range(2):
             self.fit(kind, parts)
+        self.distances = {}  # target -> KL of the teacher's map to it, nats a row: [intra, inter]
+        for name, target in (idistill.ALIGN_TARGETS | {"lexical": self}).items():
+            self.distances[name] = [self.distance(kind, parts, target).item() for kind in range(2)]
 
     @staticmethod
     def word_features(example, counts: Counter) -> torch.Tensor:
@@ -632,17 +640,22 @@ class LexicalTarget:
 
         def loss() -> torch.Tensor:
             optimizer.zero_grad()
-            value = 0.0
-            for T, word_seg, seeds in parts:
-                block = idistill.block_masks(word_seg)[kind]
-                S = self(T, block, word_seg, seeds)
-                value = value + idistill.alignment_loss(T, S, block).mean() / len(parts)
+            value = self.distance(kind, parts, self)
             value.backward()
             return value
 
         optimizer.step(loss)
-        self.distance[kind] = float(loss())
         self.weights[kind] = w.detach()
+
+    @staticmethod
+    def distance(kind: int, parts: list[tuple], target) -> torch.Tensor:
+        """Mean KL of the teacher's maps to a target."""
+        total = 0.0
+        for T, word_seg, seeds in parts:
+            block = idistill.block_masks(word_seg)[kind]
+            S = target(T, block, word_seg, seeds)
+            total = total + idistill.alignment_loss(T, S, block).mean() / len(parts)
+        return total
 
     def __call__(self, T, block, word_seg, seeds) -> torch.Tensor:
         """T, block (B, W, W), word_seg (B, W), seeds: per pair, its number last -> (B, W, W)."""
@@ -654,7 +667,7 @@ class LexicalTarget:
         return (logits - logits.max()).exp()[:, None, :].expand_as(T)
 
 
-def register_lexical(common: dict, run: Path) -> LexicalTarget:
+def register_lexical(common: dict, run: Path) -> None:
     """Fits the lexical target to the maps of a run's teacher, on the training pairs of a run."""
     teacher = idistill.load_teacher(str(run / "teacher")).eval()
     tokenizer, cfg = load_tokenizer(common["model"]), idistill.Config(**common)
@@ -662,7 +675,7 @@ def register_lexical(common: dict, run: Path) -> LexicalTarget:
     files = (cfg.data, cfg.val_data, cfg.eval_data, cfg.val_fraction, cfg.val_max, cfg.seed)
     target = LexicalTarget(teacher, encoder(read_splits(*files)[0]))
     idistill.ALIGN_TARGETS["lexical"] = target
-    return target
+    print("KL of the teacher's map to each target, [intra, inter]:", target.distances)
 
 
 # --------------------------------------------------------------------- real: the arms on real pairs
@@ -720,14 +733,15 @@ def held_out_pairs(name: str, limit: int) -> list[Pair]:
 # ---------------------------------------- gate: does a gradient-weighted map know more than length?
 
 
-def gate() -> None:
+def gate(most: str = "1500") -> None:
     """A linear probe, five-fold over prompts, on pairs that the planted teacher has not seen."""
     student = cut_student(3)
     teacher = idistill.load_teacher(str(PLANTED / "teacher/teacher")).eval()
     teacher.stock.set_attn_implementation("eager")
     pairs = short_pairs(TRAIN_FILE, student, (0, SPLITS["clean"][0], 90, None))
     pairs += short_pairs(TEST_FILE, student)
-    examples = Encoder(load_tokenizer(student), 256, "truncate", teacher.tokenizer)(pairs)
+    encoder = Encoder(load_tokenizer(student), 256, "truncate", teacher.tokenizer)
+    examples = encoder(pairs[: int(most)])
     counts = Counter(word.lower() for e in examples for word in e.words)
     rows = []
     for start in bar(range(0, len(examples), 16), "gate"):
@@ -745,7 +759,9 @@ def gate() -> None:
         gap = values - right["length"]
         error = float(gap.std(ddof=1) / len(gap) ** 0.5)
         out[name] = {"accuracy": float(values.mean()), "gap": float(gap.mean()), "error": error}
-    save_json("gate.json", {"pairs": len(rows), "commit": commit(), "probes": out})
+    distances = LexicalTarget(teacher, examples).distances
+    about = {"pairs": len(rows), "commit": commit(), "distances": distances}
+    save_json("gate.json", {**about, "probes": out})
     cells = [(100 * v["accuracy"], 100 * v["gap"], 100 * v["error"]) for v in out.values()]
     rows = {k: [f"{a:.1f}", f"{g:+.1f} ± {s:.1f}"] for k, (a, g, s) in zip(out, cells)}
     table(["accuracy %", "minus length, ± standard error"], rows)
@@ -771,7 +787,7 @@ def map_statistics(teacher, examples: list, counts: Counter) -> list[dict]:
         out = teacher.stock(**inputs, output_attentions=True)
         A, scalars, seg = out.attentions[-1], out.logits[..., 0], batch["seg"]
         W = max(len(e.word_seg) for e in examples)
-        for sign, k in ((1, 1), (-1, 2)):
+        for sign, k in ((1, 1), (-1, 2)):  # chosen minus rejected
             value = (scalars * (seg == k)).sum(1) / (seg == k).sum(1).clamp_min(1)
             (gradient,) = torch.autograd.grad(value.sum(), A, retain_graph=True)
             maps = {"raw": A.mean(1), "weighted": (A * gradient).relu().mean(1)}
@@ -792,11 +808,11 @@ def side_statistics(M, word_seg, features, k: int, block: str) -> np.ndarray:
     """What the rows of response k of a word map M (W, W) attend to inside a block: (12,).
 
     The mean row's features (W, 9) of the attended word, its entropy, the mean entropy of a row, and
-    the mass within two words of the attending one."""
+    the mass within two words of the attending one, in the same response."""
     rows, columns = np.flatnonzero(word_seg == k), np.flatnonzero(word_seg == 3 - k)
     if block == "intra":
         columns = np.flatnonzero((word_seg == 0) | (word_seg == k))
-    near = np.abs(rows[:, None] - columns) <= 2
+    near = (np.abs(rows[:, None] - columns) <= 2) & (word_seg[columns] == k)  # y_c stands first
     P = M[np.ix_(rows, columns)].astype(float)
     known = P.sum(1) > 0
     if not known.any():
