@@ -226,6 +226,7 @@ SIZES = {  # family -> (config class, its sizes)
         dict(BASE, relative_attention=True, pos_att_type=["p2c", "c2p"]),
     ),
     "mpnet": ("MPNetConfig", BASE),
+    "t5": ("T5Config", dict(d_model=32, d_kv=8, d_ff=64, num_layers=3, num_heads=4)),
     "squeezebert": ("SqueezeBertConfig", dict(BASE, embedding_size=32)),
     "longformer": ("LongformerConfig", dict(BASE, attention_window=[16] * 3)),
     "big_bird": ("BigBirdConfig", dict(BASE, block_size=4, num_random_blocks=1)),
@@ -235,7 +236,7 @@ SIZES = {  # family -> (config class, its sizes)
     "ibert": ("IBertConfig", BASE),
     "bros": ("BrosConfig", BASE),
 }
-ENCODERS = ["bert", "roberta", "distilbert", "modernbert", "deberta", "mpnet"]
+ENCODERS = ["bert", "roberta", "distilbert", "modernbert", "deberta", "mpnet", "t5"]
 
 
 @pytest.fixture(scope="session")
@@ -938,7 +939,7 @@ def test_teacher_maps_are_those_of_eager_attention(zoo, capsys, family):
     teacher = teacher_of(zoo, family)
     assert ("in eager attention (slower)" in capsys.readouterr().out) == teacher.eager
     # a position bias is in neither Q nor K
-    assert teacher.eager == (family in ("deberta", "mpnet"))
+    assert teacher.eager == (family in ("deberta", "mpnet", "t5"))
     pairs = make_pairs(3) + [Pair("short", "good " * 25, "sorry")]
     examples = Encoder(student_of(zoo)[1], 100, "truncate", teacher.tokenizer)(pairs)
     swap = np.array([True, False, True, False])
@@ -1715,14 +1716,7 @@ def test_help_is_grouped(capsys):
     places = [text.index(f"\n{name}") for name in groups.split("|")]
     assert places == sorted(places)
     method = text[places[1] : places[2]]
-    for flag in [
-        "method",
-        "lambda-intra",
-        "lambda-inter",
-        "align-loss",
-        "align-target",
-        "align-layers",
-    ]:
+    for flag in ("method", "lambda-intra", "lambda-inter", "align-loss", "align-target"):
         assert f"--{flag} " in method
     for field in dataclasses.fields(Config):
         assert "--" + field.name.replace("_", "-") in text
