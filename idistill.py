@@ -1569,7 +1569,9 @@ def load_models(run: Run, needs_teacher: bool, is_trained: bool):
     if cfg.lambda_intra > 0 or cfg.lambda_inter > 0:
         depth = attempt(attention_layers, stock)
         if isinstance(depth, str):
-            raise UserError(f"{cfg.model}: {depth}, so it shows no maps; use --method bt")
+            raise UserError(
+                f"{cfg.model}: {depth}, so it shows no maps; use --method bt --encoding siamese"
+            )
         teacher_depth = teacher.stock.config.num_hidden_layers if needs_teacher else depth
         layers = parse_layers(cfg.align_layers, depth, teacher_depth)
     probe_student(model, cfg.model, cfg.max_length, layers[0])
