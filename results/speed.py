@@ -400,7 +400,7 @@ def save_json(args, rows: dict) -> None:
     path, held = Path(args.json), {}
     if path.exists():
         held = json.loads(path.read_text(encoding="utf-8"))
-    device = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    device = f"{platform.machine()} CPU, threads: {torch.get_num_threads()}"
     if torch.cuda.is_available():
         device = torch.cuda.get_device_name()
     versions = {module.__name__: module.__version__ for module in (torch, transformers, np)}
