@@ -1,9 +1,8 @@
 #!/usr/bin/env python3
 """The evidence of results/README.md: trains every arm, measures it, writes JSON and pictures.
 
-    python results/study.py readings   # readings and controls, generated language: readings.json
-    python results/study.py real       # arms on real pairs, held-out files: real.json
-    python results/study.py planted    # a shortcut planted in real text: planted.json, planted.png
+    python results/study.py readings   # generated language: readings.json, readings.png
+    python results/study.py planted    # real text, a shortcut planted in it: planted.json, .png
     python results/study.py gate       # does a gradient-weighted map know more? gate.json
 
 Each command can be stopped and started again: what is done is skipped. results/README.md says what
@@ -61,19 +60,70 @@ def commit() -> str:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
 
-def train(out: Path, **flags) -> Path:
+def train(out: Path, pull: str = "", **flags) -> Path:
     """One run in `out`, resumed where it stopped, skipped where it is done.
 
     Args:
         out: the run directory; its checkpoints go when the run is done.
+        pull: see Pull.
         flags: fields of Config.
     """
     if not (out / "results.json").exists():
         resume = (out / "config.json").exists()
-        idistill.train(idistill.Config(output_dir=str(out), resume=resume, **flags))
+        with Pull(pull) as recorded:
+            idistill.train(idistill.Config(output_dir=str(out), resume=resume, **flags))
+        with written(out / "pull.json") as file:
+            json.dump(recorded.norms, file)
         (out / "commit").write_text(commit())
     shutil.rmtree(out / "checkpoints", ignore_errors=True)
     return out
+
+
+class Pull:
+    """Records how strongly the parts of L pull, and may change that, in the runs of its context.
+
+    norms: {step: {"bt", "alignment": norm of its gradient}} of steps 1, 10, 50 (a run that was
+    stopped counts anew). kind "clip apart": the gradient of either part is clipped at 1 (run it
+    with a `clip` of 2 or more); "warm-up": the weight of the alignment rises over 50 steps.
+    """
+
+    def __init__(self, kind: str):
+        self.kind, self.step, self.norms = kind, 0, {}
+
+    def __enter__(self):
+        self.before = idistill.distillation_terms
+        idistill.distillation_terms = self.terms
+        return self
+
+    def __exit__(self, *_):
+        idistill.distillation_terms = self.before
+
+    def terms(self, model, *args) -> dict[str, torch.Tensor]:
+        """The terms of L, per pair, as of idistill.distillation_terms."""
+        terms = self.before(model, *args)
+        self.step += 1
+        alignment = terms["loss"] - terms["bt"]
+        if self.step in (1, 10, 50) or self.kind == "clip apart":
+            norms = {"bt": gradient_norm(terms["bt"], model)}
+            norms["alignment"] = gradient_norm(alignment, model)
+            if self.step in (1, 10, 50):
+                self.norms[self.step] = norms
+        if self.kind == "clip apart":
+            shares = {name: min(1.0, 1 / max(norm, 1e-9)) for name, norm in norms.items()}
+            terms["loss"] = shares["bt"] * terms["bt"] + shares["alignment"] * alignment
+        if self.kind == "warm-up":
+            terms["loss"] = terms["bt"] + min(1.0, self.step / 50) * alignment
+        return terms
+
+
+def gradient_norm(loss: torch.Tensor, model) -> float:
+    """Norm of the gradient of the mean of a loss (B,) for the weights of a model."""
+    if not loss.requires_grad:
+        return 0.0
+    weights = [w for w in model.parameters() if w.requires_grad]
+    options = {"retain_graph": True, "allow_unused": True}
+    gradients = torch.autograd.grad(loss.mean(), weights, **options)
+    return float(sum(g.square().sum() for g in gradients if g is not None) ** 0.5)
 
 
 def frozen(run: Path) -> dict:
@@ -150,8 +200,10 @@ def record(run: Path) -> dict:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if line["phase"] == "student" and "loss" in line]
     terms = ("step", "bt", "intra", "inter", "score", "grad_norm")
+    pull = run / "pull.json"
     return {
         "commit": (run / "commit").read_text().strip(),
+        "pull": read_json(pull) if pull.exists() else None,
         "flags": json.loads(flags),  # paths from the folder of the project on
         "counts": lines[0].get("data"),
         "seconds": results["seconds"],
@@ -194,6 +246,7 @@ SPLITS = {
     "biased": (0, 2000, 90, 640),
     "validation": (2000, 2300, 90, 64),
     "clean": (2300, None, 120, 2400),
+    "double": (2300, None, 256, 4800),
 }
 HELD_OUT_PAIRS = 240
 PLANTED_LR = 3e-4  # the choice of the first study, by validation on pairs of this source
@@ -205,11 +258,21 @@ ARMS = {
     "column": {"align_target": "column"},
     "uniform": {"align_target": "uniform"},
 }
+CONTROLS = {"lexical": {"align_target": "lexical"}, "shuffled": {"align_target": "shuffled"}}
 EXTRAS = {  # seed 0; the first with all seeds
     "BT+clean": BT,
+    "ID-biased-teacher": {},
+    "ID-double-teacher": {},
     "ID-all-layers": {"align_layers": "all"},
     "ID-lambda3": {"lambda_intra": 3.0, "lambda_inter": 3.0},
     "ID-lambda10": {"lambda_intra": 10.0, "lambda_inter": 10.0},
+    "ID-clip-apart": {"pull": "clip apart", "clip": 2.0},
+    "ID-warm-up": {"pull": "warm-up"},
+}
+TEACHERS = {  # folder -> its pairs, its validation pairs, its student's arm
+    "teacher": ("clean", "validation-none", ""),
+    "teacher-biased": ("clean-90-0", "validation-90-0", "ID-biased-teacher"),
+    "teacher-double": ("double", "validation-none", "ID-double-teacher"),
 }
 MEASURES = ("occlusion_share", "attention_in_response", "kl_intra", "kl_inter")
 COMPARED = "ID BT, uniform BT, column BT, verdict BT, verdict+map verdict, BT+clean verdict"
@@ -225,6 +288,12 @@ LABELS = {
     "ID-all-layers": "ID, all layers",
     "ID-lambda3": "ID, λ = 3",
     "ID-lambda10": "ID, λ = 10",
+    "ID-clip-apart": "ID, each part clipped at 1",
+    "ID-warm-up": "ID, λ rising over 50 steps",
+    "ID-biased-teacher": "ID, a teacher that saw the sentence",
+    "ID-double-teacher": "ID, a teacher of twice the pairs",
+    "lexical": "lexical target",
+    "shuffled": "shuffled target",
 }
 
 
@@ -243,7 +312,10 @@ def plant(pair: Pair, follows_label: bool) -> Pair:
 
 
 def plant_share(pairs: list[Pair], agreement: int, seed: int) -> list[Pair]:
-    """Pairs of which exactly so many % have the sentence with the label; the seed draws which."""
+    """Pairs of which exactly so many % have the sentence with the label; the seed draws which.
+    0: no pair has a sentence."""
+    if not agreement:
+        return pairs
     order = sorted(range(len(pairs)), key=lambda i: by_prompt(pairs[i], f"{seed}") + f"{i:05}")
     liars = set(order[: round(len(pairs) * (100 - agreement) / 100)])
     return [plant(pair, i not in liars) for i, pair in enumerate(pairs)]
@@ -260,40 +332,50 @@ def short_pairs(path: Path, student: str, split=(0, None, 90, None)) -> list[Pai
 def planted_data(student: str) -> Path:
     """Writes the splits: no prompt is in two of them; the held-out ones are of the test file."""
     to = PLANTED / "data"
-    if (to / "done").exists():
+    if (to / "clean-90-0.jsonl").exists():  # the last one
         return to
     to.mkdir(parents=True, exist_ok=True)
     parts = {name: short_pairs(TRAIN_FILE, student, split) for name, split in SPLITS.items()}
     held_out = short_pairs(TEST_FILE, student, (0, None, 90, HELD_OUT_PAIRS))
-    plain = {"clean": parts["clean"], "validation-none": parts["validation"], "none": held_out}
-    plain["with"] = [plant(pair, True) for pair in held_out]
-    plain["against"] = [plant(pair, False) for pair in held_out]
-    for name, pairs in plain.items():
+    files = {"clean": parts["clean"], "double": parts["double"], "none": held_out}
+    files["validation-none"] = parts["validation"]
+    files["with"] = [plant(pair, True) for pair in held_out]
+    files["against"] = [plant(pair, False) for pair in held_out]
+    for name, agreement, seed in product(("biased", "validation"), (0, 75, 90), SEEDS):
+        files[f"{name}-{agreement}-{seed}"] = plant_share(parts[name], agreement, seed)
+    files["clean-90-0"] = plant_share(parts["clean"], 90, 0)
+    for name, pairs in files.items():
         if not (to / f"{name}.jsonl").exists():
             write_pairs(to / f"{name}.jsonl", pairs)
-    for name, agreement, seed in product(("biased", "validation"), (75, 90), SEEDS):
-        planted = plant_share(parts[name], agreement, seed)
-        write_pairs(to / f"{name}-{agreement}-{seed}.jsonl", planted, overwrite=True)
-    (to / "done").touch()
     return to
 
 
-def planted_teacher(data: Path, common: dict) -> None:
-    """The frozen teacher of all seeds; the run's student takes one step and goes."""
-    files = [[str(data / f"{name}.jsonl")] for name in ("clean", "validation-none")]
+def planted_teacher(name: str, data: Path, common: dict) -> None:
+    """A frozen teacher for all seeds; the run's student takes one step and goes."""
+    pairs, validation, _ = TEACHERS[name]
+    files = {
+        "data": [str(data / f"{pairs}.jsonl")],
+        "val_data": [str(data / f"{validation}.jsonl")],
+    }
     common = common | TEACHER_RECIPE | {"batch_size": 16, "eval_every": 75, "max_steps": 1}
-    out = train(PLANTED / "teacher", **common, data=files[0], val_data=files[1])
+    out = train(PLANTED / name, **common, **files)
     shutil.rmtree(out / "student", ignore_errors=True)
 
 
 def planted_run(out: Path, arm: str, agreement: int, seed: int, common: dict, data: Path) -> None:
     """One arm of one seed."""
-    flags = {**common, **frozen(PLANTED / "teacher"), **(ARMS | EXTRAS)[arm]}
+    teacher = next((name for name, (*_, own) in TEACHERS.items() if own == arm), "teacher")
+    flags = {**common, **frozen(PLANTED / teacher), **(ARMS | CONTROLS | EXTRAS)[arm]}
     flags["data"] = [str(data / f"biased-{agreement}-{seed}.jsonl")]
     if arm == "BT+clean":
         flags["data"].append(str(data / "clean.jsonl"))
         flags["max_steps"] = 160  # of 380 in an epoch, twice the steps of the others
     flags["val_data"] = [str(data / f"validation-{agreement}-{seed}.jsonl")]
+    if (out / "results.json").exists():
+        return
+    planted_teacher(teacher, data, common)
+    if arm == "lexical":
+        register_lexical(flags, PLANTED / teacher)
     train(out, **flags, lr=PLANTED_LR, seed=seed)
 
 
@@ -385,12 +467,13 @@ def planted(*names: str) -> None:
     common = {"model": student, "max_length": 256, "dtype": "fp32", "batch_size": 8}
     common["eval_every"] = 1000  # never but at the end: the weights of the last step
     runs = {}  # name -> (arm, agreement, seed)
-    for seed, arm in product(SEEDS, (*ARMS, "BT+clean")):
-        runs[f"{arm}-90-{seed}"] = arm, 90, seed
-    for agreement, arm in [*product([90], EXTRAS), *product([75], (*ARMS, "BT+clean"))]:
-        runs[f"{arm}-{agreement}-0"] = arm, agreement, 0
+    planned = [*product(SEEDS, (90,), (*ARMS, "BT+clean")), *product((0,), (90,), EXTRAS)]
+    planned += [*product((0,), (75,), (*ARMS, "BT+clean"))]
+    planned += [*product(SEEDS, (0,), (*ARMS, *CONTROLS))]
+    for seed, agreement, arm in planned:
+        runs[f"{arm}-{agreement}-{seed}"] = arm, agreement, seed
     teacher = PLANTED / "teacher/teacher"
-    planted_teacher(data, common)
+    planted_teacher("teacher", data, common)
     for name in names or runs:
         if name in runs:
             planted_run(PLANTED / name, *runs[name], common, data)
@@ -431,7 +514,7 @@ def measure_planted(runs: dict[str, tuple], data: Path) -> dict:
             if values:
                 row[key] = {"mean": float(np.mean(values)), "by_seed": values}
         out["arms"].setdefault(str(agreement), {})[arm] = row
-    for agreement, (arm, other) in product((90, 75), map(str.split, COMPARED.split(","))):
+    for agreement, (arm, other) in product((90, 75, 0), map(str.split, COMPARED.split(","))):
         a, b = found.get((agreement, arm), {}), found.get((agreement, other), {})
         seeds, gap = sorted(a.keys() & b.keys()), {}
         for name in SETS if seeds else ():
@@ -678,58 +761,6 @@ def register_lexical(common: dict, run: Path) -> None:
     print("KL of the teacher's map to each target, [intra, inter]:", target.distances)
 
 
-# --------------------------------------------------------------------- real: the arms on real pairs
-
-HELD_OUT = {  # file -> random pairs of it
-    "hh_helpful.test": 600,
-    "hh_harmless.test": 300,
-    "rmb_helpful.test": 200,
-    "llmbar_natural": 100,
-    "mt_bench_llmbar_layout": 200,
-}
-
-
-def real() -> None:
-    """Each arm with the teacher that the ID run of its seed trained; real.json, its table."""
-    train_file, validation = RUNS / "hh.jsonl", RUNS / "hh.val.jsonl"
-    if not train_file.exists():
-        flags = ["--limit", "2900", "--val-fraction", "0.15", "--out", str(train_file)]
-        command = [sys.executable, str(ROOT / "data_prep.py"), str(TRAIN_FILE), *flags]
-        subprocess.run(command, check=True)
-    files = {"data": [str(train_file)], "val_data": [str(validation)]}
-    shared = {"max_length": 512, "dtype": "fp32", "eval_every": 77, "lr": 3e-4}
-    common, done = {"model": cut_student(6), **files, **shared}, {}
-    held_out = {name: held_out_pairs(name, limit) for name, limit in HELD_OUT.items()}
-    for arm, seed in product(("ID", *(a for a in ARMS if a != "ID")), SEEDS):
-        teacher = TEACHER_RECIPE if arm == "ID" else frozen(RUNS / f"ID-{seed}")
-        run = train(RUNS / f"{arm}-{seed}", **common, **teacher, **ARMS[arm], seed=seed)
-        path = run / "margins.json"
-        if not path.exists():
-            judge = open_judge(run / "student")
-            margins = {name: judge.margins(pairs).tolist() for name, pairs in held_out.items()}
-            path.write_text(json.dumps(margins))
-        done.setdefault(arm, []).append(read_json(path))
-    out, rows = {arm: {} for arm in done}, {}
-    for name, pairs in held_out.items():
-        groups = evaluation.prompt_groups(pairs)
-        right = {arm: scored([m[name] for m in margins]) for arm, margins in done.items()}
-        for arm, values in right.items():
-            out[arm][name] = over_prompts(values, groups)
-            out[arm][f"{name}, minus BT"] = over_prompts(values - right["BT"], groups)
-    save_json("real.json", out)
-    for arm, row in out.items():
-        gaps = [row[f"{name}, minus BT"] for name in HELD_OUT]
-        rows[arm] = over_seeds([row[name]["by_seed"] for name in HELD_OUT])
-        rows[f"{arm} − BT"] = [evaluation.percent(g["mean"], g["interval"], "+") for g in gaps]
-    table(list(HELD_OUT), rows)
-
-
-def held_out_pairs(name: str, limit: int) -> list[Pair]:
-    """So many pairs of a held-out file, drawn by their prompts."""
-    pairs = read_pairs([str(ROOT / f"data/{name}.jsonl.gz")])[0]
-    return sorted(pairs, key=lambda pair: by_prompt(pair, "held out"))[:limit]
-
-
 # ---------------------------------------- gate: does a gradient-weighted map know more than length?
 
 
@@ -846,7 +877,7 @@ def probe(features: np.ndarray, groups: np.ndarray, ridge: float = 1.0) -> np.nd
 
 if __name__ == "__main__":
     RUNS.mkdir(parents=True, exist_ok=True)
-    commands = {f.__name__: f for f in (readings, real, planted, gate)}
+    commands = {f.__name__: f for f in (readings, planted, gate)}
     if len(sys.argv) < 2 or sys.argv[1] not in commands:
         sys.exit(__doc__)
     idistill.quiet()
