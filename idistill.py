@@ -274,8 +274,8 @@ def attention_probabilities(query: Tensor, key: Tensor, scale: float, visible: T
     """softmax(Q K^T * scale) over the visible keys, in fp32, head by head: (B, H, n, n)."""
     key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)  # queries share key heads
     with torch.autocast(query.device.type, enabled=False):
-        logits = query.float() @ key.float().transpose(2, 3) * scale
-        return logits.masked_fill(~visible, -torch.inf).softmax(dim=-1)
+        logits = (query.float() * scale) @ key.float().transpose(2, 3)
+        return logits.masked_fill_(~visible, -torch.inf).softmax(dim=-1)  # in place: n x n is large
 
 
 def attention_map(query: Tensor, key: Tensor, scale: float, visible: Tensor) -> Tensor:
@@ -853,8 +853,7 @@ def training_step(run: Run, phase: Phase, optimizer, index: np.ndarray, epoch: i
     sums = dict(zip(sums, means.tolist()))
     sums["reward_std"] = max(0.0, sums.pop("reward_square") - sums["reward_mean"] ** 2) ** 0.5
     sums["grad_norm"] = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
-    if math.isfinite(sums["grad_norm"] + sums["loss"]):
-        optimizer.step()
+    optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return sums
 
@@ -1648,7 +1647,9 @@ def set_up_device(cfg):
         dist.init_process_group(backend, timeout=timedelta(minutes=30))
         atexit.register(dist.destroy_process_group)
     if cfg.dtype == "bf16" or (cfg.dtype == "auto" and computes_in_bf16(device.type)):
-        return device, functools.partial(torch.autocast, device.type, dtype=torch.bfloat16)
+        # no cache: it would keep a second copy of all weights under gradient checkpointing
+        options = dict(dtype=torch.bfloat16, cache_enabled=False)
+        return device, functools.partial(torch.autocast, device.type, **options)
     return device, nullcontext
 
 
