@@ -50,6 +50,7 @@ import dataclasses
 import functools
 import json
 import math
+import multiprocessing
 import os
 import platform
 import re
@@ -62,6 +63,7 @@ import warnings
 import zipfile
 import zlib
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
@@ -1962,8 +1964,8 @@ DEMO = dict(  # its flags; the teacher's recipe was chosen by validation accurac
 )
 DEMO_SETS = ("in-distribution", "cue-neutral", "cue-reversed")  # the cue is right in 90, 50, 10 %
 DEMO_ARMS = {  # name -> folder, purpose, flags
+    "BT": ("bt", "the plain reward model", {"method": "bt"}),
     "ID": ("id", "the method: a teacher, then a student pulled to its map", {}),
-    "BT": ("bt", "the plain reward model on the same pairs", {"method": "bt"}),
     "ID, uniform target": ("uniform", "control: a map of nothing", {"align_target": "uniform"}),
 }
 
@@ -1987,6 +1989,7 @@ def make_demo_models(to: Path, seed: int) -> None:
 
 def demo_arm(cfg: Config, here: Path, folder: str, **flags) -> dict:
     """One run of the demo in the folder of its seed: {set: row of the final table}."""
+    torch.set_num_threads(1)  # as quick as more, and the same numbers on any number of cores
     models, data = here / "models", here / "data"
     own = dict(model=str(models / "student"), teacher=str(models / "teacher"))
     own |= dict(data=[str(data / "train.jsonl")], output_dir=str(here / folder), overwrite=True)
@@ -1994,21 +1997,33 @@ def demo_arm(cfg: Config, here: Path, folder: str, **flags) -> dict:
     return train(replace(cfg, **{**own, **flags}))["sets"]
 
 
+def silent() -> None:
+    """A process beside another one that talks."""
+    quiet()
+    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+
+
 def demo_seed(cfg: Config, here: Path) -> dict[str, list[float]]:
     """Pairs, models, all arms of one seed: {arm: accuracy on each set}, kept as demo.json."""
-    print(
-        f"\nseed {cfg.seed}: pairs of a small language. A word at the beginning always decides; in"
-    )
-    print("90 % of the training pairs a closing cue goes with the label too.")
+    print(f"\nseed {cfg.seed}: pairs of a small language. A word at the beginning always decides;")
+    print("in 90 % of the training pairs a closing cue goes with the label too.")
     write_demo_data(here / "data", cfg.seed, overwrite=True)
     make_demo_models(here / "models", cfg.seed)
-    table: dict[str, list[float]] = {"teacher": [], "BT": []}
-    for name, (folder, purpose, flags) in DEMO_ARMS.items():
-        print(f"\n--- {name}: {purpose}")
-        sets = demo_arm(cfg, here, folder, **flags)
-        table[name] = [sets[s]["student"] for s in DEMO_SETS]
-        if name == "ID":
-            table["teacher"] = [sets[s]["teacher"] for s in DEMO_SETS]
+    for name, (_, purpose, _) in DEMO_ARMS.items():
+        print(f"--- {name}: {purpose}")
+    # the arms without a teacher are trained in a process beside that of the method
+    beside = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), silent)
+    try:
+        arms = {}
+        for name, (folder, _, flags) in DEMO_ARMS.items():
+            if name != "ID":
+                arms[name] = beside.submit(demo_arm, cfg, here, folder, **flags)
+        sets = {"ID": demo_arm(cfg, here, "id")}
+        sets |= {name: arm.result() for name, arm in arms.items()}
+    finally:
+        beside.shutdown(cancel_futures=True)
+    table = {"teacher": [sets["ID"][s]["teacher"] for s in DEMO_SETS]}
+    table |= {name: [sets[name][s]["student"] for s in DEMO_SETS] for name in DEMO_ARMS}
     with written(here / "demo.json") as f:
         json.dump(table, f, indent=1)
     return table
