@@ -1249,7 +1249,9 @@ def sliding_window(config) -> int:
     config = config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ["unknown"])
     is_used = getattr(config, "use_sliding_window", True) and kinds != {"full_attention"}
-    return (is_used and getattr(config, "sliding_window", None)) or 10**6
+    window = (is_used and getattr(config, "sliding_window", None)) or 10**6
+    # sparse attention picks its keys (DeepSeek-V3.2: index_topk) before the tree mask hides some
+    return min(window, (getattr(config, "index_topk", None) or 2 * 10**6) // 2)
 
 
 def attempt(function, *args, **kwargs):
