@@ -3402,13 +3402,6 @@ def naive_scores(name, pairs: list[Pair]) -> np.ndarray:
     return naive_rewards(name, texts).reshape(-1, 2)
 
 
-def naive_candidates(name, items: list) -> list[np.ndarray]:
-    """The rewards of each prompt's candidates."""
-    pairs = [Pair(item.prompt, y, "x") for item in items for y in item.responses]
-    ends = np.cumsum([len(item.responses) for item in items])
-    return np.split(naive_scores(name, pairs)[:, 0], ends[:-1])
-
-
 def dumped(path: Path) -> tuple[list[dict], np.ndarray]:
     """The lines of --dump, and their scores (N, 2)."""
     lines = [json.loads(raw) for raw in Path(path).read_text().splitlines()]
@@ -3477,64 +3470,46 @@ def test_a_model_from_elsewhere_is_read_as_its_own_class_reads_it(zoo, tmp_path,
     refused(capsys, evaluation.main, argv, "'good'", "embeddings")
 
 
-def test_a_constant_model_has_half_and_ties(judges, tmp_path):
-    stock, tokenizer = load_student(judges())
-    torch.nn.init.zeros_(stock.score.weight)
-    save_stock(stock, tokenizer, tmp_path / "m")
-    data = write_pairs(tmp_path / "d.jsonl", make_pairs(9))
-    assert evaluate("accuracy", tmp_path / "m", "--data", data, "--json", tmp_path / "o") == 0
-    got = numbers_of_eval(tmp_path / "o")["models"][str(tmp_path / "m")]
-    assert (got["accuracy"], got["ties"], got["interval"]) == (0.5, 9, [0.5, 0.5])
-    assert got["margin_std"] == 0
-
-
-def encoder_judge(zoo, family: str, to: Path) -> Path:
-    """An encoder with one label: a reward model of the older kind."""
-    torch.manual_seed(0)
-    shutil.copytree(zoo(family), to)
-    model = AutoModelForSequenceClassification.from_pretrained(zoo(family), num_labels=1)
-    model.save_pretrained(to)
-    return to
-
-
-@pytest.mark.parametrize("family", ["bert", "deberta"])
-def test_an_encoder_is_scored_as_it_is(zoo, tmp_path, family):
-    """BERT has no bos or eos: its [CLS] and [SEP] stand at both ends."""
-    name, pairs = encoder_judge(zoo, family, tmp_path / "rm"), make_pairs(6)
-    data = write_pairs(tmp_path / "d.jsonl", pairs)
-    assert evaluate("accuracy", name, "--data", data, "--dump", tmp_path / "p") == 0
-    lines, scores = dumped(tmp_path / "p")
-    close(scores, naive_scores(name, pairs), 1e-3)
-    assert re.fullmatch(r"\[CLS\]User: .*\n\nAssistant: good.*\[SEP\]", lines[1]["text_chosen"])
-
-
 @pytest.mark.parametrize("family", ["bert", "roberta", "deberta"])
-def test_pair_encoding_is_the_tokenizer_of_two_texts(zoo, judges, tmp_path, family):
-    """tokenizer(question, answer), token types too; the oldest of the question goes; a decoder
-    beside it is scored as ever."""
-    name = encoder_judge(zoo, family, tmp_path / "rm")
+def test_encoders_and_what_is_too_long(zoo, judges, tmp_path, family):
+    """An encoder with one label is scored on the template's string, or on tokenizer(question,
+    answer) with its token types. The oldest of the prompt goes; a decoder is cut as in training."""
+    name, decoder = tmp_path / "rm", judges()
+    torch.manual_seed(0)
+    shutil.copytree(zoo(family), name)
+    stock = AutoModelForSequenceClassification.from_pretrained(zoo(family), num_labels=1).eval()
+    stock.save_pretrained(name)
     pairs = [p for p in make_pairs(9) if len(p.prompt) == 1]
-    pairs += [Pair("old " * 60 + "new", "yes [SEP] no", "no"), Pair("q", "word " * 80, "no")]
-    data, decoder = write_pairs(tmp_path / "d.jsonl", pairs), judges()
-    argv = [name, decoder, "--data", data, "--pair-encoding", "--max-length", 50]
-    out = ["--dump", tmp_path / "p", "--json", tmp_path / "o"]
-    assert evaluate("accuracy", *argv, *out) == 0
-    got = numbers_of_eval(tmp_path / "o")["models"][str(name)]
-    assert (got["pairs"], got["truncated"], got["dropped"]) == (len(pairs) - 1, 1, 1)
-    stock = AutoModelForSequenceClassification.from_pretrained(name).eval()
-    tokenizer = AutoTokenizer.from_pretrained(name)
+    long = [Pair("old " * 60 + "new", "yes [SEP] no", "no"), Pair("q", "word " * 80, "no")]
+    data, k = write_pairs(tmp_path / "d.jsonl", pairs + long), len(pairs)
+    out = ["--max-length", 50, "--dump", tmp_path / "p", "--json", tmp_path / "o"]
+    assert evaluate("accuracy", name, decoder, "--data", data, *out) == 0
     lines, scores = dumped(tmp_path / "p")
-    for p, row in zip(pairs[:-2], scores):
+    close(scores[:k], naive_scores(name, pairs), 1e-3)
+    if family == "bert":  # without bos or eos: [CLS] and [SEP] stand at both ends
+        assert re.fullmatch(r"\[CLS\]User: .*\n\nAssistant: good.*\[SEP\]", lines[1]["text_chosen"])
+    own = [m for m in lines if m["model"] == decoder]
+    example = Encoder(AutoTokenizer.from_pretrained(decoder), 50, "truncate")(long)[0]
+    for s, key in ((1, "text_chosen"), (2, "text_rejected")):
+        ids = AutoTokenizer.from_pretrained(decoder)(own[-1][key], add_special_tokens=False)
+        assert ids["input_ids"] == example.ids[(example.seg == 0) | (example.seg == s)].tolist()
+    argv = [name, decoder, "--data", data, "--pair-encoding", *out]
+    assert evaluate("accuracy", *argv) == 0
+    for model in (str(name), decoder):
+        got = numbers_of_eval(tmp_path / "o")["models"][model]
+        assert (got["pairs"], got["truncated"], got["dropped"]) == (k + 1, 1, 1)
+    lines, scores = dumped(tmp_path / "p")
+    assert [m for m in lines if m["model"] == decoder] == own
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    for p, row in zip(pairs, scores):
         for y, score in zip((p.chosen, p.rejected), row):
             inputs = tokenizer(p.prompt[0]["content"], y, return_tensors="pt")
             close(score, stock(**inputs).logits.item(), 1e-3)
-    text = lines[len(pairs) - 2]["text_chosen"]
+    text = lines[k]["text_chosen"]
     question, answer, _ = text.removeprefix("[CLS]").split("[SEP]")
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     assert ids == tokenizer(question, answer)["input_ids"] and 40 < len(ids) <= 50
     assert question.endswith("old old new") and answer == "yes [ SEP] no"
-    own = [m["scores_chosen"] for m in lines if m["model"] == decoder]
-    close(own[: len(pairs) - 2], naive_scores(decoder, pairs[:-2])[:, 0], 1e-3)
 
 
 def test_a_teacher_is_scored_in_both_orders(whole_run, argv, tmp_path):
@@ -3556,21 +3531,6 @@ def test_a_teacher_is_scored_in_both_orders(whole_run, argv, tmp_path):
     close(dumped(tmp_path / "p")[1][6:] @ [1, -1], verdict)
     names = json.loads((tmp_path / "o").read_text())["names"]
     assert list(names.values()) == ["ID", "teacher"]
-
-
-def test_eval_cuts_and_drops_as_training_does(judges, tmp_path):
-    pairs = [Pair("old " * 60 + "new", "yes", "no"), Pair("q", "word " * 80, "no")]
-    pairs.append(Pair("q", "yes", "no"))
-    data, name = write_pairs(tmp_path / "d.jsonl", pairs), judges()
-    out = ["--json", tmp_path / "o", "--dump", tmp_path / "p"]
-    assert evaluate("accuracy", name, "--data", data, "--max-length", 50, *out) == 0
-    got = numbers_of_eval(tmp_path / "o")["models"][name]
-    assert (got["pairs"], got["dropped"], got["truncated"]) == (2, 1, 1)
-    tokenizer = AutoTokenizer.from_pretrained(name)
-    example, first = Encoder(tokenizer, 50, "truncate")(pairs)[0], dumped(tmp_path / "p")[0][0]
-    for s, key in ((1, "text_chosen"), (2, "text_rejected")):
-        ids = tokenizer(first[key], add_special_tokens=False)["input_ids"]
-        assert ids == example.ids[(example.seg == 0) | (example.seg == s)].tolist()
 
 
 def test_models_have_names_that_people_read(tmp_path):
@@ -3600,7 +3560,7 @@ def test_bad_input_of_eval_is_one_line(judges, zoo, whole_run, tmp_path, capsys,
     two = AutoModelForSequenceClassification.from_pretrained(zoo("llama"), num_labels=2)
     two.save_pretrained(tmp_path / "two")
     make_tokenizer("chat", tmp_path / "two")
-    good = ["--data", data]
+    good, edits = ["--data", data], tmp_path / "e.json"
     for verb, args, mention in [
         ("accuracy", [model, tmp_path / "two", *good], "2 labels"),
         ("accuracy", [zoo("llama"), *good], "no reward head"),
@@ -3627,19 +3587,31 @@ def test_bad_input_of_eval_is_one_line(judges, zoo, whole_run, tmp_path, capsys,
         ("attention", [teacher, *good], "--teacher"),
         ("show", [judges("gemma2", "bos"), *good], "no simulated map"),
         ("show", [model, *good, "--pair", "x"], "--pair x"),
-        ("show", [model, *good, "--html", data], "read as --data"),
         ("bestofn", [teacher, *good], "compares two responses"),
         ("attack", [model, *good, "--edits", data], "--edits"),
     ]:
         refused(capsys, evaluation.main, [verb, *args], mention)
+    for text, mention in [
+        ("[1]", "JSON object"),
+        ("{", "cannot be read"),
+        ('{"x": {"shout": "a"}}', '"x" is neither'),
+        ('{"x": {"append": 3}}', '"x" is neither'),
+        ('{"x": "append"}', '"x" is neither'),
+        ('{"x": {"built_in": "rhyme"}}', "recap"),
+        (json.dumps(dict.fromkeys(evaluation.EDITS)), "leaves no edit"),
+    ]:
+        edits.write_text(text)
+        argv = ["attack", model, *good, "--edits", edits]
+        refused(capsys, evaluation.main, argv, "--edits", mention)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     plot = ["accuracy", model, *good, "--plot", tmp_path / "x.png"]
     refused(capsys, evaluation.main, plot, "pip install matplotlib")
     assert Path(data).read_bytes() == before
 
 
-def test_a_damaged_reward_model_is_no_result(judges, tmp_path, capsys):
-    data, name = write_pairs(tmp_path / "d.jsonl", make_pairs(4)), tmp_path / "nan"
+def test_a_damaged_or_constant_reward_model(judges, tmp_path, capsys):
+    """NaN is no result; a constant is right in half."""
+    data, name = write_pairs(tmp_path / "d.jsonl", make_pairs(9)), tmp_path / "m"
     shutil.copytree(judges(), name)
     weights = load_file(name / "model.safetensors")
     weights["score.weight"][:] = float("nan")
@@ -3647,6 +3619,12 @@ def test_a_damaged_reward_model_is_no_result(judges, tmp_path, capsys):
     for verb in ("accuracy", "stability", "attention"):
         argv = [verb, name, "--data", data, "--dtype", "fp32"]
         refused(capsys, evaluation.main, argv, "are no numbers")
+    weights["score.weight"][:] = 0
+    save_file(weights, name / "model.safetensors", {"format": "pt"})
+    assert evaluate("accuracy", name, "--data", data, "--json", tmp_path / "o") == 0
+    got = numbers_of_eval(tmp_path / "o")["models"][str(name)]
+    assert (got["accuracy"], got["ties"], got["interval"]) == (0.5, 9, [0.5, 0.5])
+    assert got["margin_std"] == 0
 
 
 def test_eval_from_a_shell(whole_run, tmp_path):
@@ -3691,13 +3669,10 @@ def test_best_of_n_is_that_of_every_draw():
     out = evaluation.over_optimisation(proxy, gold, np.arange(5), 0)
     assert out["gold"] == pytest.approx(got.mean(0))
     assert out["kl"] == pytest.approx([math.log(n) - (n - 1) / n for n in range(1, 5)])
+    assert out["oracle"] == pytest.approx(evaluation.best_of_n(gold, gold).mean(0))
     assert out["random"] == pytest.approx(np.mean([np.nanmean(row) for row in gold]))
     assert out["best_n"] == 1 + int(np.argmax(out["gold"]))
     assert out["gap"] == pytest.approx(max(out["gold"]) - out["gold"][-1])
-    best = evaluation.over_optimisation(gold[:3], gold[:3], np.arange(3), 0)
-    assert best["oracle"] == best["gold"] and best["oracle"][-1] == pytest.approx(
-        gold[:3].max(1).mean()
-    )
 
 
 def test_best_of_many_candidates_adds_up():
@@ -4085,71 +4060,50 @@ def test_edits_of_the_rejected_response_alone(judges, tmp_path, capsys):
         close(found["shift"], (after - r[:, 1]).mean() / r.std(), 1e-3)
 
 
-@pytest.mark.parametrize(
-    "text, mention",
-    [
-        ("[1]", "JSON object"),
-        ("{", "cannot be read"),
-        ('{"x": {"shout": "a"}}', '"x" is neither'),
-        ('{"x": {"append": 3}}', '"x" is neither'),
-        ('{"x": "append"}', '"x" is neither'),
-        ('{"x": {"built_in": "rhyme"}}', "recap"),
-        (json.dumps(dict.fromkeys(evaluation.EDITS)), "leaves no edit"),
-    ],
-)
-def test_bad_edits_are_named(judges, tmp_path, capsys, text, mention):
-    data, edits = write_pairs(tmp_path / "d.jsonl", make_pairs(2)), tmp_path / "e.json"
-    edits.write_text(text)
-    argv = ["attack", judges(), "--data", data, "--edits", edits]
-    refused(capsys, evaluation.main, argv, "--edits", mention)
-
-
 def test_bestofn_as_a_user_runs_it(judges, tmp_path, capsys):
     """Candidates may differ in number between prompts; chosen and rejected are candidates too."""
     pytest.importorskip("matplotlib")
     name, texts = judges(), ["good bread", "sorry no", "well done", "it rains"]
     rows = [{"prompt": f"q {k}", "responses": texts[:3], "gold": [k, 1, 2]} for k in range(4)]
     rows.append({"prompt": "q", "chosen": "good", "rejected": ["sorry", "no"]})
-    data = [write_pairs(tmp_path / "c.jsonl", rows)]
     more = [{"prompt": "q", "responses": texts, "gold": [0, 1, 2, 3]}, *rows]
-    data.append(write_pairs(tmp_path / "more.jsonl", more))
+    data = [write_pairs(tmp_path / f, lines) for f, lines in (("c", rows), ("more", more))]
     out = ["--json", tmp_path / "o", "--plot", tmp_path / "o.png"]
     assert evaluate("bestofn", name, "--data", *data, *out) == 0
-    items = data_prep.read_candidates(data[:1])[0]
-    rewards = naive_candidates(name, items)
-    best = [item.gold[r.argmax()] for item, r in zip(items, rewards)]
-    got = numbers_of_eval(tmp_path / "o", "c")[name]
-    assert got["gold"][-1] == pytest.approx(np.mean(best))
-    assert got["random"] == pytest.approx(np.mean([np.mean(item.gold) for item in items]))
+    got, items = numbers_of_eval(tmp_path / "o", "c")[name], data_prep.read_candidates(data[:1])[0]
+    pairs = [Pair(item.prompt, y, "x") for item in items for y in item.responses]
+    top = naive_scores(name, pairs)[:, 0].reshape(5, 3).argmax(1)
+    gold = np.array([item.gold for item in items])
+    assert got["gold"][-1] == pytest.approx(gold[np.arange(5), top].mean())
+    assert got["random"] == pytest.approx(gold.mean())
     assert numbers_of_eval(tmp_path / "o", "more")[name]["n"] == [1, 2, 3]
     assert "3 to 4 candidates" in capsys.readouterr().out
 
 
 def test_rewardbench_2_from_rows_to_numbers(judges, tmp_path, capsys):
-    """From published rows to --json: a row counts if its first response is at the top."""
+    """From published rows to --json, by subset."""
     name, numbers = judges(), iter(range(1000))
-
-    def row(subset: str, number: str, right: int = 1) -> dict:
-        chosen = [f"good {next(numbers)}" for _ in range(right)]
-        rejected = [f"sorry {next(numbers)}" for _ in range(3)]
-        own = dict(id=number, prompt=f"q {next(numbers)}", chosen=chosen, rejected=rejected)
-        return {**own, "num_correct": right, "subset": subset}
-
-    rows = [row(s, f"{s}{k}") for s in ("Math", "Safety") for k in range(6)]
-    rows += [row("Ties", f"tied:{k}", 3) for k in range(4)]
-    rows += [row("Ties", f"ref:{k}") for k in range(4)]
+    rows = []
+    for subset, number, right in [
+        ("Math", "m{}", 1),
+        ("Ties", "tied:{}", 3),
+        ("Ties", "ref:{}", 1),
+    ]:
+        for k in range(4):
+            texts = [f"{('good', 'sorry')[j >= right]} {next(numbers)}" for j in range(right + 3)]
+            row = {"id": number.format(k), "prompt": f"q {next(numbers)}", "subset": subset}
+            row |= {"chosen": texts[:right], "rejected": texts[right:], "num_correct": right}
+            rows.append(row)
     data = write_pairs(tmp_path / "published.jsonl", rows)
     convert = ["rewardbench-2", "--input", data, "--out", tmp_path / "rb2.jsonl"]
     assert code_of(data_prep.main, *convert) == 0
     argv = [name, "--data", tmp_path / "rb2.jsonl", "--json", tmp_path / "o"]
     assert evaluate("bestofn", *argv) == 0
     got = numbers_of_eval(tmp_path / "o", "rb2")[name]["rewardbench-2"]
-    items = data_prep.read_candidates([tmp_path / "rb2.jsonl"])[0]
-    rewards = naive_candidates(name, items)
-    for subset in ("Math", "Safety"):
-        wins = [r.argmax() == 0 for item, r in zip(items, rewards) if item.subset == subset]
-        assert got[subset] == pytest.approx(np.mean(wins))
-    assert got["mean"] == pytest.approx(np.mean([got[k] for k in ("Math", "Safety", "Ties")]))
+    pairs = [Pair(r["prompt"], r["chosen"][0], y) for r in rows[:4] for y in r["rejected"]]
+    margins = (naive_scores(name, pairs) @ [1, -1]).reshape(4, 3)
+    assert got["Math"] == pytest.approx((margins > 0).all(1).mean())
+    assert got["mean"] == pytest.approx((got["Math"] + got["Ties"]) / 2)
     assert "rewardbench-2 in its own terms" in capsys.readouterr().out
 
 
