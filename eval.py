@@ -489,9 +489,10 @@ def draw(axis, series: dict[str, tuple], names: list[str] | None = None, **setti
 
     Curves; or, with names, a row of dots for each name from top to bottom: x numbers the names, and
     the values y lie along the horizontal axis. settings: title, xlabel, limits ..."""
-    for label in [label for label, (*_, ends) in series.items() if ends is None]:
+    lines = [label for label, (*_, ends) in series.items() if ends is None]
+    for label, style in zip(lines, LINES):
         x, y, _ = series.pop(label)
-        axis.plot(x, y, color="grey", linewidth=0.8, label=label)
+        axis.plot(x, y, color="grey", linestyle=style, linewidth=0.8, label=label)
     spread = np.ptp([v for x, *_ in series.values() for v in x] or [0])
     step = 0.6 / max(1, len(series)) if names else 0.008 * spread
     for k, (label, (x, y, ends)) in enumerate(series.items()):
@@ -1062,10 +1063,11 @@ def telling_words(pages: list[dict], most: int) -> list[int]:
     each label."""
     W = max(len(page["words"]) for page in pages)
     weight = np.zeros(W)
-    for page in pages:
-        for values in (np.mean(page["map"], axis=0), np.abs(added_to_margin(page))):
-            part = weight[: len(values)]
-            np.maximum(part, values / (values.max() or 1), out=part)
+    maps = [np.mean(page["map"], axis=0) for page in pages]
+    for columns in (maps, [np.abs(added_to_margin(page)) for page in pages]):
+        top = max(values.max() for values in columns) or 1
+        for values in columns:
+            weight[: len(values)] = np.maximum(weight[: len(values)], values / top)
     kept = []
     for w in np.argsort(-weight, kind="stable").tolist():
         if all(abs(w - other) >= W / most for other in kept):
@@ -1147,14 +1149,18 @@ for (const page of pages) {
   g.font = "18px sans-serif"
   g.lineWidth = 2
   g.fillStyle = g.strokeStyle = "#06c"
-  for (const way of [1, -1]) {  // columns, then rows: the same drawing, mirrored
-    if (way < 0) g.transform(0, 1, 1, 0, 0, 0)
-    sides.forEach((side, s) => {  // a line before each segment, its name along it
-      const words = page.segments.filter(t => t == s).length * size
-      if (!words) return
-      const at = edge + size * page.segments.indexOf(s), room = g.measureText(side).width
-      g.strokeRect(at, edge, 0, W * size)
-      g.fillText(side, words > room ? at + (words - room) / 2 : at + words - room, edge - 8) }) } }
+  sides.forEach((side, s) => {  // a line before each segment, its name along it
+    const words = page.segments.filter(t => t == s).length * size
+    if (!words) return
+    const at = edge + size * page.segments.indexOf(s), room = g.measureText(side).width
+    const start = words > room ? at + (words - room) / 2 : at + words - room
+    g.strokeRect(edge, at, W * size, 0)
+    g.strokeRect(at, edge, 0, W * size)
+    g.fillText(side, start, edge - 8)
+    g.save()
+    g.rotate(-Math.PI / 2)
+    g.fillText(side, -start - room, edge - 8)
+    g.restore() }) }
 </script></html>
 """
 
@@ -1406,8 +1412,9 @@ def shown_n(m: dict) -> list[int]:
 
 def print_bestofn(file: str, items: list, models: dict, names: dict[str, str]) -> None:
     """A row for n = 1, 2, 4 ... N of each model."""
-    counts = {len(item.responses) for item in items}
-    print(f"\n{file}: {len(items)} prompts, {min(counts)} to {max(counts)} candidates each")
+    counts = sorted({len(item.responses) for item in items})
+    each = " to ".join(map(str, counts[:1] + counts[1:][-1:]))
+    print(f"\n{file}: {len(items)} prompts, {each} candidates each")
     rows, gaps, own = [], [], {}
     for name, m in models.items():
         rows.append([f"{names[name]} ({m['prompts']} prompts, {m['dropped']} dropped)"])
