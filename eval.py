@@ -552,10 +552,8 @@ def plot_models(args, result: dict, view: Callable, names=None, height=3.2, **se
 def accuracy(args) -> None:
     """Accuracy by subset, beside what length alone and a constant reach.
 
-    Ties count half; equal length is within 10 % in characters. Either side of a pair comes first,
-    so a constant is right in half. Pairs of a benchmark, converted by data_prep.py, have its own
-    numbers too, in a further table.
-    """
+    Ties count half. Either side of a pair comes first, so a constant is right in half. Pairs of a
+    benchmark, converted by data_prep.py, have its own numbers too, in a further table."""
     files, result, dump = read_files(args), {}, []
     rewards = {file: [] for file in files}
     for file, pairs in files.items():
@@ -700,7 +698,7 @@ def plot_accuracy(result: dict, args) -> None:
 def attention(args) -> None:
     """The paper's Figure 1: accuracy as the response is masked stage by stage, and the attention
     that the scoring position pays to each stage, in rightly and wrongly ranked pairs; with
-    --teacher the KL of the maps by stage."""
+    --teacher the KL of the maps."""
     files, result = read_files(args), {}
     teacher = open_judge(args.teacher, args) if args.teacher else None
     for name in args.models:
@@ -716,7 +714,7 @@ def attention(args) -> None:
             row |= read_stages(judge, examples, groups, args)
             if teacher:
                 for kind, kl in teacher_agreement(judge, teacher, examples, args).items():
-                    row[f"kl_{kind}"] = curve(kl, groups, args.seed)
+                    row[kind] = estimate(kl, groups, args.seed, "mean interval")
             result.setdefault(file, {})[name] = row
             print_attention(file, args.names[name], row)
         save_json(args, {"files": result})  # after each model: a failure later loses nothing
@@ -809,27 +807,18 @@ def word_maps(judge: Judge, teacher: Judge | None, examples: list[Example], laye
 
 
 def teacher_agreement(judge: Judge, teacher: Judge, examples: list[Example], args) -> dict:
-    """KL(T_i || S_i) of the words of both responses, mean by stage: {"intra", "inter": (N, K)}."""
-    K, few, unseen = args.stages, max(1, args.batch_size // 4), 0  # few: maps need memory
-    out = {name: np.full((len(examples), K), np.nan) for name in ("intra", "inter")}
-    for start in bar(range(0, len(examples), few), "teacher agreement"):
+    """The alignment loss (E6) of each pair, in the rows of both responses: {"kl_intra", "kl_inter":
+    (N,)}, in nats a row."""
+    out, unseen, few = {"kl_intra": [], "kl_inter": []}, 0, max(1, args.batch_size // 4)
+    for start in bar(range(0, len(examples), few), "teacher agreement"):  # few: maps need memory
         batch = examples[start : start + few]
         S, T, word_seg = word_maps(judge, teacher, batch, args.layers)
         unseen += sum(len(e.word_seg) for e in batch) - int((word_seg >= 0).sum())
-        stage = np.full(word_seg.shape, -1)  # of all words, those that the teacher does not see too
-        for b, e in enumerate(batch):
-            for words in (np.flatnonzero(e.word_seg == s) for s in (1, 2)):
-                stage[b, words] = np.arange(len(words)) * K // max(1, len(words))
-        for name, block in zip(out, idistill.block_masks(word_seg)):
-            T_i, S_i = (idistill.renormalise(word_map, block) for word_map in (T, S))
-            kl = idistill.kl_rows(T_i, S_i) * (T_i.sum(-1) > 0)  # (B, W)
-            kl = kl.where(block.any(-1), torch.nan).cpu().numpy()
-            for b, k in np.ndindex(len(batch), K):
-                values = kl[b, stage[b] == k]
-                if not np.isnan(values).all():
-                    out[name][start + b, k] = np.nanmean(values)
+        of_responses = (word_seg > 0)[:, :, None]
+        for losses, block in zip(out.values(), idistill.block_masks(word_seg)):
+            losses += idistill.alignment_loss(T, S, block & of_responses).tolist()
     print(f"{unseen} words that one of the models does not see are left out of the maps")
-    return out
+    return {name: np.array(losses) for name, losses in out.items()}
 
 
 def print_attention(file: str, label: str, r: dict) -> None:
@@ -843,15 +832,14 @@ def print_attention(file: str, label: str, r: dict) -> None:
     for side in ("right", "wrong"):
         pairs = r[f"density_{side}"]["pairs"]
         columns[f"density, {pairs} {side}"] = ["", *cells(f"density_{side}")]
-    for side in ("right", "wrong"):
         columns[f"cumulative %, {side}"] = ["", *cells(f"cumulative_{side}", ".0f", 100)]
-    for kind in ("intra", "inter"):
-        if f"kl_{kind}" in r:
-            columns[f"KL {kind}"] = ["", *cells(f"kl_{kind}")]
     shares = ", ".join(f"{100 * v:.0f} % {where}" for where, v in r["shares"].items())
     print(f"\n{file}, {label}: {r['pairs']} pairs; where the scoring position looks: {shares}")
     rows = [[str(k), *row] for k, row in enumerate(zip(*columns.values()))]
     print_rows(["stage", *columns], rows)
+    if "kl_intra" in r:
+        intra, inter = (shown(*r[f"kl_{kind}"].values()) for kind in ("intra", "inter"))
+        print(f"KL of the maps, nats a row: intra {intra}, inter {inter}")
 
 
 def plot_attention(result: dict, args) -> None:

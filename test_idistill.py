@@ -3898,15 +3898,10 @@ def test_word_maps_are_those_of_training(judges, whole_run):
         naive.append(pool_words(reader(rows, (-1,))[1][0], rows["word"], W))
     close(T, (naive[0] + naive[1]) / 2, 1e-3)
     assert differ(naive[0], naive[1])
-    args.stages = 1
     got = evaluation.teacher_agreement(judge, teacher, examples, args)
     for kind, block in zip(("intra", "inter"), block_masks(word_seg)):
         response = (word_seg > 0)[:, :, None] & block  # the stages are of responses alone
-        close(got[kind][:, 0], alignment_loss(T, S, response), 1e-3)
-    reader.room, args.stages = 20, 10
-    long = Pair("hi", "good " * 20, "sorry " * 20)
-    some = evaluation.teacher_agreement(judge, teacher, judge.encoder([long]), args)["intra"][0]
-    assert np.isfinite(some[0]) and np.isnan(some[5:]).all()
+        close(got[f"kl_{kind}"], alignment_loss(T, S, response), 1e-3)
 
 
 def test_attention_and_show_as_a_user_runs_them(judges, whole_run, tmp_path, capsys):
@@ -3921,7 +3916,7 @@ def test_attention_and_show_as_a_user_runs_them(judges, whole_run, tmp_path, cap
     how = ["--stages", 4, "--span", "all"]
     assert evaluate("attention", *models, "--data", data, *teacher, *files, *how) == 0
     got = numbers_of_eval(out["json"])[models[0]]
-    assert len(got["kl_inter"]["mean"]) == 4 and got["pairs"] == 6
+    assert got["kl_inter"]["mean"] > 0 and got["pairs"] == 6
     assert got["shares"]["before the stages"] == 0 and sum(got["shares"].values()) <= 1
     assert out["png"].stat().st_size > 10_000
     pair = ["--pair", "2", "--html", out["html"]]
