@@ -939,30 +939,29 @@ def read_pair(judge: Judge, teacher: Judge | None, pair: Pair, args) -> list[dic
     """The page of a student, and that of the teacher, if there is one.
 
     A page: the W words and their segments; for each side its reward, and of each word the share of
-    the scoring position's attention and the change of the reward without it, (2, W) both; the map
-    (W, W), its rows renormalised in their block."""
+    the scoring position's attention (a teacher has none) and the change of the reward without it,
+    (2, W) both; the map (W, W), its rows renormalised in their block."""
     pair = fitted_pair(judge, pair)
     example = judge.encoder([pair])[0]
     rows, _ = response_rows([example])
-    words, segments, _ = occlusion(judge, pair, args.batch_size)
-    *maps, word_seg = word_maps(judge, teacher, [example], args.layers)
-    shared = {"id": pair.id, "words": words, "segments": segments.tolist()}
-    pages = []
-    for reader, word_map in zip((judge, teacher) if teacher else (judge,), maps):
-        page = {"model": reader.name, "name": reader.label, **shared}
-        page["rewards"] = reader.score([pair], args.batch_size)[0][0].tolist()
-        shares = sum(idistill.renormalise(word_map, b) for b in idistill.block_masks(word_seg))
-        page["map"] = shares[0].cpu().double().numpy().round(5).tolist()
-        own_words, _, changes = occlusion(reader, pair, args.batch_size)
-        # a teacher may defuse other special tokens in the texts, which makes other words
-        page["occlusion"] = changes.T.tolist() if own_words == words else None
-        page["attention"] = None
-        pages.append(page)
-    pages[0]["attention"] = []
+    attention = []
     for s, shares in zip((1, 2), judge.end_attention(rows, args.layers, args.batch_size)):
         word = example.word[(example.seg == 0) | (example.seg == s)]
-        of_words = np.bincount(word[word >= 0], shares[word >= 0], len(words))
-        pages[0]["attention"].append(of_words.tolist())
+        of_words = np.bincount(word[word >= 0], shares[word >= 0], len(example.words))
+        attention.append(of_words.tolist())
+    *maps, word_seg = word_maps(judge, teacher, [example], args.layers)
+    pages = []
+    for reader, word_map in zip((judge, teacher) if teacher else (judge,), maps):
+        page = {"model": reader.name, "name": reader.label, "id": pair.id, "words": example.words}
+        page["segments"] = example.word_seg.tolist()
+        page["rewards"] = reader.score([pair], args.batch_size)[0][0].tolist()
+        page["attention"] = attention if reader is judge else None
+        shares = sum(idistill.renormalise(word_map, b) for b in idistill.block_masks(word_seg))
+        page["map"] = shares[0].cpu().double().numpy().round(5).tolist()
+        words, _, changes = occlusion(reader, pair, args.batch_size)
+        # a teacher may defuse other special tokens in the texts, which makes other words
+        page["occlusion"] = changes.T.tolist() if words == example.words else None
+        pages.append(page)
     return pages
 
 
@@ -1274,12 +1273,8 @@ def overturned(r: np.ndarray, edits: dict, groups: np.ndarray, seed: int) -> dic
         shift = (after - r[:, 1]) / spread if spread else np.zeros(0)  # a constant has no unit
         rows[edit] |= estimate(shift, groups[: len(shift)], seed, "shift shift_interval")
     before = float(outcomes(r[:, 0] - r[:, 1]).mean())
-    return {
-        "edits": rows,
-        "accuracy": before,
-        "ranked_right": int(right.sum()),
-        "reward_std": spread,
-    }
+    out = {"edits": rows, "accuracy": before, "ranked_right": int(right.sum())}
+    return {**out, "reward_std": spread}
 
 
 def print_attack(edits: dict, models: dict, names: dict[str, str]) -> None:
