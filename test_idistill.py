@@ -4108,22 +4108,17 @@ def test_stability_as_a_user_runs_it(judges, whole_run, tmp_path, capsys):
     data = write_pairs(tmp_path / "d.jsonl", pairs)
     out = ["--json", tmp_path / "o", "--plot", tmp_path / "o.png"]
     assert evaluate("stability", *models, "--data", data, *out) == 0
-    printed, got = capsys.readouterr().out, json.loads((tmp_path / "o").read_text())
-    r, here = [naive_scores(m, pairs) for m in models], got["files"]["d"]
-
-    def rank(values: np.ndarray) -> np.ndarray:
-        return values.ravel().argsort().argsort()
-
-    expected = np.corrcoef(rank(r[0]), rank(r[1]))[0, 1]
+    got, r = json.loads((tmp_path / "o").read_text()), [naive_scores(m, pairs) for m in models]
+    here, margins = got["files"]["d"], [x @ [1, -1] for x in r]
+    expected = evaluation.spearman(r[0].ravel(), r[1].ravel())
     close(here["rank_correlation_of_rewards"][0][1], expected, 1e-3)
-    margins = [x @ [1, -1] for x in r]
-    expected = np.corrcoef(rank(margins[2]), rank(margins[0]))[0, 1]
+    expected = evaluation.spearman(margins[2], margins[0])
     close(here["rank_correlation_of_margins"][2][0], expected, 1e-3)
     right = [(m > 0).mean() for m in margins]
     assert here["accuracy"] == pytest.approx({"mean": np.mean(right), "std": np.std(right, ddof=1)})
     drifts = got["drift"]
     assert drifts[models[0]] is None and drifts[models[2]]["steps"]
-    assert "validation reward by step" in printed
+    assert "validation reward by step" in capsys.readouterr().out
     run = tmp_path / "run"
     shutil.copytree(whole_run[0], run)
     with open(run / "metrics.jsonl", "a") as f:  # lines cut by a crash
