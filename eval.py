@@ -1624,7 +1624,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def check_outputs(args) -> None:
     """Before the long work: what is to be written can be, and is no input, nor named twice;
     pictures can be drawn. Raises UserError."""
-    taken = {Path(file).resolve(): "read as --data" for file in args.data}
+    inputs = [*args.data, *filter(None, [getattr(args, "edits", None)])]
+    taken = {Path(file).resolve(): "an input" for file in inputs}
     for flag in WRITTEN:
         path = getattr(args, flag, None)
         if not path:
