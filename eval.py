@@ -33,7 +33,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from itertools import chain, zip_longest
-from math import lgamma
 from pathlib import Path
 
 import numpy as np
@@ -1342,12 +1341,11 @@ def bestofn(args) -> None:
 
 def draw_weights(N: int, most: int) -> np.ndarray:
     """Chance that the k-th lowest of N is the highest of n drawn without replacement, C(k-1, n-1)
-    of C(N, n): (most, N) for n = 1..most, k = 1..N, by logarithms, since the binomials overflow."""
-    log_f = np.array([lgamma(k + 1) for k in range(N + 1)])  # log k!
-    k, n = np.arange(1, N + 1), np.arange(1, most + 1)[:, None]
-    logs = log_f[k - 1] - log_f[n - 1] - log_f[np.maximum(k - n, 0)]
-    logs = logs - log_f[N] + log_f[n] + log_f[N - n]
-    return np.where(k >= n, np.exp(logs), 0.0)
+    of C(N, n): (most, N) for n = 1..most, k = 1..N, each row from the last."""
+    k, weights = np.arange(1, N + 1), [np.full(N, 1 / N)]
+    for n in range(1, most):
+        weights.append(weights[-1] * np.maximum(k - n, 0) / n * (n + 1) / (N - n))
+    return np.array(weights)
 
 
 def best_of_n(proxy: np.ndarray, values: np.ndarray) -> np.ndarray:

@@ -3676,7 +3676,7 @@ def test_best_of_n_is_that_of_every_draw():
 
 
 def test_best_of_many_candidates_adds_up():
-    """Weights in logarithms hold at N = 900, where binomials overflow a float; a constant model
+    """The weights hold at N = 900, where binomials overflow a float; a constant model
     chooses at random, and no n is better, whatever rounding says."""
     proxy, n = np.arange(900.0)[None], np.arange(1, 901)
     mean_of_largest = n * 901 / (n + 1) - 1  # of n of 0 .. 899
