@@ -3455,10 +3455,10 @@ def test_accuracy_is_that_of_the_stock_class(judges, tmp_path, capsys, family, k
 def test_a_model_from_elsewhere_is_read_as_its_own_class_reads_it(zoo, tmp_path, capsys):
     """pad = eos: the stock class skips the end token, in padded batches too. A token without
     embedding does no harm where no text uses it, and is named where one does."""
-    stock = AutoModelForSequenceClassification.from_pretrained(zoo("llama"), num_labels=1)
+    stock = AutoModelForSequenceClassification.from_pretrained(zoo("llama", "nopad"), num_labels=1)
     stock.config.pad_token_id = stock.config.eos_token_id
     stock.save_pretrained(tmp_path / "m")
-    tokenizer = AutoTokenizer.from_pretrained(zoo("llama"))
+    tokenizer = AutoTokenizer.from_pretrained(zoo("llama", "nopad"))
     pairs, dump = make_pairs(8), ["--dump", tmp_path / "p"]
     argv = ["accuracy", tmp_path / "m", "--data", write_pairs(tmp_path / "d.jsonl", pairs)]
     tokenizer.add_tokens(["<image>"], special_tokens=True)
