@@ -14,7 +14,7 @@
 Every verb shows several models side by side. A model is scored as its stock class scores it: the
 string of the tokenizer's own chat template, tokenised with add_special_tokens=False, read at the
 right-most token that is not pad. A RUN/teacher is scored too: its verdict, the mean of both orders,
-stands as (verdict / 2, -verdict / 2).
+stands as (verdict / 2, -verdict / 2). Intervals are 95 %, by a bootstrap over prompts.
 
 Letters: N pairs, k responses each; P prompts, N candidates each; K stages; B rows a batch;
 n tokens, W words.
@@ -31,9 +31,8 @@ import textwrap
 from bisect import bisect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import chain, zip_longest
-from math import lgamma
 from pathlib import Path
 
 import numpy as np
@@ -50,10 +49,6 @@ from idistill import InteractionTeacher, outcomes
 # ------------------------------------------------------------------------------------- scoring
 
 
-def both_responses(pair: Pair) -> list[str]:
-    return [pair.chosen, pair.rejected]
-
-
 @dataclass
 class Judge:
     """A loaded model that scores pairs: a reward model, or an interaction teacher."""
@@ -66,7 +61,7 @@ class Judge:
     amp: Callable  # amp() is a context: bf16 autocast, or nothing
     pair_encoding: bool = False  # reads (question, answer) in place of the chat template
 
-    def score(self, items: list, batch_size: int, responses: Callable = both_responses):
+    def score(self, items: list, batch_size: int, responses: Callable = data_prep.responses_of):
         """Scores the responses of each of N pairs, or prompts with candidates.
 
         An overlong prompt loses its oldest part, the same for all responses of an item. Where one
@@ -79,8 +74,7 @@ class Judge:
         if isinstance(self.model, InteractionTeacher):
             return self.verdicts(items, batch_size), [responses(item) for item in items]
         encode = self.question_answer_rows if self.pair_encoding else self.template_rows
-        texts = []
-        rows = {}  # scored string -> tokens: equal strings are scored once (RM-Bench has many)
+        texts, rows = [], {}  # equal strings are scored once (RM-Bench has many)
         for encoded in encode(items, responses):
             texts.append([text for text, _ in encoded])
             rows |= encoded
@@ -93,8 +87,7 @@ class Judge:
     def verdicts(self, pairs: list[Pair], batch_size: int) -> np.ndarray:
         """The verdict of an interaction teacher as two rewards, (N, 2)."""
         examples = self.encoder(pairs, progress="encoding")
-        refused = len(pairs) - len(examples)
-        if refused:
+        if refused := len(pairs) - len(examples):
             raise UserError(f"{self.name}: its chat template refuses the roles of {refused} pairs")
         how = (batch_size, self.device, self.amp, self.label)
         verdict = idistill.teacher_verdicts(self.model, examples, *how)
@@ -104,9 +97,8 @@ class Judge:
     def template_rows(self, items: list, responses: Callable) -> Iterator[list[tuple]]:
         """For each item the (scored string, token ids) of its responses, [] where it is dropped."""
         for fitted in chain.from_iterable(self.encoder.fit(items, responses, "encoding")):
-            tokens = fitted.tokens if fitted else []
-            texts = fitted.texts if fitted else []
-            yield [(text, ids.tolist()) for text, (ids, _) in zip(texts, tokens)]
+            encoded = zip(fitted.texts, fitted.tokens) if fitted else ()
+            yield [(text, ids.tolist()) for text, (ids, _) in encoded]
 
     def question_answer_rows(self, items: list, responses: Callable) -> Iterator[list[tuple]]:
         """template_rows for a cross-encoder: tokenizer(question, answer). The question is the
@@ -119,29 +111,25 @@ class Judge:
             turns = [clean(m["content"]) for m in item.prompt]
             if len(turns) > 1:
                 turns = [f"{m['role'].capitalize()}: {t}" for m, t in zip(item.prompt, turns)]
-            answers = [clean(y) for y in responses(item)]
+            whole, answers = "\n\n".join(turns), [clean(y) for y in responses(item)]
             longest = max(answers, key=lambda y: len(tokenizer.tokenize(y)))
-            question = "\n\n".join(turns)
-            fitted = self.cut_question(question, longest)
-            self.encoder.counts["dropped"] += fitted is None
-            self.encoder.counts["truncated"] += fitted not in (None, question)
-            encoded = []
-            for y in answers if fitted is not None else ():
-                text = "".join(
-                    [first, fitted, *middle, y, last]
-                )  # [CLS] question [SEP] answer [SEP]
-                encoded.append((text, tokenizer(fitted, y)["input_ids"]))
-            yield encoded
+            question = self.cut_question(whole, longest)
+            if question is None:
+                answers = []
+            self.encoder.counts["dropped"] += question is None
+            self.encoder.counts["truncated"] += question not in (None, whole)
+            texts = ["".join([first, question, *middle, y, last]) for y in answers]
+            yield [(t, tokenizer(question, y)["input_ids"]) for t, y in zip(texts, answers)]
 
     def cut_question(self, question: str, answer: str) -> str | None:
         """The question without its oldest part, so that both fit; None: the answer does not fit."""
         tokenizer, limit = self.encoder.tokenizer, self.encoder.max_length
-        while (size := len(tokenizer(question, answer)["input_ids"])) > limit:
+        while (excess := len(tokenizer(question, answer)["input_ids"]) - limit) > 0:
             alone = tokenizer(question, add_special_tokens=False, return_offsets_mapping=True)
-            offsets = alone["offset_mapping"]
-            if size - limit > len(offsets):
+            if excess > len(alone["offset_mapping"]):
                 return None
-            question = question[max(1, offsets[size - limit - 1][1]) :].lstrip()
+            end = alone["offset_mapping"][excess - 1][1]
+            question = question[max(1, end) :].lstrip()
         return question
 
     def batches(self, rows: list[list[int]], batch_size: int, hidden: list | None = None):
@@ -149,7 +137,12 @@ class Judge:
         indices into rows (B,), the model's inputs (B, n), the scoring position (B,).
 
         hidden: for each row a range of tokens that keep their place, but are not attended to."""
-        self.check_vocabulary(rows)
+        size = self.model.get_input_embeddings().num_embeddings
+        largest = max(map(max, rows), default=0)
+        if largest >= size:  # a token without embedding that no text uses does no harm
+            token = self.encoder.tokenizer.convert_ids_to_tokens(largest)
+            what = f"the texts hold the token {token!r}, number {largest}, beyond its {size}"
+            raise UserError(f"{self.name}: {what} embeddings; the tokenizer is another model's")
         pad = self.model.config.get_text_config().pad_token_id
         order = np.argsort([-len(row) for row in rows], kind="stable")
         parts = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
@@ -187,75 +180,45 @@ class Judge:
         self.check(rewards)
         return rewards
 
-    def check_vocabulary(self, rows: list[list[int]]) -> None:
-        """Raises UserError for a token without embedding. One that no text uses does no harm."""
-        size = self.model.get_input_embeddings().num_embeddings
-        largest = max(map(max, rows), default=0)
-        if largest >= size:
-            token = self.encoder.tokenizer.convert_ids_to_tokens(largest)
-            raise UserError(
-                f"{self.name}: the texts hold the token {token!r}, number {largest}, and the model "
-                f"has only {size} embeddings; the tokenizer belongs to another model"
-            )
-
     def check(self, rewards: np.ndarray) -> None:
         """Raises UserError where rewards (any shape) hold NaN or infinity."""
-        if not np.isfinite(rewards).all():
-            raise UserError(
-                f"{self.name}: {(~np.isfinite(rewards)).sum()} of {rewards.size} rewards are no "
-                "numbers; its weights are damaged, or need --dtype fp32"
-            )
+        if bad := int((~np.isfinite(rewards)).sum()):
+            what = f"{bad} of {rewards.size} rewards are no numbers"
+            raise UserError(f"{self.name}: {what}; its weights are damaged, or need --dtype fp32")
 
     @torch.no_grad()
-    def layer_maps(self, inputs: dict[str, torch.Tensor]) -> tuple[list, torch.Tensor]:
-        """The attention of every layer that attends, (B, n, n) each, mean over heads; the last
-        hidden state. Eager attention shows it with sinks, caps and biases, the tap does not."""
+    def layer_maps(self, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+        """The attention of every layer that attends, (B, n, n) each, mean over heads. Eager
+        attention shows it with sinks, caps and biases, the tap does not."""
         before = self.model.config._attn_implementation
         try:
             self.model.set_attn_implementation("eager")
             out = self.model.base_model(**inputs, use_cache=False, output_attentions=True)
         finally:
             self.model.set_attn_implementation(before)
-        maps = [A.float().mean(1) for A in out.attentions or () if A is not None]
-        if maps:
-            return maps, out.last_hidden_state
-        layers, n = range(idistill.attention_layers(self.model)), inputs["input_ids"].shape[1]
-        with idistill.AttentionTap(self.model, layers) as tap:  # some hybrids show none
-            hidden = self.model.base_model(**inputs, use_cache=False).last_hidden_state
-        causal = torch.ones(1, 1, n, n, dtype=torch.bool, device=self.device).tril()
-        return [idistill.attention_map(*tap.kept[k][:3], causal) for k in layers], hidden
+        return [A.float().mean(1) for A in out.attentions or () if A is not None]
 
     @cached_property
     def layer_count(self) -> int:
         """Layers that show their attention, tried on four tokens. Raises UserError for none."""
         inputs = {"input_ids": torch.tensor([[5, 6, 7, 8]], device=self.device)}
-        with torch.no_grad():
-            plain = self.model.base_model(**inputs, use_cache=False).last_hidden_state
-        found = idistill.attempt(self.layer_maps, inputs)
-        maps, hidden = found if isinstance(found, tuple) else ([], plain)
-        if not maps or not (hidden - plain).abs().max() <= 0.05 * plain.abs().max():
+        maps = idistill.attempt(self.layer_maps, inputs)
+        if not maps or isinstance(maps, str):
             raise UserError(f"{self.name}: {type(self.model).__name__} does not show its attention")
         return len(maps)
 
-    def end_attention(self, rows: list[list[int]], layers: str, rollout: bool, batch_size: int):
-        """What the scoring position attends to: shares (n,) of each row, mean over heads, layers.
-
-        rollout: through all layers, half of each step on the residual stream (arXiv 2005.00928)."""
+    def end_attention(self, rows: list[list[int]], layers: str, batch_size: int) -> list:
+        """What the scoring position sees: shares (n,) of each row, mean over heads and layers."""
         chosen = pick_layers(self, layers)
         heads = self.model.config.get_text_config().num_attention_heads
         held = self.layer_count * heads * max(map(len, rows)) ** 2  # numbers of all maps of a row
         shares = [np.zeros(0)] * len(rows)
         for index, inputs, last in self.batches(rows, max(1, min(batch_size, 2**28 // held))):
             with self.amp():
-                maps, _ = self.layer_maps(inputs)
-            end = F.one_hot(last, inputs["input_ids"].shape[1]).float()[:, None]  # (B, 1, n)
-            seen = sum(end @ maps[k] for k in chosen) / len(chosen)
-            if rollout:
-                seen = end
-                for A in reversed(maps):
-                    seen = seen / 2 + seen @ A / 2
-            for i, values in zip(index, seen[:, 0].cpu().numpy()):
-                shares[i] = values[: len(rows[i])]
+                maps = self.layer_maps(inputs)
+            seen = sum(maps[k] for k in chosen) / len(chosen)
+            for b, i in enumerate(index):
+                shares[i] = seen[b, last[b], : len(rows[i])].cpu().numpy()
         return shares
 
 
@@ -267,56 +230,76 @@ def pick_layers(judge: Judge, spec: str) -> list[int]:
         layers = named.get(spec) or [int(k) for k in spec.split(",")]
         return [range(count)[k] for k in layers]
     except (ValueError, IndexError):
-        raise UserError(
-            f"--layers {spec!r}: give last, all, or numbers within the {count} attention layers of "
-            f"{judge.name}, such as 0,-1"
-        ) from None
+        what = f"last, all, or numbers within the {count} attention layers of {judge.name}"
+        raise UserError(f"--layers {spec!r}: give {what}, such as 0,-1") from None
 
 
-def open_judge(name: str, args, decoder: bool = False) -> Judge:
-    """A reward model or interaction teacher (decoder: a decoder alone) by the flags of the command
+def is_teacher(name: str) -> bool:
+    """Whether a model is an interaction teacher, by its config alone. Raises UserError for what is
+    neither that nor a reward model."""
+    if (Path(name) / "student" / "config.json").exists():
+        raise UserError(f"{name}: is a run, no model; give {name}/student (or {name}/teacher)")
+    config = idistill.load(transformers.AutoConfig, name)
+    kind = (getattr(config, "architectures", None) or ["a model without architecture"])[0]
+    if not kind.endswith(("ForSequenceClassification", "ForTokenClassification")):
+        what = "has no reward head (train one: python idistill.py --model ...)"
+        raise UserError(f"{name}: {kind} {what}")
+    if config.num_labels != 1:
+        raise UserError(f"{name}: {kind} has {config.num_labels} labels, a reward model has 1")
+    return kind.endswith("ForTokenClassification")
+
+
+def open_judge(name: str, args) -> Judge:
+    """A reward model, trained here or not, or an interaction teacher, by the flags of the command
     line, ready to score. Raises UserError."""
     device, amp = idistill.set_up_device(args)
-    if idistill.is_teacher(name):  # its own tokens serve where the student's words are asked for
+    tokenizer = data_prep.load_tokenizer(name)
+    if is_teacher(name):  # its own tokens serve where the student's words are asked for
         model = idistill.load_teacher(name)
         model.room = min(model.room, 2 * args.max_length or model.room)
-        encoder = Encoder(data_prep.load_tokenizer(name), 10**9, "truncate", model.tokenizer)
+        encoder = Encoder(tokenizer, 10**9, "truncate", model.tokenizer)
     else:
-        dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
-        model, tokenizer, length = idistill.load_reward_model(name, dtype, args.max_length)
-        encoder = Encoder(tokenizer, length, "truncate")
-    is_decoder = hasattr(model, "score")
-    if decoder and not is_decoder:
-        raise UserError(f"{name}: {args.verb} reads decoder reward models")
-    as_pair = getattr(args, "pair_encoding", False) and not is_decoder
+        options = {"dtype": torch.bfloat16 if args.dtype == "bf16" else torch.float32}
+        auto = transformers.AutoModelForSequenceClassification
+        model, info = idistill.load(auto, name, output_loading_info=True, **options)
+        heads = [key for key in info["unexpected_keys"] if idistill.HEADS.search(key)]
+        idistill.refuse_missing(name, model, info["missing_keys"], heads)
+        positions = idistill.positions_of(model, name, args.max_length)
+        idistill.say_rope(model, name, args.max_length)
+        encoder = Encoder(tokenizer, args.max_length or positions, "truncate")
+    as_pair = args.pair_encoding and not hasattr(model, "score")
     label = args.names.get(name, "teacher")
     return Judge(name, label, model.to(device).eval(), encoder, device, amp, as_pair)
 
 
-def open_teacher(name: str, args) -> Judge:
-    """The interaction teacher of --teacher. Raises UserError."""
+def open_decoder(name: str, args, teacher: Judge | None) -> Judge:
+    """A decoder whose attention is read, maybe beside a teacher. Raises UserError where that cannot
+    be, tried on four tokens: without a teacher the verb attention needs no simulated map."""
     judge = open_judge(name, args)
-    if not isinstance(judge.model, InteractionTeacher):
-        raise UserError(
-            f"--teacher {name}: is no interaction teacher (a token classifier with one label, as "
-            "RUN/teacher)"
-        )
+    if not hasattr(judge.model, "score"):
+        raise UserError(f"{name}: {args.verb} reads decoder reward models")
+    if teacher:
+        judge.encoder.teacher = teacher.model.tokenizer
+    if (teacher or args.verb == "show") and args.dtype != "bf16":  # which rounds too much to tell
+        ids, layers = torch.tensor([[5, 6, 7, 8]], device=judge.device), range(judge.layer_count)
+        if idistill.attempt(idistill.readable_maps, judge.model, ids, layers, True) != "tap":
+            what = "queries and keys alone do not give its attention (a sink, a cap or a bias)"
+            raise UserError(f"{name}: {what}, so there is no simulated map")
     return judge
 
 
 def own_name(model: str) -> str:
     """BT, ID, a variant of these, or teacher for the models of a run; else the end of the path."""
     folder = Path(model)
+    variants = {"bt": ("BT", "preference_loss", "bt"), "id": ("ID", "align_target", "teacher")}
     try:
         flags = json.loads((folder.parent / "config.json").read_text(encoding="utf-8"))["flags"]
-        name = {"bt": "BT", "id": "ID"}[flags["method"]]
+        name, flag, usual = variants[flags["method"]]
     except (OSError, ValueError, KeyError, TypeError):
         return folder.name or model
     if folder.name == "teacher":
         return "teacher"
-    flag, default = {"BT": ("preference_loss", "bt"), "ID": ("align_target", "teacher")}[name]
-    variant = flags.get(flag, default)
-    return name if variant == default else f"{name}, {variant}"
+    return name if flags.get(flag, usual) == usual else f"{name}, {flags[flag]}"
 
 
 def display_names(models: list[str]) -> dict[str, str]:
@@ -332,25 +315,18 @@ def display_names(models: list[str]) -> dict[str, str]:
 
 
 def read_files(args, read: Callable = data_prep.read_pairs) -> dict[str, list]:
-    """{file: its pairs, or prompts with candidates} of --data, --subset, --limit; UserError."""
-    files, subsets = {}, set()
+    """{file: its pairs, or prompts with candidates} of --data and --limit. Raises UserError."""
+    files = {}
     for path in args.data:
         pairs, counts = read([path])
         left_out = [f"{v} ({k})" for k, v in counts.items() if k != "pairs" and v]
         if left_out:
             print(f"{path}: left out " + ", ".join(left_out))
-        subsets |= {p.subset for p in pairs}
-        pairs = [p for p in pairs if not args.subset or p.subset in args.subset]
         if 0 < args.limit < len(pairs):
             rng = np.random.default_rng(args.seed)
             kept = rng.choice(len(pairs), args.limit, replace=False)
             pairs = [pairs[k] for k in np.sort(kept)]
-        if pairs:
-            files[data_prep.unused_name(path, files)] = pairs
-    unknown = sorted(set(args.subset) - subsets)
-    if unknown:
-        known = ", ".join(sorted(subsets - {""})) or "none"
-        raise UserError(f"--subset {' '.join(unknown)}: not in the data; there are: {known}")
+        files[data_prep.unused_name(path, files)] = pairs
     return files
 
 
@@ -363,14 +339,14 @@ def scored(args, files: dict[str, list], result: dict, *responses) -> Iterator[t
         for file, items in files.items():
             judge.encoder.counts.clear()
             rewards, texts = judge.score(items, args.batch_size, *responses)
-            yield name, file, items, rewards, texts, print_counts(judge, file, judge.encoder)
+            yield name, file, items, rewards, texts, print_counts(judge, file)
             save_json(args, result)
         del judge
 
 
-def print_counts(judge: Judge, file: str, encoder: Encoder) -> dict[str, int]:
+def print_counts(judge: Judge, file: str) -> dict[str, int]:
     """What was cut, dropped or defused; also returned."""
-    counts = {k: v for k, v in encoder.counts.items() if v}
+    counts = {k: v for k, v in judge.encoder.counts.items() if v}
     if counts:
         print(f"{judge.label} on {file}: " + ", ".join(f"{v} {k}" for k, v in counts.items()))
     return counts
@@ -428,18 +404,15 @@ def summary(pairs: list[Pair], rewards: np.ndarray, first: np.ndarray | None, se
     is_scored, groups = ~np.isnan(rewards).any(1), prompt_groups(pairs)
     if not is_scored.any():
         return {"pairs": 0, "dropped": len(pairs)}
-    lengths = np.array([(len(p.chosen.strip()), len(p.rejected.strip())) for p in pairs])
-    equal = is_scored & (np.abs(lengths[:, 0] - lengths[:, 1]) <= 0.1 * lengths.max(1))
-    margins = rewards[:, 0] - rewards[:, 1]
+    margins = rewards @ [1, -1]
     right, r, m = outcomes(margins), rewards[is_scored], margins[is_scored]
     out = {"pairs": len(m), "dropped": len(pairs) - len(m), "ties": int((m == 0).sum())}
     out |= estimate(right[is_scored], groups[is_scored], seed)
-    out["equal_length"] = {"pairs": int(equal.sum()), **estimate(right[equal], groups[equal], seed)}
     for key, values in (("reward", r), ("margin", m)):
         out |= {f"{key}_mean": float(values.mean()), f"{key}_std": float(values.std())}
     if first is not None:
         both = is_scored & ~np.isnan(first).any(1)
-        gain = (right - outcomes(first[:, 0] - first[:, 1]))[both]
+        gain = (right - outcomes(first @ [1, -1]))[both]
         found = estimate(gain, groups[both], seed, "mean interval")
         out["difference"] = {"pairs": int(both.sum()), **found}
     return out
@@ -510,17 +483,21 @@ def canvas(rows: int = 1, columns: int = 1, height: float = 3.2, **layout):
 
 
 def draw(axis, series: dict[str, tuple], names: list[str] | None = None, **settings) -> None:
-    """Series {label: (x, y, 95 % intervals or None)}, moved apart so that none hides another.
+    """Series {label: (x, y, 95 % intervals)}, moved apart so that none hides another. One without
+    intervals (None) is a thin grey line, where it belongs, to compare with.
 
     Curves; or, with names, a row of dots for each name from top to bottom: x numbers the names, and
     the values y lie along the horizontal axis. settings: title, xlabel, limits ..."""
+    lines = [label for label, (*_, ends) in series.items() if ends is None]
+    for label, style in zip(lines, LINES):
+        x, y, _ = series.pop(label)
+        axis.plot(x, y, color="grey", linestyle=style, linewidth=0.8, label=label)
     spread = np.ptp([v for x, *_ in series.values() for v in x] or [0])
     step = 0.6 / max(1, len(series)) if names else 0.008 * spread
     for k, (label, (x, y, ends)) in enumerate(series.items()):
         place = np.array(x, dtype=float) + step * (k - (len(series) - 1) / 2)
         y = np.array(y, dtype=float)
-        known = [None] * len(y) if ends is None else ends
-        known = [(np.nan, np.nan) if e is None else e for e in known]
+        known = [e or (np.nan, np.nan) for e in ends]
         low, high = np.array(known, dtype=float).reshape(-1, 2).T
         errors = np.abs([y - low, high - y])
         style = dict(color=COLOURS[k % 6], marker=MARKERS[k % 6], label=label, clip_on=False)
@@ -543,12 +520,12 @@ def label_axes(axis, title: str = "", **settings) -> None:
     axis.set(title=textwrap.fill(title, max(20, int(16 * inches))), **settings)
 
 
-def save_figure(figure, path: str, legend: bool = True) -> None:
+def save_figure(figure, path: str) -> None:
     """Written aside, then renamed: never half a picture. One legend below serves all panels."""
     entries = {}
     for axis in figure.axes:
         entries |= dict(zip(*reversed(axis.get_legend_handles_labels())))
-    if legend and entries:
+    if entries:
         fitting = int(16 * figure.get_figwidth() / (max(map(len, entries)) + 6))
         columns = max(1, min(fitting, len(entries)))
         place = {"loc": "outside lower center", "ncols": columns, "frameon": False}
@@ -557,14 +534,25 @@ def save_figure(figure, path: str, legend: bool = True) -> None:
         figure.savefig(f, format=Path(path).suffix[1:].lower(), dpi=150)
 
 
+def plot_models(args, result: dict, view: Callable, names=None, height=3.2, **settings) -> None:
+    """A panel a file; view(label, numbers of a model) -> its series, see draw."""
+    figure, axes = canvas(1, len(result), height, sharex=bool(names), sharey=bool(names))
+    for axis, (file, models) in zip(axes[0], result.items()):
+        series = {}
+        for name, m in models.items():
+            series |= view(args.names[name], m)
+        draw(axis, series, names, title=file, **settings)
+    save_figure(figure, args.plot)
+
+
 # ------------------------------------------------------------------------------ verb: accuracy
 
 
 def accuracy(args) -> None:
-    """Accuracy with 95 % intervals, by subset, beside what length alone and a constant reach.
+    """Accuracy by subset, beside what length alone and a constant reach.
 
-    Pairs of a benchmark, converted by data_prep.py, have its own numbers too, in a further table.
-    """
+    Ties count half. Either side of a pair comes first, so a constant is right in half. Pairs of a
+    benchmark, converted by data_prep.py, have its own numbers too, in a further table."""
     files, result, dump = read_files(args), {}, []
     rewards = {file: [] for file in files}
     for file, pairs in files.items():
@@ -585,19 +573,14 @@ def accuracy(args) -> None:
         for source, index in parts([data_prep.benchmark_of(p) for p in pairs]).items():
             numbers = own_terms(source, [pairs[k] for k in index], r[index] @ [1, -1], args.seed)
             here.setdefault("benchmarks", {}).setdefault(source, {})[name] = numbers
-        if args.dump:
-            dump += dump_lines(name, file, pairs, r, texts)
+        dump += dump_lines(name, file, pairs, r, texts)
     if args.dump:
         with written(args.dump) as f:
             f.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in dump)
     for file, pairs in files.items():
         print(f"\n{file}: {len(pairs)} pairs")
         print_accuracy(result[file], args.names)
-    print(
-        "\n(majority: either side of a pair comes first, so a constant is right in half; equal\n"
-        " length: within 10 % in characters; ties count half; intervals: 95 %, bootstrap over\n"
-        " prompts; - first: paired with the first model)"
-    )
+    print("\n([95 %]: bootstrap over prompts; - first: the same pairs under the first model)")
     if args.strength:
         write_strengths(args.strength, files, rewards)
     if args.plot:
@@ -606,11 +589,8 @@ def accuracy(args) -> None:
 
 def parts(values: list[str]) -> dict[str, list[int]]:
     """{value: the places (k,) where it stands}, sorted, without the empty value."""
-    index = {value: [] for value in sorted(set(values) - {""})}
-    for k, value in enumerate(values):
-        if value:
-            index[value].append(k)
-    return index
+    names = sorted(set(values) - {""})
+    return {name: [k for k, value in enumerate(values) if value == name] for name in names}
 
 
 def own_terms(source: str, pairs: list[Pair], margins: np.ndarray, seed: int) -> dict:
@@ -620,37 +600,30 @@ def own_terms(source: str, pairs: list[Pair], margins: np.ndarray, seed: int) ->
     A mean that lacks one of its numbers is left out: a part of a benchmark has no overall."""
     cells, right, weight, means = data_prep.own_cells(source, pairs, margins)
     names = sorted({name for inside in cells for name in inside if name})
-    weights = {name: weight * [name in inside for inside in cells] for name in names}  # (N,) each
-    weights = {name: w for name, w in weights.items() if w.any()}
-    if not weights:
+    if not names:
         return {}
-    sums = np.stack([w * r for r in (right, 1) for w in weights.values()], 1)
+    weights = [weight * [name in inside for inside in cells] for name in names]  # (N,) each
+    sums = np.stack([w * r for r in (right, 1) for w in weights], 1)
     sums = np.vstack([sums.mean(0), resampled_means(sums, prompt_groups(pairs), seed)])
     with np.errstate(invalid="ignore"):  # a sample of prompts may miss a small cell
-        shares = sums[:, : len(weights)] / sums[:, len(weights) :]
-    drawn = dict(zip(weights, shares.T))  # (1 + rounds,) each, first that of all pairs
-    count = {name: int(np.count_nonzero(w)) for name, w in weights.items()}
+        shares = sums[:, : len(names)] / sums[:, len(names) :]
+    # (1 + rounds,) each, first that of all pairs
+    drawn = {name: share for name, share in zip(names, shares.T) if np.isfinite(share[0])}
+    count = {name: int(np.count_nonzero(w)) for name, w in zip(names, weights)}
     for name, inside in means.items():
         if all(k in drawn for k in inside):
             drawn[name] = np.mean([drawn[k] for k in inside], axis=0)
             count[name] = sum(count[k] for k in inside)
     out = {}
-    for name, (value, *samples) in drawn.items():
-        known = np.array(samples)[np.isfinite(samples)]
-        ends = interval(known) if len(known) else None
-        out[name] = {"value": float(value), "interval": ends, "count": count[name]}
+    for name, values in drawn.items():
+        ends = interval(values[1:][np.isfinite(values[1:])])
+        out[name] = {"value": float(values[0]), "interval": ends, "count": count[name]}
     return out
 
 
 def dump_lines(name: str, file: str, pairs: list[Pair], r: np.ndarray, texts: list) -> list[dict]:
-    """A line for each scored pair, with the keys of RewardBench.
-
-    Args:
-        name, file: of the model and of the data.
-        pairs: N pairs.
-        r: their rewards (N, 2).
-        texts: their scored strings, [] for a pair without.
-    """
+    """A line with the keys of RewardBench for each scored pair, by model and file: pairs, rewards
+    (N, 2), the scored strings of each pair ([] for a pair without)."""
     lines = []
     for p, strings, (r_c, r_r) in zip(pairs, texts, r.tolist()):
         if strings:
@@ -664,8 +637,8 @@ def dump_lines(name: str, file: str, pairs: list[Pair], r: np.ndarray, texts: li
 def write_strengths(path: str, files: dict[str, list[Pair]], rewards: dict[str, list]) -> None:
     """Writes the pairs that all models have scored, with their mean margin (arXiv 2401.06080)."""
     pairs = list(chain.from_iterable(files.values()))
-    margins = [np.mean([r[:, 0] - r[:, 1] for r in models], axis=0) for models in rewards.values()]
-    strengths = zip(pairs, np.concatenate(margins).tolist())
+    margins = np.concatenate([np.mean(models, axis=0) @ [1, -1] for models in rewards.values()])
+    strengths = zip(pairs, margins.tolist())
     strong = [replace(p, strength=strength) for p, strength in strengths if not np.isnan(strength)]
     data_prep.write_pairs(path, strong, overwrite=True)
     negative, dropped = sum(p.strength < 0 for p in strong), len(pairs) - len(strong)
@@ -674,13 +647,11 @@ def write_strengths(path: str, files: dict[str, list[Pair]], rewards: dict[str, 
 
 def accuracy_row(label: str, r: dict) -> list[str]:
     if not r["pairs"]:
-        return [label, "-", *[""] * 5, str(r["dropped"])]
-    equal, gain = r["equal_length"], r.get("difference", {"mean": None, "interval": None})
-    row = [label, percent(r["accuracy"], r["interval"])]
-    row.append(percent(gain["mean"], gain["interval"], "+"))
-    row.append(f"{percent(equal['accuracy'])} of {equal['pairs']}")
+        return [label, "-", *[""] * 4, str(r["dropped"])]
+    gain = r.get("difference", {"mean": None, "interval": None})
+    row = [percent(r["accuracy"], r["interval"]), percent(gain["mean"], gain["interval"], "+")]
     row += [f"{r[k + '_mean']:.2f} ± {r[k + '_std']:.2f}" for k in ("reward", "margin")]
-    return [*row, str(r["ties"]), str(r["dropped"])]
+    return [label, *row, str(r["ties"]), str(r["dropped"])]
 
 
 def print_accuracy(result: dict, names: dict[str, str]) -> None:
@@ -692,7 +663,7 @@ def print_accuracy(result: dict, names: dict[str, str]) -> None:
     for subset, models in result["subsets"].items():
         rows.append([f"{subset} ({next(iter(models.values()))['pairs']})"])
         rows += [accuracy_row("  " + names[model], r) for model, r in models.items()]
-    header = ["accuracy %", "all [95 %]", "- first", "equal length", "reward", "margin"]
+    header = ["accuracy %", "all [95 %]", "- first", "reward", "margin"]
     print_rows([*header, "ties", "dropped"], rows)
     for source, models in result.get("benchmarks", {}).items():
         tables = list(models.values())[::-1]  # the counts shown are those of the first model
@@ -709,15 +680,14 @@ def print_accuracy(result: dict, names: dict[str, str]) -> None:
 
 def plot_accuracy(result: dict, args) -> None:
     """The models and what length alone reaches, for each file."""
-    series = {}
+    series = {"chance": ([0.5, 0.5], [-0.5, len(result) - 0.5], None)}
     for name in [*args.models, "longer response"]:
         rows = [{**r["baselines"], **r["models"]}[name] for r in result.values()]
-        values = [r.get("accuracy") for r in rows], [r.get("interval") for r in rows]
+        values = [[r.get(key) for r in rows] for key in ("accuracy", "interval")]
         series[args.names.get(name, name)] = range(len(rows)), *values
     figure, axes = canvas(height=1.2 + 0.2 * len(series) * len(result))
-    axes[0, 0].axvline(0.5, color="grey", linewidth=0.8)
-    label = "pair accuracy, 95 % interval (line: chance)"
-    draw(axes[0, 0], series, list(result), xlabel=label, xlim=(0, 1))
+    labels = {"xlabel": "pair accuracy, 95 % interval", "xlim": (0, 1)}
+    draw(axes[0, 0], series, list(result), **labels)
     save_figure(figure, args.plot)
 
 
@@ -727,26 +697,23 @@ def plot_accuracy(result: dict, args) -> None:
 def attention(args) -> None:
     """The paper's Figure 1: accuracy as the response is masked stage by stage, and the attention
     that the scoring position pays to each stage, in rightly and wrongly ranked pairs; with
-    --teacher the KL of the maps by stage."""
+    --teacher the KL of the maps."""
     files, result = read_files(args), {}
-    if args.with_first and args.span != "all":
-        what = "counts the first token into the stages of --span all"
-        raise UserError(f"--with-first {what}: give that too")
-    teacher = open_teacher(args.teacher, args) if args.teacher else None
+    teacher = open_judge(args.teacher, args) if args.teacher else None
     for name in args.models:
-        judge = open_judge(name, args, decoder=True)
-        encoder = with_teacher(judge.encoder, teacher)
+        judge = open_decoder(name, args, teacher)
         for file, pairs in files.items():
-            encoder.counts.clear()
-            examples = encoder(pairs, progress="encoding")
+            judge.encoder.counts.clear()
+            examples = judge.encoder(pairs, progress="encoding")
             if not examples:
-                raise UserError(f"{file}: no pair fits into --max-length {encoder.max_length}")
+                length = judge.encoder.max_length
+                raise UserError(f"{file}: no pair fits into --max-length {length}")
             groups = prompt_groups([e.pair for e in examples])
-            row = {"pairs": len(examples), **print_counts(judge, file, encoder)}
+            row = {"pairs": len(examples), **print_counts(judge, file)}
             row |= read_stages(judge, examples, groups, args)
             if teacher:
                 for kind, kl in teacher_agreement(judge, teacher, examples, args).items():
-                    row[f"kl_{kind}"] = curve(kl, groups, args.seed)
+                    row[kind] = estimate(kl, groups, args.seed, "mean interval")
             result.setdefault(file, {})[name] = row
             print_attention(file, args.names[name], row)
         save_json(args, {"files": result})  # after each model: a failure later loses nothing
@@ -774,80 +741,48 @@ def stage_edges(start: int, end: int, stages: int) -> np.ndarray:
     return start + np.round(np.arange(stages + 1) / stages * (end - start)).astype(int)
 
 
-def stage_mass(attention: np.ndarray, edges: np.ndarray) -> np.ndarray:
-    """The attention (n,) inside each stage, edges (K + 1,) -> (K,)."""
-    return np.array([attention[a:b].sum() for a, b in zip(edges, edges[1:])])
-
-
-def stage_density(attention: np.ndarray, edges: np.ndarray) -> np.ndarray:
-    """Each stage's share of the attention (n,) inside the edges (K + 1,), over its share of the
-    tokens: (K,), 1 where attention is even, NaN for a stage without token."""
-    mass = stage_mass(attention, edges)
-    size = np.diff(edges).astype(float)
-    size[size == 0] = np.nan
-    if mass.sum() <= 0:
-        return np.full(len(size), np.nan)
-    return (mass / mass.sum()) / (size / np.nansum(size))
+def stage_density(mass: np.ndarray, size: np.ndarray) -> np.ndarray:
+    """Each stage's share of the attention over its share of the tokens, both (rows, K): 1 where
+    attention is even, NaN for a stage without token."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        share = mass / mass.sum(1, keepdims=True)
+        return np.where(size > 0, share * size.sum(1, keepdims=True) / size, np.nan)
 
 
 def read_stages(judge: Judge, examples: list[Example], groups: np.ndarray, args) -> dict:
     """Accuracy with the first (last) 0..K stages masked; attention to the stages in pairs ranked
-    right and wrong, as density and as cumulative share; shares of the attention: first token,
-    before the stages, stages."""
-    K, first = args.stages, 0 if args.with_first else 1
-    rows, spans = response_rows(examples)
+    right and wrong, as density and as cumulative share; shares of the attention: first token
+    (a sink, arXiv 2309.17453, in no stage), before the stages, stages."""
+    K, (rows, spans) = args.stages, response_rows(examples)
     if args.span == "all":
-        spans = [(first, end) for _, end in spans]
-    edges = [stage_edges(*span, K) for span in spans]
+        spans = [(1, end) for _, end in spans]
+    edges = np.array([stage_edges(*span, K) for span in spans])  # (2N, K + 1)
 
+    @cache
     def right(i: int, j: int) -> np.ndarray:
         """Outcomes (N,) with the stages i..j masked."""
-        kept, hidden = rows, [(e[i], e[j]) for e in edges]
-        if args.delete:
-            kept, hidden = [row[:a] + row[b:] for row, (a, b) in zip(rows, hidden)], None
-        r = judge.score_rows(kept, args.batch_size, hidden).reshape(-1, 2)
-        return outcomes(r[:, 0] - r[:, 1])
+        rewards = judge.score_rows(rows, args.batch_size, edges[:, [i, j]].tolist())
+        return outcomes(rewards.reshape(-1, 2) @ [1, -1])
 
-    seen = judge.end_attention(rows, args.layers, args.rollout, args.batch_size)
-    plain, blank = right(0, 0), right(0, K)
-    from_start = [plain, *(right(0, k) for k in range(1, K)), blank]
-    from_end = [plain, *(right(K - k, K) for k in range(1, K)), blank]
-    mass = np.array([stage_mass(a, e) for a, e in zip(seen, edges)]).cumsum(1)
-    density = np.array([stage_density(a, e) for a, e in zip(seen, edges)])
-    by_stage = {"density": density, "cumulative": mass / np.maximum(mass[:, -1:], 1e-12)}
-    shares = {
-        "first token": [a[0] for a in seen],
-        "stages": [a[start:end].sum() for a, (start, end) in zip(seen, spans)],
-        "before the stages": [a[first:start].sum() for a, (start, _) in zip(seen, spans)],
-    }
-    out = {"shares": {k: float(np.mean(v)) for k, v in shares.items()}}
-    for side, masked in (("start", from_start), ("end", from_end)):
-        out[f"masked_from_{side}"] = curve(np.stack(masked, 1), groups, args.seed)
+    seen, plain = judge.end_attention(rows, args.layers, args.batch_size), right(0, 0)
+    masked = {"start": [right(0, k) for k in range(K + 1)]}
+    masked["end"] = [plain, *(right(K - k, K) for k in range(1, K + 1))]
+    reached = np.array([np.append(0, a.cumsum(dtype=float))[e] for a, e in zip(seen, edges)])
+    cumulative = reached[:, 1:] - reached[:, :1]
+    by_stage = {"density": stage_density(np.diff(reached), np.diff(edges))}
+    by_stage["cumulative"] = cumulative / np.maximum(cumulative[:, -1:], 1e-12)
+    first = np.array([a[0] for a in seen])
+    shares = {"first token": first, "stages": cumulative[:, -1]}
+    shares["before the stages"] = np.maximum(reached[:, 0] - first, 0)
+    out = {"shares": {k: float(v.mean()) for k, v in shares.items()}}
+    for side, columns in masked.items():
+        out[f"masked_from_{side}"] = curve(np.stack(columns, 1), groups, args.seed)
     for side, members in (("right", plain == 1), ("wrong", plain == 0)):
         for name, values in by_stage.items():
             values = values.reshape(-1, 2, K).mean(1)[members]
             stages = curve(values, groups[members], args.seed)
             out[f"{name}_{side}"] = {"pairs": len(values), **stages}
     return out
-
-
-def with_teacher(encoder: Encoder, teacher: Judge | None) -> Encoder:
-    """The same encoder, for a teacher too."""
-    tokenizer = teacher.model.tokenizer if teacher else None
-    return Encoder(encoder.tokenizer, encoder.max_length, encoder.overlong, tokenizer)
-
-
-def check_simulated_map(judge: Judge) -> None:
-    """Raises UserError where queries and keys alone do not give a model's attention, tried on four
-    tokens: then there is no simulated map."""
-    ids, layers = torch.tensor([[5, 6, 7, 8]], device=judge.device), range(judge.layer_count)
-    told = idistill.attempt(idistill.readable_maps, judge.model, ids, layers, True)
-    is_exact = judge.model.dtype == torch.float32  # bf16 rounds too much to tell
-    if is_exact and told != "tap":
-        raise UserError(
-            f"{judge.name}: queries and keys alone do not give its attention (capped logits, a "
-            "sink or a position bias), so there is no simulated map"
-        )
 
 
 @torch.no_grad()
@@ -857,47 +792,32 @@ def word_maps(judge: Judge, teacher: Judge | None, examples: list[Example], laye
     (B, W, W) each; the segment of each word, -1 where one of the models does not see it, (B, W)."""
     pad = judge.model.config.get_text_config().pad_token_id or 0
     batch = idistill.student_batch(examples, pad, judge.device)
-    word_seg, W = batch["word_seg"], batch["word_seg"].shape[1]
-    with judge.amp():
-        model = idistill.SiameseRewardModel(judge.model)
-        _, maps = model(batch, tuple(pick_layers(judge, layers)))
-    S = sum(idistill.pool_words(token_map, batch["word"], W) for token_map in maps) / len(maps)
-    if teacher is None:
-        return S, None, word_seg
-    T, reader = torch.zeros_like(S), teacher.model
-    for is_swapped in (False, True):
-        swap = np.full(len(examples), is_swapped)
-        both = idistill.teacher_batch(examples, swap, reader.tokenizer, reader.room, teacher.device)
-        with teacher.amp():
-            _, maps = reader(both, (-1,))
-        T += idistill.pool_words(maps[0], both["word"], W) / 2
-        word_seg = word_seg.masked_fill(~idistill.seen_words(both["word"], W), -1)
-    return S, T, word_seg
+    student, layers = idistill.SiameseRewardModel(judge.model), tuple(pick_layers(judge, layers))
+    reader, rows, found = teacher and teacher.model, None, []
+    for is_swapped in (False, True) if teacher else (False,):
+        if teacher:
+            swap, how = np.full(len(examples), is_swapped), (reader.tokenizer, reader.room)
+            rows = idistill.teacher_batch(examples, swap, *how, teacher.device)
+        with judge.amp():
+            found.append(idistill.interaction_maps(student, reader, batch, rows, (layers, (-1,))))
+    _, _, S, _, word_seg = found[0]
+    T = sum(maps[0] for *_, maps, _ in found) / 2 if teacher else None
+    return sum(S) / len(S), T, word_seg.masked_fill(found[-1][-1] < 0, -1)
 
 
 def teacher_agreement(judge: Judge, teacher: Judge, examples: list[Example], args) -> dict:
-    """KL(T_i || S_i) of the words of both responses, mean by stage: {"intra", "inter": (N, K)}."""
-    check_simulated_map(judge)
-    K, few, unseen = args.stages, max(1, args.batch_size // 4), 0  # few: maps need memory
-    out = {name: np.full((len(examples), K), np.nan) for name in ("intra", "inter")}
-    for start in bar(range(0, len(examples), few), "teacher agreement"):
+    """The alignment loss (E6) of each pair, in the rows of both responses: {"kl_intra", "kl_inter":
+    (N,)}, in nats a row."""
+    out, unseen, few = {"kl_intra": [], "kl_inter": []}, 0, max(1, args.batch_size // 4)
+    for start in bar(range(0, len(examples), few), "teacher agreement"):  # few: maps need memory
         batch = examples[start : start + few]
         S, T, word_seg = word_maps(judge, teacher, batch, args.layers)
         unseen += sum(len(e.word_seg) for e in batch) - int((word_seg >= 0).sum())
-        stage = np.full(word_seg.shape, -1)  # of all words, those that the teacher does not see too
-        for b, e in enumerate(batch):
-            for words in (np.flatnonzero(e.word_seg == s) for s in (1, 2)):
-                stage[b, words] = np.arange(len(words)) * K // max(1, len(words))
-        for name, block in zip(out, idistill.block_masks(word_seg)):
-            T_i, S_i = (idistill.renormalise(word_map, block) for word_map in (T, S))
-            kl = idistill.kl_rows(T_i, S_i) * (T_i.sum(-1) > 0)  # (B, W)
-            kl = kl.where(block.any(-1), torch.nan).cpu().numpy()
-            for b, k in np.ndindex(len(batch), K):
-                values = kl[b, stage[b] == k]
-                if not np.isnan(values).all():
-                    out[name][start + b, k] = np.nanmean(values)
+        of_responses = (word_seg > 0)[:, :, None]
+        for losses, block in zip(out.values(), idistill.block_masks(word_seg)):
+            losses += idistill.alignment_loss(T, S, block & of_responses).tolist()
     print(f"{unseen} words that one of the models does not see are left out of the maps")
-    return out
+    return {name: np.array(losses) for name, losses in out.items()}
 
 
 def print_attention(file: str, label: str, r: dict) -> None:
@@ -906,51 +826,43 @@ def print_attention(file: str, label: str, r: dict) -> None:
     def cells(key: str, form: str = ".2f", scale: float = 1) -> list[str]:
         return [shown(*both, form, scale) for both in zip(r[key]["mean"], r[key]["interval"])]
 
-    start = cells("masked_from_start", ".1f", 100)
-    columns = {"masked to here %": start}
+    columns = {"masked to here %": cells("masked_from_start", ".1f", 100)}
     columns["masked from here %"] = cells("masked_from_end", ".1f", 100)[::-1]
     for side in ("right", "wrong"):
         pairs = r[f"density_{side}"]["pairs"]
         columns[f"density, {pairs} {side}"] = ["", *cells(f"density_{side}")]
-    for side in ("right", "wrong"):
         columns[f"cumulative %, {side}"] = ["", *cells(f"cumulative_{side}", ".0f", 100)]
-    for kind in ("intra", "inter"):
-        if f"kl_{kind}" in r:
-            columns[f"KL {kind}"] = ["", *cells(f"kl_{kind}")]
-    first, inside, before = (f"{100 * v:.0f} %" for v in r["shares"].values())
-    print(
-        f"\n{file}, {label}: {r['pairs']} pairs; the scoring position gives {first} to the first "
-        f"token, {inside} to the stages, {before} to what is before them"
-    )
+    shares = ", ".join(f"{100 * v:.0f} % {where}" for where, v in r["shares"].items())
+    print(f"\n{file}, {label}: {r['pairs']} pairs; where the scoring position looks: {shares}")
     rows = [[str(k), *row] for k, row in enumerate(zip(*columns.values()))]
     print_rows(["stage", *columns], rows)
+    if "kl_intra" in r:
+        intra, inter = (shown(*r[f"kl_{kind}"].values()) for kind in ("intra", "inter"))
+        print(f"KL of the maps, nats a row: intra {intra}, inter {inter}")
 
 
 def plot_attention(result: dict, args) -> None:
     """For each file accuracy under masking from either side, and attention in pairs ranked right
     and wrong; the models have one legend, neighbours one scale."""
     what = {"response": "response", "all": "prompt and response"}[args.span]
+    masked = np.linspace(0, 100, args.stages + 1), 0.5, f"% masked of the {what}"
+    stages = np.arange(1, args.stages + 1), 1, f"stage of the {what}"
     panels = {
-        "masked_from_start": "the first part is masked",
-        "masked_from_end": "the last part is masked",
-        "density_right": "pairs ranked right",
-        "density_wrong": "pairs ranked wrong",
+        "masked_from_start": ("the first part is masked", *masked),
+        "masked_from_end": ("the last part is masked", *masked),
+        "density_right": ("pairs ranked right", *stages),
+        "density_wrong": ("pairs ranked wrong", *stages),
     }
     figure, axes = canvas(2 * len(result), 2, height=2.7, sharey="row")
     for row, (file, models) in zip(axes.reshape(-1, 4), result.items()):
-        for axis, (key, title) in zip(row, panels.items()):
-            x, even = np.linspace(0, 100, args.stages + 1), 0.5
-            xlabel = f"% masked of the {what}"
-            if "density" in key:
-                x, even, xlabel = np.arange(1, args.stages + 1), 1, f"stage of the {what}"
-                counts = [f"{args.names[m]} {r[key]['pairs']}" for m, r in models.items()]
-                title += f" ({', '.join(counts)})"
-            axis.axhline(even, color="grey", linewidth=0.8)
-            curves = {args.names[m]: r[key] for m, r in models.items()}
-            series = {name: (x, c["mean"], c["interval"]) for name, c in curves.items()}
+        for axis, (key, (title, x, even, xlabel)) in zip(row, panels.items()):
+            series = {"chance, even attention": (x, [even] * len(x), None)}
+            for name, r in models.items():
+                title += f", {args.names[name]} {r[key]['pairs']}" if "pairs" in r[key] else ""
+                series[args.names[name]] = x, r[key]["mean"], r[key]["interval"]
             draw(axis, series, title=f"{file}: {title}", xlabel=xlabel)
         row[0].set(ylabel="pair accuracy", ylim=(None, 1))
-        row[2].set(ylabel="attention density (1: even)", ylim=(0, None))
+        row[2].set(ylabel="attention density", ylim=(0, None))
     save_figure(figure, args.plot)
 
 
@@ -961,24 +873,21 @@ def show(args) -> None:
     """One pair: where the scoring position looks, the simulated map (beside the teacher's with
     --teacher), and occlusion, the change of the reward when a word is left out.
 
-    Attention shows where a model looks, not what moves its reward; occlusion shows that."""
+    Attention shows where a model looks, not what moves its reward; occlusion shows that. A word of
+    the prompt changes both rewards; a teacher's rewards are half its verdict, and minus that."""
     pairs = list(chain.from_iterable(read_files(args).values()))
-    found = [p for p in pairs if p.id == args.pair]
-    found += [p for k, p in enumerate(pairs) if str(k) == args.pair]
-    if not found:
-        last = len(pairs) - 1
-        raise UserError(
-            f"--pair {args.pair}: neither an id in the data nor a number from 0 to {last}"
-        )
-    teacher = open_teacher(args.teacher, args) if args.teacher else None
-    pages, teacher_page = [], None
+    numbered = {str(k): p for k, p in enumerate(pairs)}
+    pair = {**numbered, **{p.id: p for p in pairs[::-1]}}.get(args.pair)
+    if pair is None:
+        what = f"neither an id in the data nor a number from 0 to {len(pairs) - 1}"
+        raise UserError(f"--pair {args.pair}: {what}")
+    teacher = open_judge(args.teacher, args) if args.teacher else None
+    pages, of_teacher = [], []
     for name in args.models:
-        judge = open_judge(name, args, decoder=True)
-        page, teacher_page = read_pair(judge, teacher, found[0], args)
+        page, *of_teacher = read_pair(open_decoder(name, args, teacher), teacher, pair, args)
         pages.append(page)
         print_page(page)
-    if teacher:
-        pages.append(teacher_page)
+    pages += of_teacher
     print_occlusion(pages)
     save_json(args, {"models": pages})
     if args.html:
@@ -1004,11 +913,9 @@ def occlusion(judge: Judge, pair: Pair, batch_size: int = 32):
     words, segments, variants = [], [], [pair]
     for k, text in enumerate(contents):
         for start, end in data_prep.words_of(text):
-            *turns, chosen, rejected = [
-                *contents[:k],
-                without_span(text, start, end),
-                *contents[k + 1 :],
-            ]
+            before, after = text[:start].rstrip(), text[end:]
+            left = before + after if before else after.lstrip()
+            *turns, chosen, rejected = contents[:k] + [left] + contents[k + 1 :]
             prompt = [{**m, "content": turn} for m, turn in zip(pair.prompt, turns)]
             variants.append(replace(pair, prompt=prompt, chosen=chosen, rejected=rejected))
             words.append(text[start:end])
@@ -1019,7 +926,7 @@ def occlusion(judge: Judge, pair: Pair, batch_size: int = 32):
 
 def fitted_pair(judge: Judge, pair: Pair) -> Pair:
     """The pair as the judge reads it: cleaned, and cut where it is too long. Raises UserError."""
-    fitted = next(iter(judge.encoder.fit([pair], both_responses, "")))[0]
+    fitted = next(iter(judge.encoder.fit([pair], data_prep.responses_of, "")))[0]
     if fitted is None:
         limit = judge.encoder.max_length
         raise UserError(f"pair {pair.id}: does not fit into --max-length {limit}")
@@ -1027,56 +934,34 @@ def fitted_pair(judge: Judge, pair: Pair) -> Pair:
     return replace(pair, prompt=fitted.prompt, chosen=chosen, rejected=rejected)
 
 
-def without_span(text: str, start: int, end: int) -> str:
-    """The text without the characters start..end and the space before (at its start: behind)."""
-    before, after = text[:start].rstrip(), text[end:]
-    return before + after if before else after.lstrip()
-
-
-def occlusion_share(changes: np.ndarray, which: np.ndarray) -> float:
-    """Share of the absolute changes of occlusion (W, 2) that falls on some of the words, booleans
-    (W,) or indices; NaN where no word changes anything."""
-    size = np.abs(changes)
-    return float(size[which].sum() / size.sum()) if size.any() else float("nan")
-
-
-def read_pair(judge: Judge, teacher: Judge | None, pair: Pair, args) -> tuple[dict, dict | None]:
+def read_pair(judge: Judge, teacher: Judge | None, pair: Pair, args) -> list[dict]:
     """The page of a student, and that of the teacher, if there is one.
 
     A page: the W words and their segments; for each side its reward, and of each word the share of
-    the scoring position's attention and the change of the reward without it, (2, W) both; the map
-    (W, W), its rows renormalised in their block."""
-    check_simulated_map(judge)
-    fitted = fitted_pair(judge, pair)
-    example = with_teacher(judge.encoder, teacher)([fitted])[0]
-    words, segments, changes = occlusion(judge, fitted, args.batch_size)
+    the scoring position's attention (a teacher has none) and the change of the reward without it,
+    (2, W) both; the map (W, W), its rows renormalised in their block."""
+    pair = fitted_pair(judge, pair)
+    example = judge.encoder([pair])[0]
     rows, _ = response_rows([example])
     attention = []
-    ends = judge.end_attention(rows, args.layers, args.rollout, args.batch_size)
-    for s, shares in zip((1, 2), ends):
+    for s, shares in zip((1, 2), judge.end_attention(rows, args.layers, args.batch_size)):
         word = example.word[(example.seg == 0) | (example.seg == s)]
-        attention.append(np.bincount(word[word >= 0], shares[word >= 0], len(words)).tolist())
-    S, T, word_seg = word_maps(judge, teacher, [example], args.layers)
-    page = {"model": judge.name, "name": judge.label, "id": pair.id, "words": words}
-    page |= {"segments": segments.tolist(), "map": block_shares(S, word_seg)}
-    page |= {"rewards": judge.score_rows(rows, args.batch_size).tolist(), "attention": attention}
-    page["occlusion"] = changes.T.tolist()
-    if teacher is None:
-        return page, None
-    others, _, changes = occlusion(teacher, fitted, args.batch_size)
-    rewards, _ = teacher.score([fitted], args.batch_size)
-    theirs = {"model": teacher.name, "name": teacher.label, "map": block_shares(T, word_seg)}
-    theirs |= {"rewards": rewards[0].tolist(), "attention": None, "occlusion": None}
-    if others == words:  # it may defuse other special tokens in the texts, which makes other words
-        theirs["occlusion"] = changes.T.tolist()
-    return page, {**page, **theirs}
-
-
-def block_shares(word_map: torch.Tensor, word_seg: torch.Tensor) -> list[list[float]]:
-    """A word map (1, W, W) as lists, its rows renormalised in each block; word_seg (1, W)."""
-    blocks = idistill.block_masks(word_seg)
-    shares = sum(idistill.renormalise(word_map, block) for block in blocks)
-    return shares[0].cpu().double().numpy().round(5).tolist()
+        of_words = np.bincount(word[word >= 0], shares[word >= 0], len(example.words))
+        attention.append(of_words.tolist())
+    *maps, word_seg = word_maps(judge, teacher, [example], args.layers)
+    pages = []
+    for reader, word_map in zip((judge, teacher) if teacher else (judge,), maps):
+        page = {"model": reader.name, "name": reader.label, "id": pair.id, "words": example.words}
+        page["segments"] = example.word_seg.tolist()
+        page["rewards"] = reader.score([pair], args.batch_size)[0][0].tolist()
+        page["attention"] = attention if reader is judge else None
+        shares = sum(idistill.renormalise(word_map, b) for b in idistill.block_masks(word_seg))
+        page["map"] = shares[0].cpu().double().numpy().round(5).tolist()
+        words, _, changes = occlusion(reader, pair, args.batch_size)
+        # a teacher may defuse other special tokens in the texts, which makes other words
+        page["occlusion"] = changes.T.tolist() if words == example.words else None
+        pages.append(page)
+    return pages
 
 
 def print_page(page: dict) -> None:
@@ -1085,10 +970,8 @@ def print_page(page: dict) -> None:
     for s, side in ((1, "chosen"), (2, "rejected")):
         reward, attention = page["rewards"][s - 1], page["attention"][s - 1]
         most = [f"{words[w]} ({100 * attention[w]:.1f} %)" for w in np.argsort(attention)[::-1][:5]]
-        print(
-            f"\n{page['name']}, {side}, reward {reward:.3f}; {100 * sum(attention):.0f} % of the "
-            f"attention is on words, most on {', '.join(most)}"
-        )
+        what = f"{100 * sum(attention):.0f} % of the attention is on words, most on"
+        print(f"\n{page['name']}, {side}, reward {reward:.3f}; {what} {', '.join(most)}")
         pale = [int(255 - 200 * a / (max(attention) or 1.0)) for a in attention]
         coloured = [f"\x1b[48;2;255;{p};{p}m\x1b[30m{w}\x1b[0m" for w, p in zip(words, pale)]
         for segment in (0, s):
@@ -1114,13 +997,9 @@ def print_occlusion(pages: list[dict], most: int = 10) -> None:
             cells = [", ".join(f"{r[side, w]:+.3g}" for side in sides) for r in changes]
             cells = [f"{cell} ({100 * share:.0f} %)" for cell, share in zip(cells, shares[:, w])]
             rows.append([words[w], ("prompt", "chosen", "rejected")[segment], *cells])
-        print("\nWhat moves the reward: its change when a word is left out")
+        what = "its change when a word is left out (share of the changes of all words)"
+        print(f"\nWhat moves the reward: {what}")
         print_rows(["left out", "of", *(page["name"] for page in group)], rows)
-    print(
-        "(a word of the prompt changes both rewards, of chosen and of rejected; in brackets: its\n"
-        " share of the absolute changes of all words; a teacher's rewards: half its verdict, and\n"
-        " minus that)"
-    )
 
 
 def added_to_margin(page: dict) -> np.ndarray:
@@ -1145,13 +1024,11 @@ def plot_show(pages: list[dict], path: str) -> None:
         verdict = "chosen" if margin > 0 else "rejected"
         label_axes(above, title=f"{page['name']} prefers {verdict} ({margin:+.1f})")
         adds = 100 * added_to_margin(page)
-        colours = np.where(adds > 0, COLOURS[0], COLOURS[1])
-        below.bar(range(len(adds)), adds, color=colours)
+        below.bar(range(len(adds)), adds, color=np.where(adds > 0, COLOURS[0], COLOURS[1]))
         below.axhline(0, color="black", linewidth=0.6)
         for edge in np.flatnonzero(np.diff(segments)) + 0.5:
-            above.axhline(edge, color="black", linewidth=0.6)
-            above.axvline(edge, color="black", linewidth=0.6)
-            below.axvline(edge, color="black", linewidth=0.6)
+            for line in (above.axhline, above.axvline, below.axvline):
+                line(edge, color="black", linewidth=0.6)
         words = [w for w in labelled if w < len(segments)]
         below.set_xticks(words, [page["words"][w][:14] for w in words], rotation=90)
         below.set_ylim(-limit, limit)
@@ -1169,21 +1046,17 @@ def plot_show(pages: list[dict], path: str) -> None:
 
 def telling_words(pages: list[dict], most: int) -> list[int]:
     """The places of the words that attention or occlusion single out in some page, with room for
-    each label; all words where there are few."""
+    each label."""
     W = max(len(page["words"]) for page in pages)
-    if most >= W:
-        return list(range(W))
     weight = np.zeros(W)
-    for values in (
-        [np.mean(page["map"], axis=0) for page in pages],
-        [np.abs(added_to_margin(page)) for page in pages],
-    ):
-        top = max(v.max() for v in values) or 1
-        for v in values:
-            weight[: len(v)] = np.maximum(weight[: len(v)], v / top)
+    maps = [np.mean(page["map"], axis=0) for page in pages]
+    for columns in (maps, [np.abs(added_to_margin(page)) for page in pages]):
+        top = max(values.max() for values in columns) or 1
+        for values in columns:
+            weight[: len(values)] = np.maximum(weight[: len(values)], values / top)
     kept = []
     for w in np.argsort(-weight, kind="stable").tolist():
-        if weight[w] > 0.15 and all(abs(w - other) >= W / most for other in kept):
+        if all(abs(w - other) >= W / most for other in kept):
             kept.append(w)
     return kept
 
@@ -1192,12 +1065,12 @@ def write_html(pages: list[dict], path: str) -> None:
     """A page that stands alone; the scales are those of all models."""
     views = []
     for page in pages:
-        segments = np.array(page["segments"])
         view = {k: page[k] for k in ("name", "model", "words", "segments", "rewards", "map")}
         view["left out"] = added_to_margin(page).tolist()
         if page["attention"]:  # of a word of the prompt: the mean over both scoring positions
             shares = np.array(page["attention"])
-            view["attention"] = np.where(segments, shares.max(0), shares.mean(0)).tolist()
+            means = np.where(page["segments"], shares.max(0), shares.mean(0))
+            view["attention"] = means.tolist()
         views.append(view)
     with written(path) as f:
         f.write(HTML.replace("PAGES", json.dumps(views).replace("<", "\\u003c")))
@@ -1205,98 +1078,75 @@ def write_html(pages: list[dict], path: str) -> None:
 
 HTML = """<!doctype html><html lang="en"><meta charset="utf-8"><title>One pair</title>
 <style>
-body { font: 15px/1.6 sans-serif; margin: 1.5em; color: #111 }
-#models { display: flex; flex-wrap: wrap; gap: 1em; align-items: flex-start }
-section { flex: 1 1 20em; max-width: 34em; border: 1px solid #aaa; padding: 0 1em 1em }
-h2 { margin: .4em 0 } span { padding: 1px 2px; cursor: pointer } canvas { width: 100% }
-.on { outline: 2px solid #000 } button { font: inherit; margin-left: .5em }
-i { display: inline-block; width: 8em; height: .8em; border: 1px solid #777; margin: 0 .5em }
+body { font: 15px/1.6 sans-serif; margin: 1.5em; color: #111; display: flex; flex-wrap: wrap }
+h1 { flex: 1 0 100% } h3 { font-size: 1em; margin: 1.5em 0 0 } span { padding: 1px 2px }
+section { flex: 1 1 20em; max-width: 34em; border: 1px solid #aaa; padding: 0 1em; margin: .5em }
+canvas { width: 100% } p { margin: .3em 0 }
+i { display: inline-block; width: 5em; height: .8em; border: 1px solid #777; margin: 0 .5em }
 </style>
 <h1>One pair, as reward models read it</h1>
-<p id="modes">Shade the words by</p><p id="scale"></p><div id="models"></div>
 <script>
-const pages = PAGES, sides = ["prompt", "chosen", "rejected"], spans = [], draws = []
+const pages = PAGES, sides = ["prompt", "chosen", "rejected"]
 const blue = "0,90,180", orange = "230,140,0", grey = "0,0,0"
-const find = id => document.getElementById(id)
 const add = (to, tag, text = "") => {
   const e = document.createElement(tag)
   e.textContent = text
   to.append(e)
   return e }
 const percent = v => (100 * v).toFixed(1) + " %"
-const highest = key => Math.max(...pages.flatMap(p => (p[key] || [0]).flat()).map(Math.abs)) || 1
-const tops = {}
-for (const key of ["attention", "left out", "map"]) tops[key] = highest(key)
+const tops = {}  // one scale for all models
+for (const key of ["attention", "left out", "map"])
+  tops[key] = Math.max(...pages.flatMap(p => (p[key] || [0]).flat()).map(Math.abs)) || 1
 const ramp = (rgb, key, says) => "0" +
   `<i style="background:linear-gradient(90deg,#fff,rgb(${rgb}))"></i>${percent(tops[key])} ${says}`
-const modes = {  // button, what the shades mean
-  attention: ["attention of the scoring position", ramp(blue, "attention",
-    "of the attention of the response's scoring position (prompt: mean of both). " +
-    "A teacher has no such position.")],
-  "left out": ["what moves the reward", ramp(blue, "left out", "speaks for chosen; ") +
-    ramp(orange, "left out", "speaks for rejected: what the word adds to the margin, found by " +
-    "leaving it out, as a share of the changes of all words.")],
-  map: ["a row of the map", ramp(blue, "map",
-    "of the attention that the framed word pays inside its block, in each model's own map. " +
-    "Click another word.")] }
-let mode = "attention", picked = 0
-const show = () => {
-  for (const b of find("modes").children) b.className = b.value == mode ? "on" : ""
-  find("scale").innerHTML = modes[mode][1]
-  for (const { e, i, page } of spans) {
-    const v = ((mode == "map" ? page.map[picked] : page[mode]) || {})[i] || 0
-    const shade = 0.8 * Math.sqrt(Math.abs(v) / tops[mode])
-    e.style.background = `rgba(${v < 0 ? orange : blue},${shade})`
-    e.title = `${page.name}: ${percent(v)}`
-    e.className = mode == "map" && i == picked ? "on" : "" }
-  for (const draw of draws) draw() }
-for (const key in modes) {
-  const b = add(find("modes"), "button", modes[key][0])
-  b.value = key
-  b.onclick = () => { mode = key; show() } }
+const shades = {  // of the words: title, scale
+  attention: ["Where the scoring position looks", ramp(blue, "attention",
+    "of its attention (prompt: mean of both responses)")],
+  "left out": ["What moves the reward", ramp(blue, "left out", "for chosen, ") +
+    ramp(orange, "left out", "for rejected: what the word adds to the margin, found by leaving " +
+    "it out, as a share of the changes of all words")] }
 for (const page of pages) {
-  const root = add(find("models"), "section"), [r_c, r_r] = page.rewards, W = page.words.length
+  const root = add(document.body, "section"), [r_c, r_r] = page.rewards, W = page.words.length
   add(root, "h2", page.name).title = page.model
   add(root, "p", `${page.name} prefers ${r_c > r_r ? "chosen" : "rejected"}: reward ` +
     `${r_c.toFixed(2)} of chosen, ${r_r.toFixed(2)} of rejected`)
-  sides.forEach((side, s) => {
-    const p = add(root, "p")
-    add(p, "b", side + ": ")
+  for (const key in shades) {
+    if (!page[key]) continue  // a teacher has no scoring position
+    add(root, "h3", `${shades[key][0]}: ${page.name}`)
+    add(root, "p").innerHTML = shades[key][1]
+    const texts = sides.map(side => add(root, "p"))
+    texts.forEach((p, s) => add(p, "b", sides[s] + ": "))
     page.words.forEach((word, i) => {
-      if (page.segments[i] != s) return
-      const e = add(p, "span", word)
-      p.append(" ")
-      spans.push({ e, i, page })
-      e.onclick = () => { mode = "map"; picked = i; show() } }) })
-  add(root, "b", `Map of ${page.name}`)
+      const v = page[key][i], e = add(texts[page.segments[i]], "span", word)
+      const shade = 0.8 * Math.sqrt(Math.abs(v) / tops[key])
+      e.style.background = `rgba(${v < 0 ? orange : blue},${shade})`
+      e.title = percent(v)
+      e.after(" ") }) }
+  add(root, "h3", `Map of ${page.name}`)
   const canvas = add(root, "canvas"), g = canvas.getContext("2d")
   const size = Math.max(4, Math.round(560 / W)), edge = 64
   canvas.width = canvas.height = edge + W * size
   add(root, "p").innerHTML = ramp(grey, "map", "of the attention that a word (row) pays to " +
     "another (column), on a square-root scale. Prompt and own response make up 100 %, and so " +
     "does the other response.")
-  draws.push(() => {
-    g.clearRect(0, 0, canvas.width, canvas.height)
-    page.map.forEach((row, i) => row.forEach((v, j) => {
-      g.fillStyle = `rgba(${grey},${Math.sqrt(v / tops.map)})`
-      g.fillRect(edge + j * size, edge + i * size, size, size) }))
-    g.font = "18px sans-serif"
-    g.lineWidth = 2
-    g.fillStyle = g.strokeStyle = "#06c"
-    sides.forEach((side, s) => {  // a line before each segment, its name along it
-      const words = page.segments.filter(t => t == s).length * size
-      const at = edge + size * page.segments.indexOf(s), room = g.measureText(side).width
-      if (!words) return
-      const start = words > room ? at + (words - room) / 2 : at + words - room
-      g.fillText(side, start, edge - 8)
-      g.save()
-      g.rotate(-Math.PI / 2)
-      g.fillText(side, -start - room, edge - 8)
-      g.restore()
-      g.strokeRect(edge, at, W * size, 0)
-      g.strokeRect(at, edge, 0, W * size) })
-    if (mode == "map") g.strokeRect(edge, edge + picked * size, W * size, size) }) }
-show()
+  page.map.forEach((row, i) => row.forEach((v, j) => {
+    g.fillStyle = `rgba(${grey},${Math.sqrt(v / tops.map)})`
+    g.fillRect(edge + j * size, edge + i * size, size, size) }))
+  g.font = "18px sans-serif"
+  g.lineWidth = 2
+  g.fillStyle = g.strokeStyle = "#06c"
+  sides.forEach((side, s) => {  // a line before each segment, its name along it
+    const words = page.segments.filter(t => t == s).length * size
+    if (!words) return
+    const at = edge + size * page.segments.indexOf(s), room = g.measureText(side).width
+    const start = words > room ? at + (words - room) / 2 : at + words - room
+    g.strokeRect(edge, at, W * size, 0)
+    g.strokeRect(at, edge, 0, W * size)
+    g.fillText(side, start, edge - 8)
+    g.save()
+    g.rotate(-Math.PI / 2)
+    g.fillText(side, -start - room, edge - 8)
+    g.restore() }) }
 </script></html>
 """
 
@@ -1357,30 +1207,25 @@ def edited(text: str, edit: dict[str, str]) -> str:
     return text
 
 
-def is_edit(edit) -> bool:
-    """Whether a value of --edits is {KIND: text, ...}."""
-    if not isinstance(edit, dict) or not edit or edit.get("built_in", "upper") not in BUILT_IN:
-        return False
-    return all(kind in APPLY and isinstance(text, str) for kind, text in edit.items())
-
-
 def read_edits(path: str | None) -> dict[str, dict]:
     """EDITS with those of a file added, replaced or (null) taken out. Raises UserError."""
+    if not path:
+        return EDITS
     try:
-        more = json.loads(Path(path).read_text(encoding="utf-8")) if path else {}
+        more = json.loads(Path(path).read_text(encoding="utf-8"))
         json.dumps(more, ensure_ascii=False).encode()  # half a surrogate pair is no character
+        if not isinstance(more, dict):
+            raise ValueError('it is no JSON object, such as {"thanks": {"append": " Thanks!"}}')
     except (OSError, ValueError) as why:
         raise UserError(f"--edits {path}: cannot be read ({why})") from None
-    if not isinstance(more, dict):
-        example = '{"thanks": {"append": " Thanks!"}}'
-        raise UserError(f"--edits {path}: is not one JSON object, such as {example}")
-    for name, edit in more.items():
-        if not is_edit(edit) and not (edit is None and name in EDITS):
-            raise UserError(
-                f'--edits {path}: "{name}" is not {{KIND: text}} with a KIND of {", ".join(APPLY)} '
-                f"(one of {', '.join(BUILT_IN)}), nor null for one of: {', '.join(EDITS)}"
-            )
-    edits = {name: edit for name, edit in {**EDITS, **more}.items() if edit}
+    edits = {name: edit for name, edit in {**EDITS, **more}.items() if edit is not None}
+    for name, edit in edits.items():
+        try:
+            edited("Tried on this.", edit)
+        except (AttributeError, KeyError, TypeError):  # no object, no such KIND, no text
+            kinds = f"{', '.join(APPLY)} (one of {', '.join(BUILT_IN)})"
+            what = f'"{name}" is neither null nor {{KIND: text}} with a KIND of {kinds}'
+            raise UserError(f"--edits {path}: {what}") from None
     if not edits:
         raise UserError(f"--edits {path}: leaves no edit")
     return edits
@@ -1389,6 +1234,9 @@ def read_edits(path: str | None) -> dict[str, dict]:
 def attack(args) -> None:
     """How often surface edits of the rejected response alone overturn a right ranking, and what
     reward they earn.
+
+    Ties after the edit count half. The shift of the reward is in standard deviations of the rewards
+    of the unedited responses. The same pairs serve for every edit.
 
     --edits FILE.json, {"name": EDIT, ...}, adds edits to the built-in ones, or replaces those of
     the same name. An EDIT is {"append": text}, {"prepend": text}, {"replace_end": text} (the last
@@ -1410,11 +1258,6 @@ def attack(args) -> None:
     for file, models in result.items():
         print(f"\n{file}: {len(files[file])} pairs, only the rejected response is edited")
         print_attack(edits, models, args.names)
-    print(
-        "\n(flips: of the pairs ranked right before, ties after the edit count half; shift: of\n"
-        " the reward, in standard deviations of the rewards of the unedited responses; the same\n"
-        " pairs and prompts for every edit)"
-    )
     if args.plot:
         plot_attack(edits, result, args)
 
@@ -1425,13 +1268,12 @@ def overturned(r: np.ndarray, edits: dict, groups: np.ndarray, seed: int) -> dic
     for edit, after in zip(edits, r[:, 2:].T):
         flip = 1 - outcomes(r[:, 0] - after)
         rows[edit] = estimate(flip[right], groups[right], seed, "flip_rate flip_interval")
-        rows[edit] |= {"flips_of_all": float((flip * right).mean())}
-        rows[edit] |= {"accuracy": float(1 - flip.mean())}
+        rows[edit]["accuracy"] = float(1 - flip.mean())
         shift = (after - r[:, 1]) / spread if spread else np.zeros(0)  # a constant has no unit
         rows[edit] |= estimate(shift, groups[: len(shift)], seed, "shift shift_interval")
     before = float(outcomes(r[:, 0] - r[:, 1]).mean())
-    ranked_right = int(right.sum())
-    return {"edits": rows, "accuracy": before, "ranked_right": ranked_right, "reward_std": spread}
+    out = {"edits": rows, "accuracy": before, "ranked_right": int(right.sum())}
+    return {**out, "reward_std": spread}
 
 
 def print_attack(edits: dict, models: dict, names: dict[str, str]) -> None:
@@ -1439,31 +1281,29 @@ def print_attack(edits: dict, models: dict, names: dict[str, str]) -> None:
     rows = []
     for name, m in models.items():
         label = f"{names[name]} ({m['pairs']} pairs, {m['dropped']} dropped)"
-        rows.append([label, "", "", percent(m.get("accuracy"))])
+        rows.append([label, "", percent(m.get("accuracy"))])
     for edit in edits:
         rows.append([edit])
         for name, m in models.items():
             if m["pairs"]:
                 e = m["edits"][edit]
-                flips = [percent(e["flip_rate"], e["flip_interval"]), percent(e["flips_of_all"])]
-                shift = shown(e["shift"], e["shift_interval"], "+.2f")
-                rows.append([f"  {names[name]}", *flips, percent(e["accuracy"]), shift])
-    print_rows(["", "flips % [95 %]", "of all %", "accuracy %", "shift [95 %]"], rows)
+                cells = [percent(e["flip_rate"], e["flip_interval"]), percent(e["accuracy"])]
+                cells.append(shown(e["shift"], e["shift_interval"], "+.2f"))
+                rows.append([f"  {names[name]}", *cells])
+    print_rows(["", "flips % [95 %]", "accuracy %", "shift [95 %]"], rows)
 
 
 def plot_attack(edits: dict, result: dict, args) -> None:
-    """Flips by edit, the models side by side; a panel a file."""
+    """Flips by edit, the models side by side."""
+
+    def view(label: str, m: dict) -> dict:
+        rows = m["edits"].values()
+        flips = [[e[key] for e in rows] for key in ("flip_rate", "flip_interval")]
+        return {label: (range(len(rows)), *flips)}
+
     height = 1.2 + len(edits) * max(0.25, 0.13 * len(args.models))
-    figure, axes = canvas(1, len(result), height, sharey=True, sharex=True)
-    for axis, (file, models) in zip(axes[0], result.items()):
-        series = {}
-        for name, m in models.items():
-            rows = m["edits"].values()
-            values = [[e[key] for e in rows] for key in ("flip_rate", "flip_interval")]
-            series[args.names[name]] = range(len(rows)), *values
-        label = "share of flips, 95 % interval"
-        draw(axis, series, list(edits), title=file, xlabel=label, xlim=(0, None))
-    save_figure(figure, args.plot)
+    labels = {"xlabel": "share of flips, 95 % interval", "xlim": (0, None)}
+    plot_models(args, result, view, list(edits), height, **labels)
 
 
 # ------------------------------------------------------------------------------- verb: bestofn
@@ -1476,11 +1316,10 @@ def bestofn(args) -> None:
     A line of --data is {"prompt", "responses": [text, ...], "gold": [number, ...]} or, one good
     and several bad, {"prompt", "chosen": text, "rejected": [text, ...]} (gold 1 and 0). Prompts may
     differ in their number of candidates: the curves then end at the fewest. RewardBench 2, as
-    data_prep.py converts it, has its own numbers too."""
+    data_prep.py converts it, has its own numbers too. KL = log n - (n-1)/n."""
     files = read_files(args, data_prep.read_candidates)
     result = {file: {} for file in files}
-    head = {"files": result}
-    for name, file, items, r, *_ in scored(args, files, head, lambda item: item.responses):
+    for name, file, items, r, *_ in scored(args, files, {"files": result}):
         fits = ~np.isnan(r[:, 0])
         row = {"prompts": int(fits.sum()), "dropped": int((~fits).sum())}
         if fits.any():
@@ -1489,27 +1328,24 @@ def bestofn(args) -> None:
                 line[: len(item.gold)] = item.gold
             groups = prompt_groups(items)[fits]
             row |= over_optimisation(r[fits].astype(float), gold[fits], groups, args.seed)
-        row |= own_score(items, r)
+        own = [k for k, p in enumerate(items) if data_prep.benchmark_of(p) == "rewardbench-2"]
+        if own:
+            rewards = [r[k][: len(items[k].responses)] for k in own]
+            row["rewardbench-2"] = data_prep.rewardbench2_score([items[k] for k in own], rewards)
         result[file][name] = row
     for file, models in result.items():
         print_bestofn(file, files[file], models, args.names)
-    print(
-        "\n(KL = log n - (n-1)/n; gap: highest gold of any n minus gold at N, never negative;\n"
-        " gains: from n = 1 to N, in standard deviations within a prompt; intervals: 95 %,\n"
-        " bootstrap over prompts)"
-    )
     if args.plot:
         plot_bestofn(result, args)
 
 
 def draw_weights(N: int, most: int) -> np.ndarray:
     """Chance that the k-th lowest of N is the highest of n drawn without replacement, C(k-1, n-1)
-    of C(N, n): (most, N) for n = 1..most, k = 1..N, by logarithms, since the binomials overflow."""
-    log_f = np.array([lgamma(k + 1) for k in range(N + 1)])  # log k!
-    k, n = np.arange(1, N + 1), np.arange(1, most + 1)[:, None]
-    logs = log_f[k - 1] - log_f[n - 1] - log_f[np.maximum(k - n, 0)]
-    logs = logs - log_f[N] + log_f[n] + log_f[N - n]
-    return np.where(k >= n, np.exp(logs), 0.0)
+    of C(N, n): (most, N) for n = 1..most, k = 1..N, each row from the last."""
+    k, weights = np.arange(1, N + 1), [np.full(N, 1 / N)]
+    for n in range(1, most):
+        weights.append(weights[-1] * np.maximum(k - n, 0) / n * (n + 1) / (N - n))
+    return np.array(weights)
 
 
 def best_of_n(proxy: np.ndarray, values: np.ndarray) -> np.ndarray:
@@ -1531,41 +1367,22 @@ def best_of_n(proxy: np.ndarray, values: np.ndarray) -> np.ndarray:
 def over_optimisation(proxy: np.ndarray, gold: np.ndarray, groups: np.ndarray, seed: int) -> dict:
     """What bestofn says of a model: curves over n of proxy and gold (P, N), NaN after the last
     candidate; KL of the best of n from a random choice: log n - (n-1)/n (arXiv 2210.10760)."""
-    of_gold, proxy_curve = best_of_n(proxy, gold), best_of_n(proxy, proxy).mean(0)
-    means, gold_curve = resampled_means(of_gold, groups, seed), of_gold.mean(0)
-    n = np.arange(1, len(gold_curve) + 1)
-    gains = []
-    for c, values in ((proxy_curve, proxy), (gold_curve, gold)):
-        spread = np.sqrt(np.nanvar(values, 1).mean())  # within prompts: each has a level of its own
-        gains.append(float((c[-1] - c[0]) / spread) if spread else None)
-    is_top = proxy == np.nanmax(proxy, 1, keepdims=True)
-    top_gold = np.where(is_top, gold, 0).sum(1) / is_top.sum(1)  # choosing among all of a prompt
-    best = gold_curve >= gold_curve.max() - 1e-9  # the first, where rounding alone differs
+    of_gold = best_of_n(proxy, gold)
+    means, curve = resampled_means(of_gold, groups, seed), of_gold.mean(0)
+    n = np.arange(1, len(curve) + 1)
+    best = curve >= curve.max() - 1e-9  # the first, where rounding alone differs
     return {
         "n": n.tolist(),
         "kl": (np.log(n) - (n - 1) / n).tolist(),
-        "proxy": proxy_curve.tolist(),
-        "gold": gold_curve.tolist(),
+        "proxy": best_of_n(proxy, proxy).mean(0).tolist(),
+        "gold": curve.tolist(),
         "gold_interval": interval(means),
-        **estimate(top_gold, groups, seed, "gold_of_all gold_of_all_interval"),
         "oracle": best_of_n(gold, gold).mean(0).tolist(),
         "random": float(np.nanmean(gold, 1).mean()),
-        "gap": float(gold_curve.max() - gold_curve[-1]),
+        "gap": float(curve.max() - curve[-1]),
         "gap_interval": interval(means.max(1) - means[:, -1]),
         "best_n": int(best.argmax()) + 1,
-        "proxy_gain": gains[0],
-        "gold_gain": gains[1],
-        "gain_difference": None if None in gains else gains[0] - gains[1],
     }
-
-
-def own_score(items: list, rewards: np.ndarray) -> dict[str, dict]:
-    """{"rewardbench-2": its numbers by subset, and their mean} of prompts from there, else {}."""
-    index = [k for k, item in enumerate(items) if data_prep.benchmark_of(item) == "rewardbench-2"]
-    if not index:
-        return {}
-    rows = [rewards[k][: len(items[k].responses)] for k in index]
-    return {"rewardbench-2": data_prep.rewardbench2_score([items[k] for k in index], rows)}
 
 
 def shown_n(m: dict) -> list[int]:
@@ -1575,53 +1392,44 @@ def shown_n(m: dict) -> list[int]:
 
 
 def print_bestofn(file: str, items: list, models: dict, names: dict[str, str]) -> None:
-    """A row for n = 1, 2, 4 ... N of each model, and what it gains."""
+    """A row for n = 1, 2, 4 ... N of each model."""
     counts = sorted({len(item.responses) for item in items})
-    each = " to ".join(map(str, dict.fromkeys([counts[0], counts[-1]])))
+    each = " to ".join(map(str, counts[:1] + counts[1:][-1:]))
     print(f"\n{file}: {len(items)} prompts, {each} candidates each")
-    rows = []
+    rows, gaps, own = [], [], {}
     for name, m in models.items():
         rows.append([f"{names[name]} ({m['prompts']} prompts, {m['dropped']} dropped)"])
         for k in shown_n(m):
             gold = shown(m["gold"][k], [ends[k] for ends in m["gold_interval"]])
             others = [shown(m["random"]), shown(m["oracle"][k])]
             rows.append([f"  {k + 1}", f"{m['kl'][k]:.2f}", shown(m["proxy"][k]), gold, *others])
-        if len(counts) > 1 and m["prompts"]:
-            gold = shown(m["gold_of_all"], m["gold_of_all_interval"])
-            rows.append(["  all of a prompt", "", "", gold, shown(m["random"])])
-    print_rows(["best of n", "KL", "proxy", "gold [95 %]", "random", "oracle"], rows)
-    for name, m in models.items():
         if m["prompts"]:
-            keys = ("proxy_gain", "gold_gain", "gain_difference")
-            gain = [shown(m[key], form="+.2f") for key in keys]
             gap = f"{shown(m['gap'], m['gap_interval'])} below the best gold, at n = {m['best_n']}"
-            says = "proxy gain {}, gold gain {}, difference {}".format(*gain)
-            print(f"{names[name]}: gap {gap}; {says}")
-    scores = {names[name]: m["rewardbench-2"] for name, m in models.items() if "rewardbench-2" in m}
-    if scores:
+            gaps.append(f"{names[name]}: the last gold is {gap}")
+        if "rewardbench-2" in m:
+            own[names[name]] = m["rewardbench-2"]
+    print_rows(["best of n", "KL", "proxy", "gold [95 %]", "random", "oracle"], rows)
+    print("\n".join(gaps))
+    if own:
         print("\nrewardbench-2 in its own terms")
-        subsets = next(iter(scores.values()))
-        rows = [[k, *(percent(s[k]) for s in scores.values())] for k in subsets]
-        print_rows(["%", *scores], rows)
+        subsets = next(iter(own.values()))
+        print_rows(["%", *own], [[k, *(percent(s[k]) for s in own.values())] for k in subsets])
 
 
 def plot_bestofn(result: dict, args) -> None:
-    """Gold score against the KL of the best of n, beside the oracle and a random choice; a panel a
-    file."""
-    figure, axes = canvas(1, len(result))
-    for axis, (file, models) in zip(axes[0], result.items()):
-        series = {}
-        for name, m in models.items():
-            columns = shown_n(m)
-            if columns:
-                kl, gold, oracle = (np.array(m[key])[columns] for key in ("kl", "gold", "oracle"))
-                series[args.names[name]] = kl, gold, np.array(m["gold_interval"]).T[columns]
-        if series:  # none where no prompt could be scored
-            series["oracle"] = kl, oracle, None
-            axis.axhline(m["random"], color="grey", linewidth=0.8, label="random choice")
-        labels = {"xlabel": "KL of the best of n, nats", "ylabel": "gold score, 95 % interval"}
-        draw(axis, series, title=file, **labels)
-    save_figure(figure, args.plot)
+    """Gold score against the KL of the best of n, beside the best and a random choice."""
+
+    def view(label: str, m: dict) -> dict:
+        if not m["prompts"]:
+            return {}
+        columns = shown_n(m)
+        kl, gold, oracle = (np.array(m[key])[columns] for key in ("kl", "gold", "oracle"))
+        series = {label: (kl, gold, np.transpose(m["gold_interval"])[columns].tolist())}
+        series["oracle"] = kl, oracle, None
+        return series | {"random choice": (kl, [m["random"]] * len(kl), None)}
+
+    labels = {"xlabel": "KL of the best of n, nats", "ylabel": "gold score, 95 % interval"}
+    plot_models(args, result, view, **labels)
 
 
 # ----------------------------------------------------------------------------- verb: stability
@@ -1629,7 +1437,11 @@ def plot_bestofn(result: dict, args) -> None:
 
 def stability(args) -> None:
     """Several runs of one recipe (their RUN/student): do they agree, and is sigma(margin) a
-    probability?"""
+    probability?
+
+    NLL, Brier score and ECE are those of sigma(margin); T is the temperature that would minimise
+    the NLL. Rank correlation is Spearman's, the mean over the other runs: of all rewards, and of
+    the margins, which do not see a shift between prompts."""
     files, drifts = read_files(args), {m: drift(m) for m in args.models}
     result = {file: {"models": {}} for file in files}
     kept = {file: [] for file in files}
@@ -1649,37 +1461,23 @@ def stability(args) -> None:
             here[f"rank_correlation_of_{what}"] = table
     for file, r in result.items():
         print_stability(file, len(files[file]), r, args.names)
-    for name, d in drifts.items():
-        said = "no metrics.jsonl beside it, so no drift"
-        if d:
-            steps = [f"{step}: {mean:.2f} ± {std:.2f}" for step, mean, std in zip(*d.values())]
-            said = "validation reward by step: " + ", ".join(steps)
-        print(f"{args.names[name]}: {said}")
-    print(
-        "\n(NLL, Brier, ECE of sigma(margin); T: the temperature that would minimise the NLL;\n"
-        " rank correlation: Spearman, mean over the other runs, of all rewards and of the\n"
-        " margins, which do not see a shift between prompts)"
-    )
+    for name in filter(drifts.get, drifts):
+        steps = zip(*drifts[name].values())
+        said = ", ".join(f"{step}: {mean:.2f} ± {std:.2f}" for step, mean, std in steps)
+        print(f"{args.names[name]}, validation reward by step: {said}")
     if args.plot:
-        plot_stability(result, drifts, args)
+        plot_stability(result, args)
 
 
 def drift(model: str) -> dict | None:
     """Validation rewards by step, from the metrics.jsonl beside a RUN/student; None for others."""
     folder = Path(model).resolve()
     path = folder.parent / "metrics.jsonl"
-    if not folder.is_dir() or not path.exists():
-        return None
+    raw = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    lines = [idistill.attempt(json.loads, line) for line in raw]  # a crash may cut one
+    lines = [m for m in lines if isinstance(m, dict) and m.get("phase") == folder.name]
+    lines = [m for m in lines if m.get("val_reward_std") is not None]
     names = {"steps": "step", "mean": "val_reward_mean", "std": "val_reward_std"}
-    lines = []
-    for raw in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            m = json.loads(raw)
-        except ValueError:  # a line cut by a crash
-            continue
-        is_ours = isinstance(m, dict) and m.get("phase") == folder.name
-        if is_ours and all(m.get(k) is not None for k in names.values()):
-            lines.append(m)
     return {k: [m[name] for m in lines] for k, name in names.items()} if lines else None
 
 
@@ -1699,15 +1497,13 @@ def fitted_temperature(margins: np.ndarray) -> float | None:
     """T > 0 with the least mean of -log sigma(margin / T), margins (N,): the loss is convex in
     1 / T, so its slope has one root. None where no finite T is best: nothing is ranked wrong, or
     margins tell no more than chance."""
+    scales = np.geomspace(1e-8, 1e8, 2**20)  # of 1 / T
 
-    def log_beta(k: int) -> float:
-        return 40 * k / 2**50 - 20
+    def slope(scale: float) -> float:
+        return -(margins * np.exp(-np.logaddexp(0, scale * margins))).mean()
 
-    def slope(k: int) -> float:
-        return -(margins * np.exp(-np.logaddexp(0, np.exp(log_beta(k)) * margins))).mean()
-
-    k = bisect(range(2**50), 0, key=slope)
-    return float(np.exp(-log_beta(k))) if 0 < k < 2**50 else None
+    k = bisect(scales, 0, key=slope)
+    return float(1 / scales[k]) if 0 < k < len(scales) else None
 
 
 def calibration(margins: np.ndarray, bins: int = 15) -> dict:
@@ -1746,131 +1542,70 @@ def print_stability(file: str, pairs: int, r: dict, names: dict[str, str]) -> No
             numbers.append(float(np.mean(others)) if others else None)
         right = percent(m.get("accuracy"), m.get("interval"))
         rows.append([names[name], right, *map(shown, numbers), str(m["dropped"])])
-    mean, std = (percent(r["accuracy"][k]) for k in ("mean", "std"))
-    print(
-        f"\n{file}: {pairs} pairs; accuracy of the runs {mean} ± {std} (mean, standard deviation)"
-    )
+    spread = " ± ".join(map(percent, r["accuracy"].values()))
+    print(f"\n{file}: {pairs} pairs; accuracy of the runs {spread} (mean, standard deviation)")
     header = ["stability", "accuracy % [95 %]", "NLL", "Brier", "ECE", "T", "rank corr."]
     print_rows([*header, "of margins", "dropped"], rows)
 
 
-def plot_stability(result: dict, drifts: dict, args) -> None:
-    """Reliability of sigma(|margin|), a panel a file; then the drift of the runs that have one."""
-    drifts = {args.names[name]: d for name, d in drifts.items() if d}
-    figure, axes = canvas(1, len(result) + bool(drifts))
-    for axis, (file, r) in zip(axes[0], result.items()):
-        series = {}
-        for name, m in r["models"].items():
-            bins = m.get("calibration", {}).get("bins", [])
-            points = [(b["confidence"], b["right"]) for b in bins]
-            series[args.names[name]] = *np.array(points).reshape(-1, 2).T, None
-        axis.plot([0.5, 1], [0.5, 1], color="grey", linewidth=0.8, label="calibrated")
-        labels = {"xlabel": "confidence, sigma(|margin|)", "ylabel": "share ranked right"}
-        draw(axis, series, title=file, ylim=(0, 1), **labels)
-    if drifts:
-        series = {}
-        for name, d in drifts.items():
-            mean, std = np.array(d["mean"]), np.array(d["std"])
-            series[name] = d["steps"], mean, list(zip(mean - std, mean + std))
-        label = "validation reward, mean ± std"
-        draw(axes[0, -1], series, title="while training", xlabel="step", ylabel=label)
-    save_figure(figure, args.plot)
+def plot_stability(result: dict, args) -> None:
+    """Reliability of sigma(|margin|)."""
+
+    def view(label: str, m: dict) -> dict:
+        bins = m.get("calibration", {}).get("bins", [])
+        confidence, right = ([b[key] for b in bins] for key in ("confidence", "right"))
+        series = {label: (confidence, right, [None] * len(bins))}
+        return {"calibrated": ([0.5, 1], [0.5, 1], None), **series}
+
+    models = {file: r["models"] for file, r in result.items()}
+    labels = {"xlabel": "confidence, sigma(|margin|)", "ylabel": "share ranked right"}
+    plot_models(args, models, view, ylim=(0, 1), **labels)
 
 
 # -------------------------------------------------------------------------------- command line
 
-
-def flag_groups() -> tuple[Parser, Parser, Parser]:
-    """Flags of all verbs, of those that score whole responses, of the two that read attention."""
-    common, scoring, maps = (Parser(add_help=False) for _ in range(3))
-    add = common.add_argument
-    text = "reward model (or RUN/teacher): local directory or hub id"
-    add("models", nargs="+", metavar="MODEL", help=text)
-    text = "pairs (bestofn: candidates), in any form that data_prep.py reads"
-    add("--data", nargs="+", default=[], metavar="FILE", help=text)
-    text = "what tables and pictures call the models (default: BT, ID ... by a run's config.json)"
-    add("--names", nargs="+", default=[], metavar="NAME", help=text)
-    add("--json", metavar="OUT", help="write the numbers there")
-    add("--plot", metavar="OUT.png", help="draw them (needs matplotlib)")
-    text = "only these subsets (default: all)"
-    add("--subset", nargs="+", default=[], metavar="NAME", help=text)
-    text = "a random N pairs of each file, by --seed (default: 0 = all)"
-    add("--limit", type=int, default=0, metavar="N", help=text)
-    text = "texts a batch, of about equal length (default: 32)"
-    add("--batch-size", type=int, default=32, help=text)
-    text = (
-        "longest prompt + response in tokens; the oldest of the prompt is cut, never a response "
-        "(default: 0 = the model's positions)"
-    )
-    add("--max-length", type=int, default=0, help=text)
-    text = (
-        "auto: bf16 autocast where the hardware has it; bf16: the weights too, half the memory "
-        "(default: auto); a decoder's head is always fp32"
-    )
-    add("--dtype", default="auto", choices=["auto", "fp32", "bf16"], help=text)
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
-    text = "seed of the bootstrap and of --limit (default: 0)"
-    add("--seed", type=int, default=0, help=text)
-    text = (
-        "score encoders that were trained on (question, answer) pairs: tokenizer(question, answer) "
-        "in place of one string; decoders are scored as ever"
-    )
-    scoring.add_argument("--pair-encoding", action="store_true", help=text)
-    add = maps.add_argument
-    text = "interaction teacher to compare the simulated maps with (RUN/teacher)"
-    add("--teacher", metavar="DIR", help=text)
-    text = "attention layers to average: last, all, or numbers as 0,-1 (default: last)"
-    add("--layers", default="last", help=text)
-    text = "attention rollout, through all layers whatever --layers says (arXiv 2005.00928)"
-    add("--rollout", action="store_true", help=text)
-    return common, scoring, maps
+FLAGS = {  # flag: (its verbs, "" for all; default; help)
+    "--data": ("", [], "pairs (bestofn: candidates), in any form that data_prep.py reads"),
+    "--json": ("", None, "file to write the numbers to"),
+    "--plot": ("", None, "file to draw them in: .png, .pdf or .svg (needs matplotlib)"),
+    "--limit": ("", 0, "a random so many pairs of each file, by --seed; 0: all"),
+    "--batch-size": ("", 32, "texts a batch, of about equal length"),
+    "--max-length": ("", 0, "tokens; the oldest of the prompt is cut; 0: the model's positions"),
+    "--dtype": ("", "auto", "auto: bf16 autocast on hardware that has it; bf16: weights too"),
+    "--device": ("", "auto", "auto, cpu, cuda, cuda:1, mps"),
+    "--seed": ("", 0, "seed of the bootstrap and of --limit"),
+    "--pair-encoding": ("", False, "for encoders trained on tokenizer(question, answer)"),
+    "--dump": ("accuracy", None, "file: a line a pair, RewardBench's keys, exact scored strings"),
+    "--strength": ("accuracy", None, "file: the pairs, strength = mean margin of all models"),
+    "--teacher": ("attention show", None, "RUN/teacher to compare the simulated maps with"),
+    "--layers": ("attention show", "last", "layers to average: last, all, or numbers as 0,-1"),
+    "--stages": ("attention", 10, "stages, by token position"),
+    "--span": ("attention", "response", "what is cut into stages: the response, all: prompt too"),
+    "--pair": ("show", "0", "id of the pair, or its number from 0"),
+    "--html": ("show", None, "file: a page that stands alone, to be opened in a browser"),
+    "--edits": ("attack", None, "JSON file of further edits, as described above"),
+}
+CHOICES = {"--dtype": ("auto", "fp32", "bf16"), "--span": ("response", "all")}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """One sub-command a verb."""
+    """One sub-command a verb; exits with 2 and one line for what argparse cannot check."""
     layout = argparse.RawDescriptionHelpFormatter
     ap = Parser(description=__doc__, formatter_class=layout)
-    common, scoring, maps = flag_groups()
-    verbs, adders = ap.add_subparsers(dest="verb", required=True), {}
+    verbs = ap.add_subparsers(dest="verb", required=True)
+    kinds = {bool: {"action": "store_true"}, int: {"type": int}, list: {"nargs": "+"}}
     for run in (accuracy, attention, show, attack, bestofn, stability):
-        parents = [common, maps if run in (attention, show) else scoring]
         about = {"description": inspect.cleandoc(run.__doc__), "formatter_class": layout}
-        verb = verbs.add_parser(run.__name__, parents=parents, allow_abbrev=False, **about)
+        verb = verbs.add_parser(run.__name__, allow_abbrev=False, **about)
         verb.set_defaults(run=run)
-        adders[run] = verb.add_argument
-    add = adders[accuracy]
-    text = "one line a pair, with RewardBench's keys and the exact scored strings"
-    add("--dump", metavar="PAIRS.jsonl", help=text)
-    text = (
-        "write the pairs with the field strength: the mean margin of the MODELs, for idistill.py "
-        "--margin-field strength and others"
-    )
-    add("--strength", metavar="OUT.jsonl", help=text)
-    add = adders[attention]
-    add("--stages", type=int, default=10, help="stages, by token position (default: 10)")
-    text = "what is cut into stages: the response, or prompt + response (default: response)"
-    add("--span", default="response", choices=["response", "all"], help=text)
-    text = (
-        "count the first token (attention sink, arXiv 2309.17453) into the stages of --span all "
-        "(default: apart)"
-    )
-    add("--with-first", action="store_true", help=text)
-    text = "delete the masked tokens instead of hiding them in place"
-    add("--delete", action="store_true", help=text)
-    text = "id of the pair, or its number from 0 (default: 0)"
-    adders[show]("--pair", default="0", help=text)
-    text = "a page that stands alone, to be opened in a browser"
-    adders[show]("--html", metavar="OUT.html", help=text)
-    adders[attack]("--edits", metavar="FILE.json", help="further edits, as described above")
+        text = "reward model (or RUN/teacher): local directory or hub id"
+        verb.add_argument("models", nargs="+", metavar="MODEL", help=text)
+        for flag, (names, default, text) in FLAGS.items():
+            if not names or run.__name__ in names.split():
+                kind = kinds.get(type(default), {"choices": CHOICES.get(flag)})
+                text += f" (default: {default})" if default else ""
+                verb.add_argument(flag, default=default, help=text, **kind)
     args = ap.parse_args(argv)
-    check_args(ap, args)
-    names = dict(zip(args.models, args.names))
-    args.names = names or display_names(args.models)
-    return args
-
-
-def check_args(ap: Parser, args: argparse.Namespace) -> None:
-    """What argparse cannot check; exits with 2 and one line."""
     if not args.data:
         ap.error("--data is needed")
     least = {"batch_size": 1, "max_length": 0, "limit": 0, "seed": 0, "stages": 2}
@@ -1880,34 +1615,31 @@ def check_args(ap: Parser, args: argparse.Namespace) -> None:
             ap.error(f"--{name.replace('_', '-')} must be at least {low}, is {value}")
     if len(set(args.models)) < len(args.models):
         ap.error("a model is named twice")
-    if args.names and not len(args.names) == len(set(args.names)) == len(args.models):
-        ap.error(f"--names: {len(args.models)} models need as many different names")
+    args.names = display_names(args.models)
+    return args
 
 
 def check_outputs(args) -> None:
     """Before the long work: what is to be written can be, and is no input, nor named twice;
     pictures can be drawn. Raises UserError."""
-    taken = {Path(file).resolve(): "read as --data" for file in args.data}
-    if getattr(args, "edits", None):
-        taken[Path(args.edits).resolve()] = "read as --edits"
+    inputs = [*args.data, *filter(None, [getattr(args, "edits", None)])]
+    taken = {Path(file).resolve(): "an input" for file in inputs}
     for flag in WRITTEN:
         path = getattr(args, flag, None)
         if not path:
             continue
-        aside = Path(f"{path}.tmp")
+        place, aside = Path(path).resolve(), Path(f"{path}.tmp")
         try:
             aside.parent.mkdir(parents=True, exist_ok=True)
-            if Path(path).is_dir():
+            if place.is_dir():
                 raise OSError(0, "is a directory")
-            if not aside.exists():
-                aside.touch()
-                aside.unlink()
+            aside.touch()
+            aside.unlink()
         except OSError as why:
             raise UserError(f"--{flag} {path}: cannot be written ({why.strerror})") from None
-        if Path(path).resolve() in taken:
-            how = taken[Path(path).resolve()]
-            raise UserError(f"--{flag} {path}: is {how}; choose another file")
-        taken[Path(path).resolve()] = f"written by --{flag} too"
+        if place in taken:
+            raise UserError(f"--{flag} {path}: is {taken[place]}; choose another file")
+        taken[place] = f"written by --{flag} too"
     if args.plot:
         canvas()
         if Path(args.plot).suffix.lower() not in (".png", ".pdf", ".svg"):
@@ -1922,12 +1654,13 @@ def main(argv: list[str] | None = None) -> None:
     with data_prep.exit_codes():
         check_outputs(args)
         for name in args.models:  # all of them, before any long work
-            if idistill.is_teacher(name) and args.verb not in ("accuracy", "stability"):
+            if is_teacher(name) and args.verb not in ("accuracy", "stability"):
                 hint = "; give it as --teacher" if args.verb in ("attention", "show") else ""
-                raise UserError(
-                    f"{name}: is a teacher, which compares two responses; {args.verb} needs a "
-                    f"reward for each alone{hint}"
-                )
+                what = f"is a teacher, which compares two responses; {args.verb} needs a reward"
+                raise UserError(f"{name}: {what} for each alone{hint}")
+        if getattr(args, "teacher", None) and not is_teacher(args.teacher):
+            what = "is no interaction teacher (a token classifier with one label, as RUN/teacher)"
+            raise UserError(f"--teacher {args.teacher}: {what}")
         args.run(args)
 
 

@@ -1207,36 +1207,6 @@ def say_rope(model, name: str, max_length: int) -> None:
         print(f"warning: {name}: {what}, and so its rewards; --max-length {window} avoids it")
 
 
-def is_teacher(name: str) -> bool:
-    """Whether what is to be scored is an interaction teacher, by its config alone.
-
-    Raises UserError for what is neither that nor a reward model.
-    """
-    if (Path(name) / "student" / "config.json").exists():
-        raise UserError(f"{name}: is a run, no model; give {name}/student (or {name}/teacher)")
-    config = load(transformers.AutoConfig, name)
-    kind = (getattr(config, "architectures", None) or ["a model without architecture"])[0]
-    if not kind.endswith(("ForSequenceClassification", "ForTokenClassification")):
-        what = "has no reward head (train one: python idistill.py --model ...)"
-        raise UserError(f"{name}: {kind} {what}")
-    if config.num_labels != 1:
-        raise UserError(f"{name}: {kind} has {config.num_labels} labels, a reward model has 1")
-    return kind.endswith("ForTokenClassification")
-
-
-def load_reward_model(name: str, dtype: torch.dtype, max_length: int = 0):
-    """(stock sequence classifier as it is, trained here or not; tokenizer; longest input)."""
-    tokenizer = load_tokenizer(name)
-    tokenizer.padding_side = "right"
-    options = dict(output_loading_info=True, dtype=dtype)
-    model, info = load(transformers.AutoModelForSequenceClassification, name, **options)
-    heads = list(filter(HEADS.search, info["unexpected_keys"]))
-    refuse_missing(name, model, info["missing_keys"], heads)
-    positions = positions_of(model, name, max_length)
-    say_rope(model, name, max_length)
-    return model, tokenizer, max_length or positions
-
-
 def attention_layers(model) -> int:
     """Layers that call the attention interface (hybrids have fewer than num_hidden_layers)."""
     with torch.no_grad(), AttentionTap(model, ()) as tap:
