@@ -175,7 +175,8 @@ class Judge:
                     out = self.model.base_model(**inputs, use_cache=False).last_hidden_state
             if head is not None:  # bf16 logits tie often: the head in fp32
                 out = out[torch.arange(len(index)), last].float()
-                out = F.linear(out, head.weight.float(), head.bias)
+                bias = None if head.bias is None else head.bias.float()
+                out = F.linear(out, head.weight.float(), bias)
             rewards[index] = out[:, 0].float().cpu().numpy()
         self.check(rewards)
         return rewards
