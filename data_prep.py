@@ -43,6 +43,7 @@ import os
 import re
 import sys
 import zlib
+from bisect import bisect_right
 from collections import Counter
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -157,6 +158,11 @@ class Pair:
 
     def __post_init__(self):
         self.prompt = as_messages(self.prompt)
+
+    @property
+    def responses(self) -> list[str]:
+        """Both answers, the better one first."""
+        return [self.chosen, self.rejected]
 
 
 @dataclass
@@ -1327,10 +1333,11 @@ def load_tokenizer(name: str):
     UserError."""
     from transformers import AutoTokenizer
 
-    problem = "" if Path(name).is_dir() else hub_problem() or "no such local directory or hub id"
-    files = [p.name for p in Path(name).iterdir()] if Path(name).is_dir() else ["tokenizer"]
+    is_folder = Path(name).is_dir()
+    files = [p.name for p in Path(name).iterdir()] if is_folder else ["tokenizer"]
     if not any(re.search("tok|vocab|merges|spiece|spm|sentencepiece", file) for file in files):
         raise UserError(f"{name}: holds no tokenizer; put it there too (tokenizer.save_pretrained)")
+    problem = "" if is_folder else hub_problem() or "no such local directory or hub id"
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as why:  # the hub, the disk and every tokenizer raise kinds of their own
@@ -1354,39 +1361,32 @@ CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"
 WORD = re.compile(rf"[{CJK}]|[^\s{CJK}]+")  # our choice: runs without white space, CJK characters
 
 
-def words_of(text: str) -> np.ndarray:
-    """Start and end of each word, (W, 2)."""
-    return np.array([m.span() for m in WORD.finditer(text)], dtype=np.int64).reshape(-1, 2)
+@lru_cache(maxsize=64)  # the texts of a pair are asked for several times
+def words_of(text: str) -> tuple[tuple[int, int], ...]:
+    """Start and end of each word."""
+    return tuple(m.span() for m in WORD.finditer(text))
 
 
-def tokens_to_words(offsets: np.ndarray, spans: np.ndarray) -> np.ndarray:
-    """For tokens with character offsets (n, 2) the index of the first word (W, 2) each touches, -1
-    for none. A word that stands nowhere, (-1, -1), is touched by none."""
-    placed = np.flatnonzero(spans[:, 0] >= 0)
-    if not len(placed) or not len(offsets):
-        return np.full(len(offsets), -1)
-    start, end = spans[placed].T
-    first = np.searchsorted(end, offsets[:, 0], side="right")  # that ends after the token starts
-    nearest = np.minimum(first, len(placed) - 1)
-    touches = (first < len(placed)) & (start[nearest] < offsets[:, 1])
-    touches &= offsets[:, 1] > offsets[:, 0]
-    return np.where(touches, placed[nearest], -1)
+def tokens_to_words(offsets: list, spans: list) -> np.ndarray:
+    """For tokens with character offsets (start, end) the index of the first word (start, end) that
+    each touches, -1 for none. A word that stands nowhere, (-1, -1), is touched by none."""
+    placed = [k for k, (start, _) in enumerate(spans) if start >= 0]
+    ends = [spans[k][1] for k in placed]
+    words = []
+    for start, end in offsets:
+        at = bisect_right(ends, start)  # the first word that ends after the token starts
+        is_touched = at < len(ends) and start < end and spans[placed[at]][0] < end
+        words.append(placed[at] if is_touched else -1)
+    return np.array(words, dtype=np.int64)
 
 
-def match_words(wanted: list[str], there: list[str]) -> np.ndarray:
-    """For each wanted word its place in a rewritten text, in order, -1 for none: (W,). Both ends
-    first: a template mostly takes a part away."""
-    place, room = np.full(len(wanted), -1), min(len(wanted), len(there))
-    tail = next((k for k in range(room) if wanted[-1 - k] != there[-1 - k]), room)
-    head = next((k for k in range(room - tail) if wanted[k] != there[k]), room - tail)
-    place[:head] = np.arange(head)
-    place[len(wanted) - tail :] = np.arange(len(there) - tail, len(there))
-    middle = wanted[head : len(wanted) - tail], there[head : len(there) - tail]
-    if len(middle[0]) * len(middle[1]) > 10**7:  # minutes, for texts that have little in common
-        return place
-    for a, b, size in difflib.SequenceMatcher(None, *middle, autojunk=False).get_matching_blocks():
-        place[head + a : head + a + size] = np.arange(head + b, head + b + size)
-    return place
+def any_of(strings: set[str]) -> str:
+    """A pattern for any of the strings, the longest first."""
+    return "|".join(map(re.escape, sorted(strings, key=len, reverse=True))) or r"(?!)"
+
+
+PROBES = ("user assistant", "user assistant user assistant", "system user assistant")
+PROBES = [tuple(roles.split()) for roles in (*PROBES, "user system assistant")]
 
 
 class Formatter:
@@ -1398,7 +1398,7 @@ class Formatter:
     add_special_tokens=False. Raises UserError for a tokenizer with neither of the two."""
 
     def __init__(self, tokenizer, counts: Counter | None = None):
-        self.tokenizer, self.markup_of = tokenizer, {}
+        self.tokenizer, self.known_markup = tokenizer, {}
         self.counts = Counter() if counts is None else counts
         self.template = tokenizer.get_chat_template() if tokenizer.chat_template else ""
         self.eos = tokenizer.eos_token or tokenizer.sep_token or ""  # [SEP]: BERT's
@@ -1408,13 +1408,14 @@ class Formatter:
         bos = tokenizer.bos_token or tokenizer.cls_token
         first = tokenizer.convert_ids_to_tokens(tokenizer("a")["input_ids"][:1])
         self.bos = bos if first == [bos] else ""
-        probes = "user assistant user assistant", "system user assistant", "user system assistant"
-        markup = [self.markup(tuple(roles.split())) for roles in probes]
-        self.probes = [[piece or "" for piece in pieces] for pieces in markup]
-        if self.markup(("user", "assistant"))[1] is None:
+        self.empty_block = re.compile("")
+        if self.markup(PROBES[0])[1] is None:
             raise UserError(f"{tokenizer.name_or_path}: its chat template leaves the answers out")
-        self.tags = self.reasoning_tags()
-        self.control = any_of(self.control_strings() - self.tags)
+        self.empty_block = self.reasoning_block()
+        self.known_markup.clear()  # anew, without such blocks
+        self.control = re.compile(any_of(self.control_strings()))
+        end = self.markup(PROBES[0])[-1]
+        self.closings = [s for s in (end, end.strip(), self.eos) if re.search(r"\w", s)]
 
     def __call__(self, prompt: list[dict], response: str) -> str:
         """Cleaned messages and response -> the string that is scored. Raises UserError where the
@@ -1433,40 +1434,47 @@ class Formatter:
     def markup(self, roles: tuple[str, ...]) -> list[str | None]:
         """The literal text before each content of these roles, None before one that the template
         leaves out (or refuses), and the text after the last, which is the assistant's: len(roles)
-        + 1 pieces. All are "" where the template repeats or moves contents."""
-        if roles not in self.markup_of:
+        + 1 pieces. All are "" where the template repeats or moves contents. An empty reasoning
+        block, which a content may yet fill, is left out."""
+        if roles not in self.known_markup:
             marks = [f"\ue000{i}\ue001" for i in range(len(roles))]  # characters no template has
             text = ""
             with suppress(UserError):
-                prompt = [{"role": r, "content": m} for r, m in zip(roles[:-1], marks)]
-                text = self(prompt, marks[-1])
+                text = self(
+                    [{"role": r, "content": m} for r, m in zip(roles[:-1], marks)], marks[-1]
+                )
             kept = [mark for mark in marks if mark in text]
-            pieces = iter(re.split("\ue000\\d+\ue001", text))
-            if re.findall("\ue000\\d+\ue001", text) == kept:
-                before = [next(pieces) if mark in kept else None for mark in marks]
-                self.markup_of[roles] = [*before, next(pieces)]
-            else:
-                self.markup_of[roles] = [""] * (len(roles) + 1)
-        return self.markup_of[roles]
+            pieces = [self.empty_block.sub("", s) for s in re.split("\ue000\\d+\ue001", text)]
+            if re.findall("\ue000\\d+\ue001", text) != kept:
+                kept, pieces = marks, [""] * (len(marks) + 1)
+            before = dict(zip(kept, pieces))
+            self.known_markup[roles] = [*map(before.get, marks), pieces[-1]]
+        return self.known_markup[roles]
 
-    def reasoning_tags(self) -> set[str]:
-        """Tags such as <think> and </think>, which the template itself looks for in contents, or
-        writes as an empty block. Tags around a whole content, as [INST] and [/INST], are none."""
-        pieces = [piece for probe in self.probes for piece in probe]
-        closing = re.findall(r"""['"](?:</\w+>|\[/\w+\])['"](?=\s+in\b|\s*[,)])""", self.template)
-        blocks = [m[1] for p in pieces for m in re.finditer(r"<\w+>\s*(</\w+>)", p)]
-        tags = set()
-        for tag in {*blocks, *(literal[1:-1] for literal in closing)}:
+    def probes(self) -> list[list[str]]:
+        """The markup of some usual roles."""
+        return [[piece or "" for piece in self.markup(roles)] for roles in PROBES]
+
+    def reasoning_block(self) -> re.Pattern:
+        """An empty block of reasoning, such as <think></think>, or nothing. Its tags are those that
+        the template looks for in contents, or writes as an empty block alone. Tags around a whole
+        content, as [INST] and [/INST], are none."""
+        written = "\n.\n".join(piece for probe in self.probes() for piece in probe)
+        closing = re.compile(r"</\w+>|\[/\w+\]")
+        sought = rf"""['"]({closing.pattern})['"](?=\s+in\b|\s*[,)])"""
+        self.tags, blocks = set(), []
+        for tag in {*closing.findall(written), *re.findall(sought, self.template)}:
             opening = tag.replace("/", "")
-            block = re.escape(opening) + r"\s*" + re.escape(tag)
-            rest = "".join(re.sub(block, "", piece) for piece in pieces)
+            block = re.escape(opening) + r"\s*" + re.escape(tag) + r"\s*"
+            rest = re.sub(block, "", written)
             if tag != self.eos and opening not in rest and tag not in rest:
-                tags |= {opening, tag}
-        return tags
+                self.tags |= {opening, tag}
+                blocks.append(block)
+        return re.compile(f"(?:{'|'.join(blocks)})?")
 
     def control_strings(self) -> set[str]:
         """Special tokens, other added tokens that the template writes, the text between turns."""
-        probes = [[any_of(self.tags).split(piece)[0] for piece in probe] for probe in self.probes]
+        probes = self.probes()
         written = "".join(piece for probe in probes for piece in probe)
         special = set(self.tokenizer.all_special_tokens)
         for token in self.tokenizer.added_tokens_decoder.values():
@@ -1474,11 +1482,11 @@ class Formatter:
                 special.add(token.content)
         # "</s><s>[INST]": a text could hold [INST] alone ("assistant" alone is only a word)
         after = [piece for probe in probes for piece in probe[1:]]
-        parts = [part.strip() for piece in after for part in any_of(special).split(piece)]
+        parts = [part.strip() for piece in after for part in re.split(any_of(special), piece)]
         marks = {part for part in parts if re.fullmatch(r"[\[<{|].*\w.*[\]>}|]", part)}
         between = [piece for probe in probes for piece in probe[1:-1]]
         marks |= {piece.strip(" ") for piece in between if re.search(r"\w", piece)}
-        return {string for string in special | marks if len(string) > 1}
+        return {string for string in special | marks if len(string) > 1} - self.tags
 
     def clean(self, text: str) -> str:
         """The text in which what would end a turn, or start one, is defused by a space after its
@@ -1488,83 +1496,74 @@ class Formatter:
             self.counts["defused control tokens"] += count
         return text
 
-    def heads(self, roles: tuple[str, ...]) -> list[str]:
-        """markup, each piece up to a reasoning tag: an empty think block may yet be filled."""
-        return [any_of(self.tags).split(piece or "")[0] for piece in self.markup(roles)]
-
-    def place(self, text: str, prompt: list[dict], response: str) -> tuple[list[np.ndarray], int]:
-        """Where the words of each content stand in the string that __call__ made of them: for each
-        (W, 2), (-1, -1) for a word that the template left out; and where the response begins."""
+    def place(self, text: str, prompt: list[dict], response: str) -> tuple[list, int]:
+        """Where the W words of all contents stand in the string that __call__ made of them, (start,
+        end), or (-1, -1) for one that the template left out; and where the response begins."""
         contents = [m["content"] for m in prompt] + [response]
-        roles = (*(m["role"] for m in prompt), "assistant")
-        pieces, heads = self.markup(roles), self.heads(roles)
+        pieces = self.markup((*(m["role"] for m in prompt), "assistant"))
         placed, start, end = [], 0, 0
-        for k, (content, piece, head) in enumerate(zip(contents, pieces, heads)):
+        for k, (content, before) in enumerate(zip(contents, pieces)):
             words = words_of(content)
-            if piece is None:
-                placed.append(np.full_like(words, -1))
+            if before is None:
+                placed += [(-1, -1)] * len(words)
                 continue
-            after = next(h for h, p in zip(heads[k + 1 :], pieces[k + 1 :]) if p is not None)
-            before = piece if text.startswith(piece, end) else head
             start = end + len(os.path.commonprefix([before, text[end : end + len(before)]]))
-            core = content.strip()
-            stop = text.find(after, start) if after.strip() else len(text)
-            stop = len(text) if stop < 0 else stop
-            at = text.find(core, start, stop)
+            start = self.empty_block.match(text, start).end()
+            after = next(piece for piece in pieces[k + 1 :] if piece is not None)
+            stop = text.find(after, start) if after.strip() else -1
+            at = text.find(content.strip(), start, stop if stop >= 0 else len(text))
             if at >= 0:  # as it is, or stripped, as some templates do
-                spans = words + (at - content.find(core))
-            else:  # rewritten: word by word
-                there = words_of(text[start:stop]) + start
-                texts = [[t[a:b] for a, b in w] for t, w in ((content, words), (text, there))]
-                match = match_words(*texts)
-                spans = np.full_like(words, -1)
-                spans[match >= 0] = there[match[match >= 0]]
-            last = max(int(spans.max(initial=0)), start)
-            end = stop if after.strip() and stop < len(text) else last
-            placed.append(spans)
+                shift = at - content.find(content.strip())
+                spans = [(a + shift, b + shift) for a, b in words]
+            else:
+                spans = find_words(content, text, start, stop if stop >= 0 else len(text))
+            placed += spans
+            end = stop if stop >= 0 else max((b for _, b in spans), default=start)
         return placed, start
 
     def unwrap(self, prompt: list[dict], responses: list[str]) -> tuple[list[dict], list[str]]:
         """Both without the model's own chat template, where they hold it already: one user message
         that is the whole template up to the answer; responses that all close as an answer does."""
-        inner = None
         if self.template and len(prompt) == 1 and self.control.search(prompt[0]["content"]):
-            inner = self.inner_messages(prompt[0]["content"])
-        tail = self.probes[0][-1]
-        for close in (tail, tail.strip(), self.eos):
-            cut = [y.removesuffix(close) for y in responses]
-            is_close = re.search(r"\w", close) and all(y.endswith(close) for y in responses)
-            if is_close and not any(map(self.control.search, cut)):
-                return inner or prompt, cut
-        return inner or prompt, responses
+            prompt = self.inner_messages(prompt[0]["content"]) or prompt
+        for close in self.closings:
+            if all(y.endswith(close) for y in responses):
+                cut = [y.removesuffix(close) for y in responses]
+                if not any(map(self.control.search, cut)):
+                    return prompt, cut
+        return prompt, responses
 
     def inner_messages(self, text: str) -> list[dict] | None:
-        """The messages of a text that is this template, from the first turn to where the answer
-        opens; None for another text, and where markup is left over in the messages."""
-        _, answer, again, _, tail = self.heads(("user", "assistant") * 2)
-        turns = text.count(answer.strip()) if answer.strip() else 0
-        if again.strip() and text.count(again.strip()) > turns:
-            return None
-        for roles in (("user", "assistant") * turns, ("system", *("user", "assistant") * turns)):
-            pieces = list(zip(self.markup(roles), self.heads(roles)))[:-1] if turns else []
-            if not pieces or (None, "") in pieces:
+        """The messages of a text that is this template, from the first turn (what the template may
+        add ahead of it can be missing) to where the answer opens; None for another text, and where
+        markup is left over in the messages."""
+        answer = self.markup(PROBES[0])[1].strip()
+        turns = ("user", "assistant") * text.count(answer)
+        for roles in (turns, ("system", *turns)) if answer and turns else ():
+            *pieces, _ = self.markup(roles)
+            if not all(pieces):
                 continue
-            openers = {pieces[0][1].lstrip(), pieces[0][1].removeprefix(self.bos).lstrip()}
-            if roles[0] == "user":  # not behind a system turn that the template adds
-                openers.add(again[len(os.path.commonprefix([again, tail])) :].lstrip())
-            last = {piece.rstrip() for piece in pieces[-1]}
-            marks = (openers - {""}, *map(set, pieces[1:-1]), last)
-            marks = [any_of(strings).pattern for strings in marks]
-            pattern = "(.*?)".join(f"(?:{mark})" for mark in marks)
+            first, *between, last = pieces
+            ends = {first[k:] for k in range(len(first)) if re.search(r"\w", first[k:])}
+            marks = [any_of(ends), *map(re.escape, between), re.escape(last.rstrip())]
+            pattern = (
+                "(.*?)".join(f"(?:{mark})" for mark in marks) + r"\s*" + self.empty_block.pattern
+            )
             match = re.fullmatch(pattern, text.strip(), re.DOTALL)
             if match and not any(map(self.control.search, match.groups())):
                 return [{"role": r, "content": c} for r, c in zip(roles, match.groups())]
         return None
 
 
-def any_of(strings: set[str]) -> re.Pattern:
-    """A pattern for any of the strings, the longest first."""
-    return re.compile("|".join(map(re.escape, sorted(strings, key=len, reverse=True))) or r"(?!)")
+def find_words(content: str, text: str, start: int, stop: int) -> list[tuple[int, int]]:
+    """Where the words of a content that a template rewrote stand in text[start:stop], (-1, -1) for
+    one that it left out."""
+    there = [(a + start, b + start) for a, b in words_of(text[start:stop])]
+    spans = [(-1, -1)] * len(words_of(content))
+    said = [content[a:b] for a, b in words_of(content)], [text[a:b] for a, b in there]
+    for a, b, size in difflib.SequenceMatcher(None, *said).get_matching_blocks():
+        spans[a : a + size] = there[b : b + size]
+    return spans
 
 
 @dataclass
@@ -1594,7 +1593,7 @@ class Fitted(NamedTuple):
     prompt: list[dict]  # cleaned and cut
     responses: list[str]  # k, cleaned
     texts: list[str]  # the k strings that are scored
-    tokens: list  # k times (ids (n,), offsets (n, 2))
+    tokens: list  # k times (ids (n,), offsets: n times (start, end))
 
 
 REFUSED = "with roles that the chat template refuses"
@@ -1624,7 +1623,7 @@ class Encoder:
     def __call__(self, pairs: list[Pair], progress: str = "") -> list[Example]:
         """The Examples of the pairs that fit, see fit. Raises UserError."""
         examples = []
-        for chunk in self.fit(pairs, lambda p: [p.chosen, p.rejected], progress):
+        for chunk in self.fit(pairs, lambda p: p.responses, progress):
             kept = [fitted for fitted in chunk if fitted]
             packed = [self.pack(fitted) for fitted in kept]
             if self.teacher is not None:
@@ -1696,53 +1695,42 @@ class Encoder:
     def shorten(self, fitted: Fitted) -> Fitted | None:
         """The item with the oldest of its prompt cut until all sequences fit; None where a response
         cannot. The system turn goes last."""
-        while True:
-            prompt = [dict(m) for m in fitted.prompt]
-            longest = max(range(len(fitted.tokens)), key=lambda k: len(fitted.tokens[k][0]))
-            offsets = fitted.tokens[longest][1]
-            excess = len(offsets) - self.max_length
-            filled = [i for i, m in enumerate(prompt) if m["content"]]
-            if excess <= 0 or not filled:
-                return fitted if excess <= 0 else None
+        prompt = [dict(m) for m in fitted.prompt]
+        while (excess := max(len(ids) for ids, _ in fitted.tokens) - self.max_length) > 0:
             turns = [i for i, m in enumerate(prompt) if m["role"] != "system"]
-            target = next((i for i in filled if i in turns), filled[0])
-            text, response = fitted.texts[longest], fitted.responses[longest]
-            spans, _ = self.formatter.place(text, prompt, response)
-            word = tokens_to_words(offsets, spans[target])
-            inside = np.flatnonzero(word >= 0)
-            later = [i for i in turns if i > target and prompt[i]["role"] == "user"]
-            if len(inside) > excess:  # cut before the first token that stays, even inside a word
-                token = inside[excess]
-                within = max(offsets[token, 0] - spans[target][word[token], 0], 0)
-                content = prompt[target]["content"]
-                cut = max(words_of(content)[word[token], 0] + within, 1)
-                prompt[target]["content"] = content[cut:].lstrip()
-            elif later and target in turns:  # the whole oldest turn goes, its markup too
+            filled = [i for i in [*turns, *range(len(prompt))] if prompt[i]["content"]]
+            if not filled:
+                return None
+            oldest = prompt[filled[0]]
+            later = [i for i in turns if i > filled[0] and prompt[i]["role"] == "user"]
+            ((_, offsets),) = tokenise(self.tokenizer, [oldest["content"]])
+            if len(offsets) > excess:  # cut before the first token that stays, even inside a word
+                oldest["content"] = oldest["content"][max(offsets[excess][0], 1) :].lstrip()
+            elif later and filled[0] in turns:  # the whole oldest turn goes, its markup too
                 del prompt[turns[0] : later[0]]
             else:
-                prompt[target]["content"] = ""
+                oldest["content"] = ""
             texts = [self.formatter(prompt, y) for y in fitted.responses]
             tokens = tokenise(self.tokenizer, texts)
             fitted = fitted._replace(prompt=prompt, texts=texts, tokens=tokens)
+        return fitted
 
     def pack(self, fitted: Fitted) -> Example:
         """The packed layout and the words of one pair."""
-        contents = [m["content"] for m in fitted.prompt]
-        words, inside = [], []
+        texts = [*(m["content"] for m in fitted.prompt), *fitted.responses]
+        *of_prompt, C, R = (len(words_of(text)) for text in texts)
+        P, words, inside = sum(of_prompt), [], []
         for text, response, (_, offsets) in zip(fitted.texts, fitted.responses, fitted.tokens):
             spans, start = self.formatter.place(text, fitted.prompt, response)
-            spans = np.concatenate(spans)
             words.append(tokens_to_words(offsets, spans))
-            inside.append(int((np.append(offsets[:, 1], np.inf) > start).argmax()))
-            if missing := int((spans[:, 0] < 0).sum()):
+            inside.append(sum(end <= start for _, end in offsets))
+            if missing := spans.count((-1, -1)):
                 self.counts["words that the chat template leaves out"] += missing
         if fitted.texts[0] == fitted.texts[1]:
             self.counts["scored alike, as the chat template writes them"] += 1
         (ids_c, _), (ids_r, _) = fitted.tokens
         shared = min(inside)  # tokens before the first that reaches into a response
         nx = int(np.append(ids_c[:shared] != ids_r[:shared], True).argmax())  # common token prefix
-        C, R = (len(words_of(y)) for y in fitted.responses)
-        P = sum(len(words_of(content)) for content in contents)
         word_r = np.where(words[1] >= P, words[1] + C, words[1])  # y_r's words come after y_c's
         return Example(
             ids=np.concatenate([ids_c, ids_r[nx:]]),
@@ -1750,7 +1738,7 @@ class Encoder:
             word=np.concatenate([words[0], word_r[nx:]]),
             word_seg=np.repeat([0, 1, 2], [P, C, R]),
             runs=[],
-            texts=[*contents, *fitted.responses],
+            texts=texts,
             pair=fitted.item,
         )
 
@@ -1758,8 +1746,7 @@ class Encoder:
         """The teacher's tokens of x, y_c and y_r of each pair, with their words."""
         read = []
         for f in fitted:
-            read.append(self.teacher_prompt(f.prompt))
-            read += [(y, words_of(y)) for y in f.responses]
+            read += [self.teacher_prompt(f.prompt), *((y, words_of(y)) for y in f.responses)]
         special = set(self.teacher.all_special_ids) - {self.teacher.unk_token_id}
         spare = (self.teacher.unk_token_id, self.teacher.mask_token_id, 0)
         harmless = next(i for i in spare if i is not None)
@@ -1768,32 +1755,31 @@ class Encoder:
             example = examples[k // 3]
             first = np.searchsorted(example.word_seg, k % 3)  # word of its own part
             word = tokens_to_words(offsets, spans)
-            ids = np.where(np.isin(ids, list(special)), harmless, ids)  # "[SEP]" that a user typed
+            ids[[i in special for i in ids.tolist()]] = harmless  # "[SEP]" that a user typed
             example.runs.append((ids, np.where(word >= 0, word + first, -1)))
 
     @staticmethod
-    def teacher_prompt(prompt: list[dict]) -> tuple[str, np.ndarray]:
+    def teacher_prompt(prompt: list[dict]) -> tuple[str, list]:
         """(the prompt as the teacher reads it, with role marks between several turns; the words of
-        its contents there (P, 2))."""
-        text, spans = "", [words_of("")]
+        its contents there, (start, end))."""
+        text, spans = "", []
         for m in prompt:
             mark = f"{m['role'].capitalize()}: " if len(prompt) > 1 else ""
             text += ("\n" if text else "") + mark
-            spans.append(words_of(m["content"]) + len(text))
+            spans += [(a + len(text), b + len(text)) for a, b in words_of(m["content"])]
             text += m["content"]
-        return text, np.concatenate(spans)
+        return text, spans
 
 
-def tokenise(tokenizer, texts: list[str]) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(ids (n,), offsets (n, 2)) of each text, all in one parallel call."""
+def tokenise(tokenizer, texts: list[str]) -> list[tuple[np.ndarray, list]]:
+    """(ids (n,), offsets: n times (start, end)) of each text, all in one parallel call."""
     if not texts:
         return []
     unneeded = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
     known = {"add_special_tokens": False, "return_offsets_mapping": True}
     enc = tokenizer(texts, **known, **unneeded)
     ids = [np.array(row, dtype=np.int64) for row in enc["input_ids"]]
-    offsets = [np.array(row, dtype=np.int64).reshape(-1, 2) for row in enc["offset_mapping"]]
-    return list(zip(ids, offsets))
+    return list(zip(ids, enc["offset_mapping"]))
 
 
 # ------------------------------------------------------------------------------------ command line
