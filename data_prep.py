@@ -34,6 +34,7 @@ topic (gold 1, the others 0), and each cue agrees with its gold in a share --agr
 from __future__ import annotations
 
 import argparse
+import codecs
 import difflib
 import gzip
 import hashlib
@@ -234,16 +235,14 @@ def refuse_fields(holder: dict, own: set[str], where: str = "") -> None:
 def text_of(message: dict, name: str) -> str:
     """The content of a message; text parts are joined."""
     content = message.get("content")
-    if isinstance(content, list):
-        for part in content:
-            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-            if kind != "text" or not isinstance(part.get("text"), str):
-                why = f'{name}: the field "content" holds a part of the type {kind!r}, not text'
-                raise UnusableField(f"content ({kind})", why)
-        return "".join(part["text"] for part in content)
-    if not isinstance(content, str):
+    if not isinstance(content, (str, list)):
         raise ValueError(f"{name} holds a message without a text as its content")
-    return content
+    for part in content if isinstance(content, list) else ():
+        kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+        if kind != "text" or not isinstance(part.get("text"), str):
+            why = f'{name}: the field "content" holds a part of the type {kind!r}, not text'
+            raise UnusableField(f"content ({kind})", why)
+    return content if isinstance(content, str) else "".join(part["text"] for part in content)
 
 
 def check_messages(messages, name: str) -> list[dict]:
@@ -258,10 +257,10 @@ def check_messages(messages, name: str) -> list[dict]:
             hint = "several answers to one prompt are for eval.py bestofn"
             raise ValueError(f"{name} is a list, but not of messages; {hint}")
         refuse_fields(m, {"role", "content"}, f"{name}: ")
-        content, role = text_of(m, name), m.get("role")
-        if role not in ("system", "user", "assistant"):
+        checked.append({"role": m.get("role"), "content": text_of(m, name)})
+        if checked[-1]["role"] not in ("system", "user", "assistant"):
+            role = checked[-1]["role"]
             raise ValueError(f"{name} holds the role {role!r}; roles are system, user, assistant")
-        checked.append({"role": role, "content": content})
     return checked
 
 
@@ -299,7 +298,8 @@ def split_dialogue(text: str, is_prompt: bool = False) -> list[dict] | None:
         return turns if is_whole else None
     is_open = "user" in roles and roles[-1] == "assistant" and not turns[-1]["content"].strip()
     if is_open:
-        return with_system(turns[:-1], before.strip())
+        system = before.strip()
+        return with_system(turns[:-1], system) if system else turns[:-1]
     # a question about a dialogue that it quotes ends with an assistant's turn, and is a question
     is_dialogue = is_whole and (roles[-1] == "user" or text.startswith("\n\nHuman:"))
     return turns if is_dialogue else None
@@ -312,23 +312,11 @@ def without_blank(said: str) -> str:
 
 def with_system(messages: list[dict], system: str) -> list[dict]:
     """The messages behind a system turn that was given apart from them."""
-    if not system:
-        return messages
     if not messages or messages[0]["role"] != "system":
         return [{"role": "system", "content": system}, *messages]
     if messages[0]["content"].strip() != system.strip():
-        raise ValueError('the field "system" and the first message are two system turns; give one')
+        raise ValueError('the field "system" and the prompt hold two system turns; give one')
     return messages
-
-
-def parse_system(row: dict) -> str:
-    """The system turn that stands in a field of its own, "" without one."""
-    found = {name: row[name] for name in SYSTEM_FIELDS if not is_empty(row.get(name))}
-    if not all(isinstance(value, str) for value in found.values()):
-        raise ValueError(f'the field "{next(iter(found))}" is no text')
-    if len(set(found.values())) > 1:
-        raise ValueError(f"the fields {' and '.join(found)} are two system turns; give one")
-    return next(iter(found.values()), "")
 
 
 def same_turns(some: list[dict], others: list[dict]) -> bool:
@@ -343,31 +331,24 @@ def holds(turns: list[dict], prompt: list[dict]) -> bool:
     return any(same_turns(turns[k : k + len(prompt)], prompt) for k in starts)
 
 
-def whole_prompt(prompt: list[dict], turns: list[dict]) -> list[dict]:
-    """Where prompt and conversations are both given (TRL): the turns before the answer hold the
-    prompt, or follow it. Raises UnusablePair where they do neither."""
-    if holds(turns, prompt):
-        return turns
-    if turns and turns[0]["role"] != "assistant" and prompt[-1]["role"] == "user":
-        raise UnusablePair("the conversations do not hold the prompt")
-    return prompt + turns
-
-
 def parse_conversations(sides: dict[str, list], prompt: list[dict]) -> tuple[list[dict], list[str]]:
-    """(prompt, answers) of {name: conversation}: their last turns answer, the turns before must be
-    the same in all. Raises UnusablePair with the reason where that is not so."""
+    """(prompt, answers) of {name: conversation}: the last turns answer; the turns before must be
+    the same in all, and hold a given prompt or follow it (TRL). Raises UnusablePair with the reason
+    where that is not so."""
     talks = {name: check_messages(side, name) for name, side in sides.items()}
+    prompts = []
     for name, talk in talks.items():
         if not talk or talk[-1]["role"] != "assistant":
             raise UnusablePair(f"{name} does not end with the assistant")
-    first = next(iter(talks.values()))
-    shared = whole_prompt(prompt, first[:-1])
-    for talk in talks.values():
-        if not same_turns(whole_prompt(prompt, talk[:-1]), shared):
-            if same_turns(talk[:1], first[:1]):
-                raise UnusablePair("the conversations part before their last turn")
-            raise UnusablePair("the two prompts differ")
-    return shared, [talk[-1]["content"] for talk in talks.values()]
+        turns = talk[:-1]
+        if not holds(turns, prompt):
+            if turns and turns[0]["role"] != "assistant" and prompt[-1]["role"] == "user":
+                raise UnusablePair("the conversations do not hold the prompt")
+            turns = prompt + turns
+        prompts.append(turns)
+    if not all(same_turns(turns, prompts[0]) for turns in prompts):
+        raise UnusablePair("the conversations part before their last turn")
+    return prompts[0], [talk[-1]["content"] for talk in talks.values()]
 
 
 # What opens an answer in common chat templates
@@ -412,7 +393,7 @@ def parse_item(row: dict, sides: dict[str, str | list], counts: Counter):
     prompt = turns or ([] if is_empty(given) else check_messages(given, "prompt"))
     is_text = {isinstance(side, str) for side in texts}
     if len(is_text) > 1:
-        raise ValueError(f"one of {' and '.join(sides)} is a text, the other a list of messages")
+        raise ValueError(f"one of {' and '.join(sides)} is a text, the other is not")
     talks = [split_dialogue(text) for text in texts] if True in is_text else texts
     is_raw = all(text[:8] == "\n\nHuman:" for text in texts if isinstance(text, str))
     if False in is_text or all(talk and (is_raw or holds(talk[:-1], prompt)) for talk in talks):
@@ -427,7 +408,11 @@ def parse_item(row: dict, sides: dict[str, str | list], counts: Counter):
     elif given is None:
         why = 'there is no "prompt", and the texts share no start and are no dialogues'
         raise ValueError(why + ' ("\\n\\nHuman: ...\\n\\nAssistant: ..."); add the field "prompt"')
-    prompt = with_system(prompt, parse_system(row))
+    for name in SYSTEM_FIELDS:
+        if not is_empty(row.get(name)):
+            if not isinstance(row[name], str):
+                raise ValueError(f'the field "{name}" is no text')
+            prompt = with_system(prompt, row[name])
     labels = {k: str(row[k]) for k in ("source", "subset", "id") if row.get(k) is not None}
     try:
         "".join([m["content"] for m in prompt] + texts + list(labels.values())).encode()
@@ -445,8 +430,6 @@ def parse_pair(row: dict, counts: Counter | None = None) -> Pair:
         if side is None:
             there = ", ".join(map(str, row))[:200]
             raise ValueError(f'the field "{name}" is missing; there are: {there}')
-        if not isinstance(side, (str, list)):
-            raise ValueError(f'the field "{name}" is neither a text nor a list of messages')
     prompt, texts, labels = parse_item(row, sides, Counter() if counts is None else counts)
     for text, name in zip(texts, sides):
         if not text.strip():
@@ -463,14 +446,11 @@ def parse_pair(row: dict, counts: Counter | None = None) -> Pair:
 def listed(row: dict, name: str) -> list:
     """The responses of a field: a text or a conversation is one of them, a list holds several."""
     value = row.get(name)
-    if isinstance(value, str):
+    is_talk = isinstance(value, list) and all(isinstance(y, dict) for y in value)
+    if isinstance(value, str) or (is_talk and name != "responses"):
         return [value]
     if not isinstance(value, list) or not all(isinstance(y, (str, list, dict)) for y in value):
         raise ValueError(f'the field "{name}" is neither a text nor a list of texts or messages')
-    turns = [y for y in value if isinstance(y, dict)]
-    is_talk = turns and any(m.get("role") != "assistant" for m in turns)
-    if is_talk or (len(turns) == 1 and name != "responses"):
-        return [value]
     return [[y] if isinstance(y, dict) else y for y in value]
 
 
@@ -500,23 +480,10 @@ def parse_candidates(row: dict, counts: Counter | None = None) -> Candidates:
 
 # ------------------------------------------------- reading: from files, folders, the hub to rows
 
-LONGEST_LINE = 4_000_000  # bytes: a context of a million tokens
-UTF16 = "in UTF-16; write it as UTF-8 (iconv -f UTF-16 -t UTF-8)"
-UTF32 = "in UTF-32; write it as UTF-8 (iconv -f UTF-32 -t UTF-8)"
-OTHER_FORMATS = {  # how a file begins -> what it is
-    b"PK\x03\x04": "a zip archive; unpack it",
-    b"BZh": "packed by bzip2; unpack it",
-    b"\xfd7zXZ": "packed by xz; unpack it",
-    b"\x28\xb5\x2f\xfd": "packed by zstd; unpack it",
-    b"ARROW1": "an arrow file; give the folder that save_to_disk wrote",
-    b"\xff\xfe\0\0": UTF32,
-    b"\0\0\xfe\xff": UTF32,
-    b"\xff\xfe": UTF16,
-    b"\xfe\xff": UTF16,
-}
-HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-FILE_NAME = re.compile(
-    r".*\.(jsonl?|ndjson|gz|parquet|arrow|[ct]sv|txt|zip|zst|bz2|xz)", re.IGNORECASE
+FILE_END = r"\.(jsonl?|ndjson|gz|parquet|arrow|[ct]sv|txt|zip|zst)$"
+HUB_ID = re.compile(rf"(?i)(?!.*{FILE_END})[\w-][\w.-]*/[\w-][\w.-]*")
+NOT_UTF8 = (
+    "is no UTF-8, but UTF-16, another encoding or an archive; write it as UTF-8, or unpack it"
 )
 
 
@@ -527,14 +494,12 @@ def read_rows(source: str):
     folder, _, split = source.rpartition(":")
     if not folder or Path(source).exists():
         folder, split = source, ""
-    is_hub_id = HUB_ID.fullmatch(folder) and not FILE_NAME.fullmatch(folder)
+    is_hub_id = HUB_ID.fullmatch(folder) and not Path(folder).parent.exists()
     saved = [Path(folder) / name for name in ("state.json", "dataset_dict.json")]
-    if (
-        folder == "hh-rlhf" and not Path(source).exists()
-    ):  # its helpful half, the default of training
+    if folder == "hh-rlhf" and not Path(source).exists():  # its helpful half: training's default
         for path in download_hh(["helpful-base"], split or "train"):
             yield from read_file(Path(path))
-    elif any(p.exists() for p in saved) or (is_hub_id and not Path(folder).parent.exists()):
+    elif is_hub_id or any(p.exists() for p in saved):
         yield from read_with_datasets(source, folder, split)
     elif Path(folder).is_dir():
         raise UserError(f"{source}: is no folder that save_to_disk wrote; give the files in it")
@@ -551,47 +516,34 @@ def read_file(path: Path):
         with open(path, "rb") as f:
             if f.peek(2)[:2] == b"\x1f\x8b":
                 f = io.BufferedReader(gzip.GzipFile(fileobj=f))
-            start = f.peek(64)
-            what = next((v for k, v in OTHER_FORMATS.items() if start.startswith(k)), "")
-            if what or b"\0" in start[:2]:
-                raise UserError(f"{path}: is {what or UTF16}")
+            start = f.peek(32)[:32]
             if start[:4] == b"PAR1":
                 yield from read_with_datasets(str(path), str(path), "")
-            elif start.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"[":
-                yield from read_array(path, f.read())
+            elif b"\0" in start or start[:2] in (b"\xff\xfe", b"\xfe\xff"):
+                raise UserError(f"{path}: {NOT_UTF8}")
+            elif start.removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"[":
+                yield from ((f"row {k}", row) for k, row in enumerate(decoded(f.read()), 1))
             else:
                 for number, line in enumerate(f, 1):
                     if line.strip():
                         yield f"line {number}", line
-    except (OSError, EOFError, zlib.error) as why:
+    except (OSError, EOFError, zlib.error, ValueError, RecursionError) as why:
         where = f", after line {number}" if number else ""
-        raise UserError(f"{path}{where}: cannot be read ({why})") from None
+        raise UserError(f"{path}{where}: cannot be read ({first_line(why)})") from None
 
 
-def read_array(path: Path, raw: bytes):
-    """The rows of a JSON array."""
+def decoded(raw):
+    """A row, or an array of them, as an object; ValueError for bytes that are no JSON in UTF-8."""
+    if not isinstance(raw, bytes):
+        return raw
     try:
-        rows = json.loads(raw.decode("utf-8-sig"))
+        return json.loads(raw.decode("utf-8-sig"))
     except json.JSONDecodeError as why:
-        raise UserError(f"{path}, line {why.lineno}: not JSON ({why.msg})") from None
-    except (ValueError, RecursionError) as why:
-        raise UserError(f"{path}: cannot be read ({first_line(why)})") from None
-    yield from ((f"row {k}", row) for k, row in enumerate(rows, 1))
-
-
-def decoded(row):
-    """A row as an object; ValueError for bytes that are no JSON in UTF-8."""
-    if not isinstance(row, bytes):
-        return row
-    if len(row) > LONGEST_LINE:
-        raise ValueError(f"{len(row) / 1e6:.0f} MB, over {LONGEST_LINE / 1e6:.0f}")
-    try:
-        return json.loads(row.removeprefix(b"\xef\xbb\xbf").decode("utf-8"))
-    except json.JSONDecodeError:
-        raise ValueError("not JSON") from None
+        where = f" in line {why.lineno}" if why.lineno > 1 else ""
+        raise ValueError(f"not JSON ({why.msg}{where})") from None
     except UnicodeDecodeError as why:
-        other = f"byte {row[why.start]:#x} is no utf-8: another encoding, perhaps Latin-1"
-        raise ValueError(f"{other}; write the file as UTF-8") from None
+        what = f"byte {raw[why.start]:#x} is no UTF-8, but another encoding, perhaps Latin-1"
+        raise ValueError(f"{what}; write the file as UTF-8") from None
 
 
 def read_with_datasets(source: str, name: str, split: str):
@@ -607,8 +559,7 @@ def read_with_datasets(source: str, name: str, split: str):
     problem, what = "", "cannot be read"
     try:
         if Path(name).is_file():
-            options = {"data_files": name, "split": "train", "streaming": True}
-            data = datasets.load_dataset("parquet", **options)
+            data = datasets.load_dataset("parquet", data_files=name, split="train", streaming=True)
         elif Path(name).is_dir():
             data = datasets.load_from_disk(name)
         else:
@@ -617,9 +568,8 @@ def read_with_datasets(source: str, name: str, split: str):
             datasets.config.HF_HUB_OFFLINE = bool(problem)
             data = datasets.load_dataset(name, split=split or "train")
         if isinstance(data, datasets.DatasetDict):
-            splits = list(data)
-            what = f"has the splits {', '.join(splits)}; name one, as {name}:{splits[0]}"
-            data = data[split or ("train" if len(splits) > 1 else splits[0])]
+            what = f"has the splits {', '.join(data)}; name one, as {name}:{next(iter(data))}"
+            data = data[split or ("train" if len(data) > 1 else next(iter(data)))]
         yield from ((f"row {k}", row) for k, row in enumerate(data, 1))
     except Exception as why:  # network, permission and file errors of several libraries
         raise UserError(f"{source}: {what} ({problem or first_line(why)})") from None
@@ -719,18 +669,6 @@ def read_candidates(sources: list, skip_bad: bool = False) -> tuple[list[Candida
 # ------------------------------------------------------------------------- writing and splitting
 
 
-def responses_of(item: Pair | Candidates) -> list[str]:
-    """The answers to the prompt."""
-    return item.responses if isinstance(item, Candidates) else [item.chosen, item.rejected]
-
-
-def answers(item: Pair | Candidates) -> dict:
-    """What a line holds beside its prompt and labels."""
-    if isinstance(item, Candidates):
-        return {"responses": item.responses, "gold": item.gold}
-    return {"chosen": item.chosen, "rejected": item.rejected}
-
-
 def write_pairs(path: str | Path, pairs: list, overwrite: bool = False) -> None:
     """One JSON line a pair (or prompt with candidates), gzipped where the name ends in .gz; written
     aside, then renamed. Raises UserError."""
@@ -743,12 +681,11 @@ def write_pairs(path: str | Path, pairs: list, overwrite: bool = False) -> None:
         raise UserError(f"{path}: cannot be written ({why.strerror})") from None
     lines = []
     for p in pairs:
+        line = {name: value for name, value in vars(p).items() if value not in ("", None)}
         text = p.prompt[0]["content"] if len(p.prompt) == 1 else ""
         is_plain = as_messages(text) == p.prompt and not split_dialogue(text, is_prompt=True)
-        repeats = all(y.startswith(text) for y in responses_of(p))
-        line = {"prompt": text if is_plain and not repeats else p.prompt, **answers(p)}
-        known = {k: getattr(p, k, "") for k in ("source", "subset", "id", "margin", "strength")}
-        line |= {k: v for k, v in known.items() if v not in ("", None)}
+        if is_plain and not all(y.startswith(text) for y in p.responses):  # read as a prompt again
+            line["prompt"] = text
         lines.append(json.dumps(line, ensure_ascii=False) + "\n")
     packed = "".join(lines).encode()
     with written(path, "wb") as f:
@@ -771,7 +708,7 @@ def repetitions(pairs: list) -> tuple[list, Counter]:
     unique, first_seen, counts = [], {}, Counter()
     for number, p in enumerate(pairs):
         prompt = [(m["role"], m["content"].strip()) for m in p.prompt]
-        sides = [y.strip() for y in responses_of(p)] + getattr(p, "gold", [])
+        sides = [y.strip() for y in p.responses] + getattr(p, "gold", [])
         key, opposite = (json.dumps([prompt, some]) for some in (sides, sides[::-1]))
         is_new = key not in first_seen
         if is_new:
@@ -790,26 +727,27 @@ def flip_labels(pairs: list[Pair], noise: float, seed: int, by_strength: bool):
     First a share `noise` at random, drawn from the seed and the pair itself, so that order and
     other pairs do not matter; then, by_strength, those that an ensemble holds for mislabelled
     (strength < 0, arXiv 2401.06080, 2.4.1). A flip turns the sign of strength; margin stays."""
+
+    def exchanged(p: Pair) -> Pair:
+        return replace(p, chosen=p.rejected, rejected=p.chosen, strength=p.strength and -p.strength)
+
     flipped, counts = [], Counter()
     for p in pairs:
-        is_noisy = prompt_key(p.prompt, p.chosen, p.rejected, seed) < noise
-        strength = -p.strength if is_noisy and p.strength is not None else p.strength
-        is_mistrusted = by_strength and strength < 0
-        counts["labels flipped by --label-noise"] += is_noisy
-        counts["labels flipped by --flip-negative-strength"] += is_mistrusted
-        if is_noisy != is_mistrusted:  # flipped twice is as it was
-            turned = p.strength and -p.strength
-            p = replace(p, chosen=p.rejected, rejected=p.chosen, strength=turned)
+        if prompt_key(p.prompt, p.chosen, p.rejected, seed) < noise:
+            p = exchanged(p)
+            counts["labels flipped by --label-noise"] += 1
+        if by_strength and p.strength < 0:
+            p = exchanged(p)
+            counts["labels flipped by --flip-negative-strength"] += 1
         flipped.append(p)
-    return flipped, +counts
+    return flipped, counts
 
 
 def carve(pairs: list[Pair], count: int) -> tuple[list[Pair], list[Pair]]:
     """(rest, carved): about `count` pairs with the smallest prompt hashes; no prompt is in both."""
-    keys = np.array([prompt_key(p.prompt) for p in pairs])
-    bound = np.sort(keys)[min(count, len(pairs) - 1)]
-    rest = [p for p, key in zip(pairs, keys) if key >= bound]
-    return rest, [p for p, key in zip(pairs, keys) if key < bound]
+    keys = sorted(prompt_key(p.prompt) for p in pairs)
+    parts = split_pairs(pairs, keys[min(count, len(pairs) - 1)], 0.0)
+    return parts[""], parts["val"]
 
 
 def split_pairs(pairs: list, val: float, test: float) -> dict[str, list]:
@@ -823,11 +761,10 @@ def split_pairs(pairs: list, val: float, test: float) -> dict[str, list]:
 
 
 def unused_name(path: str, taken) -> str:
-    """What a data file is called in tables: its name without ending; where that is taken the whole
-    path, then numbered."""
-    numbered = (f"{path} ({k})" for k in range(2, 2 + len(taken)))
+    """What a data file is called in tables: its name without ending; where that is taken, the whole
+    path."""
     short = re.sub(r"\.(jsonl?|parquet)(\.gz)?$", "", Path(path).name)
-    return next(name for name in (short, str(path), *numbered) if name not in taken)
+    return str(path) if short in taken else short
 
 
 def warn_of_leaks(pairs: list[Pair], held: dict[str, list[Pair]]) -> None:
@@ -936,8 +873,7 @@ def ordered(a: str, b: str, label, first: str, second: str) -> dict:
         raise UnusablePair("a tie by its label")
     if str(label) not in (first, second):
         raise ValueError(f"the label {label!r} is neither {first} nor {second}")
-    chosen, rejected = (a, b) if str(label) == first else (b, a)
-    return {"chosen": chosen, "rejected": rejected}
+    return dict(zip(("chosen", "rejected"), (a, b) if str(label) == first else (b, a)))
 
 
 def from_rewardbench(record: dict, path: str):
@@ -1030,7 +966,7 @@ def from_mt_bench(record: dict, path: str):
     if turn not in (1, 2) or roles != [["user", "assistant"] * turn] * 2:
         raise ValueError(f"turn {turn} is not 1 or 2, or is lacking in one of the conversations")
     if talks[0][0] != talks[1][0]:
-        raise UnusablePair("the two prompts differ")
+        raise UnusablePair("the conversations part before their last turn")
     marks = ("", "User: ", "Assistant: ")
     texts = ["\n\n".join(k + m["content"] for k, m in zip(marks, talk[1:])) for talk in talks]
     sides = ordered(*texts, record.get("winner"), "model_a", "model_b")
@@ -1061,7 +997,7 @@ def own_cells(source: str, pairs: list[Pair], margins: np.ndarray):
     each pair, right (N,), weight (N,), {mean: the numbers it is the mean of}). As in the
     benchmarks' own code a tie is a miss; a pair without a score (NaN) weighs nothing.
     RewardBench  sections by pair, but math-prm weighs as much as all code; mean of sections
-    RM-Bench     see style_cells
+    RM-Bench     see style_means
     RMB          helpfulness and harmlessness, pairwise and best-of-n; their mean
     JudgeBench   categories, and all by pair
     LLMBar       subsets, and the mean of the adversarial ones
@@ -1074,7 +1010,8 @@ def own_cells(source: str, pairs: list[Pair], margins: np.ndarray):
         if weight[math].any() and weight[code].any():
             weight[math] *= weight[code].sum() / weight[math].sum()
     elif source == "rm-bench":
-        cells, means = style_cells(pairs)
+        cells = [[f"{p.subset} {p.id.rpartition('/')[2]}"] for p in pairs]
+        means = style_means()
     elif source == "rmb":
         cells = [[v for k, v in RMB_SETS.items() if p.subset.startswith(k)] for p in pairs]
         means["mean of the four"] = list(RMB_SETS.values())
@@ -1084,21 +1021,20 @@ def own_cells(source: str, pairs: list[Pair], margins: np.ndarray):
     return cells, right, weight, means
 
 
-def style_cells(pairs: list[Pair]) -> tuple[list[list[str]], dict[str, list[str]]]:
-    """RM-Bench's cells and means: 3 x 3 cells, chosen style-rejected style; easy: chosen fancier,
+def style_means() -> dict[str, list[str]]:
+    """RM-Bench's means, over 3 x 3 cells, chosen style-rejected style; easy: chosen fancier,
     normal: alike, hard: plainer; by domain, by safety (mean of its two), and over chat, code, math
     and safety."""
     levels = {"easy": "1-0 2-0 2-1", "normal": "0-0 1-1 2-2", "hard": "0-1 0-2 1-2"}
-    cells = [[f"{p.subset} {p.id.rpartition('/')[2]}"] for p in pairs]
-    above = {"safety": DOMAINS[3:], "all": (*DOMAINS[:3], "safety")}
+    below = dict.fromkeys(DOMAINS, ())
+    below |= {"safety": DOMAINS[3:], "all": (*DOMAINS[:3], "safety")}
     means = {}
-    for domain in (*DOMAINS, *above):
+    for domain, parts in below.items():
         for level, styles in levels.items():
-            parts = [f"{below} {level}" for below in above.get(domain, ())]
-            means[f"{domain} {level}"] = parts or [f"{domain} {style}" for style in styles.split()]
+            cells = [f"{domain} {style}" for style in styles.split()]
+            means[f"{domain} {level}"] = [f"{part} {level}" for part in parts] or cells
         means[domain] = [f"{domain} {level}" for level in levels]
-    known = set(sum(means.values(), []))
-    return [[cell for cell in some if cell in known] for some in cells], means
+    return means
 
 
 def count_prompts_once(pairs: list[Pair], right: np.ndarray, weight: np.ndarray) -> None:
@@ -1106,12 +1042,11 @@ def count_prompts_once(pairs: list[Pair], right: np.ndarray, weight: np.ndarray)
     right where chosen beats each of them."""
     prompts: dict[tuple, list[int]] = {}
     for k, p in enumerate(pairs):
-        if m := re.fullmatch(r"(.*)/\d+of(\d+)", p.id):
-            prompts.setdefault((p.subset, *m.groups()), []).append(k)
-        elif p.subset.startswith("BoN_set"):  # who its rivals are is not known
-            weight[k] = 0
+        if p.subset.startswith("BoN_set"):
+            prompt, _, loser = p.id.rpartition("/")  # such as 3of5
+            prompts.setdefault((p.subset, prompt, loser.partition("of")[2]), []).append(k)
     for (*_, losers), index in prompts.items():
-        is_whole = weight[index].sum() == int(losers)
+        is_whole = losers == str(int(weight[index].sum()))
         right[index[0]] = right[index].all()
         weight[index] = 0
         weight[index[0]] = is_whole
@@ -1124,11 +1059,13 @@ def rewardbench2_score(items: list[Candidates], rewards: list[np.ndarray]) -> di
     else 0; for Ties see ties_score. A row that lacks a reward (NaN) counts nowhere."""
     rows, ties = {}, {"tied": {}, "ref": {}}
     for item, r in zip(items, rewards):
-        is_right, (kind, _, number) = np.array(item.gold) > 0, item.id.partition(":")
+        kind, _, number = item.id.partition(":")
         if np.isnan(r).any():
             continue
         if item.subset == "Ties" and kind in ties:
-            ties[kind][number] = r[is_right], r[~is_right]
+            is_right = np.array(item.gold) > 0
+            lead = r[is_right].min() - r[~is_right].max()
+            ties[kind][number] = (lead, np.ptp(r[is_right]))
         else:
             best = r == r.max()
             rows.setdefault(item.subset, []).append(best[0] / best.sum())
@@ -1139,24 +1076,20 @@ def rewardbench2_score(items: list[Candidates], rewards: list[np.ndarray]) -> di
 
 
 def ties_score(tied: dict, ref: dict) -> float:
-    """RewardBench 2's Ties, from {K: (rewards of right answers, of wrong ones)} of the prompts with
-    many right answers, and of their references with one. A prompt is accurate where its worst right
-    answer outscores its best wrong one; and by more than right answers differ among themselves."""
+    """RewardBench 2's Ties, from {K: (lead, spread)} of the prompts with many right answers, and of
+    their references with one: by how much the worst right answer outscores the best wrong one, and
+    how far right answers lie apart. The lead is to be above 0, and above the spread."""
 
-    def lead(prompts: dict, numbers) -> np.ndarray:
-        return np.array([prompts[k][0].min() - prompts[k][1].max() for k in numbers])
-
-    def mean(values: np.ndarray) -> float:
+    def mean(values) -> float:
         return float(np.mean(values)) if len(values) else 0.0
 
-    both = [k for k in tied if k in ref]
-    d = np.array([np.ptp(tied[k][0]) for k in both])
-    t, r = lead(tied, both), lead(ref, both)
+    both = [(*tied[k], ref[k][0]) for k in tied if k in ref]
+    t, d, r = np.array(both).reshape(-1, 3).T
     with np.errstate(divide="ignore", invalid="ignore"):  # 0 / 0 counts 0
         closeness = np.nan_to_num(np.tanh(np.minimum(r, t) / d - 1))
-    accuracy = 0.30 * mean(lead(tied, tied) > 0) + 0.30 * mean(lead(ref, ref) > 0)
+    accuracy = [mean([lead > 0 for lead, _ in leads.values()]) for leads in (tied, ref)]
     wider = 0.20 * mean(t > d) + 0.20 * mean(np.minimum(r, t) > d)
-    return accuracy + wider + 0.01 * mean(closeness)
+    return 0.30 * sum(accuracy) + wider + 0.01 * mean(closeness)
 
 
 def benchmark_files(name: str, inputs: list[str] | None) -> list[str]:
@@ -1465,7 +1398,7 @@ class Formatter:
         self.tags, blocks = set(), []
         for tag in {*closing.findall(written), *re.findall(sought, self.template)}:
             opening = tag.replace("/", "")
-            block = re.escape(opening) + r"\s*" + re.escape(tag) + r"\s*"
+            block = re.escape(opening) + r"\s*" + re.escape(tag) + r"\n*"
             rest = re.sub(block, "", written)
             if tag != self.eos and opening not in rest and tag not in rest:
                 self.tags |= {opening, tag}
@@ -1558,12 +1491,13 @@ class Formatter:
 def find_words(content: str, text: str, start: int, stop: int) -> list[tuple[int, int]]:
     """Where the words of a content that a template rewrote stand in text[start:stop], (-1, -1) for
     one that it left out."""
-    there = [(a + start, b + start) for a, b in words_of(text[start:stop])]
-    spans = [(-1, -1)] * len(words_of(content))
-    said = [content[a:b] for a, b in words_of(content)], [text[a:b] for a, b in there]
+    words = words_of(content)[::-1]  # from the end: what goes is mostly the reasoning ahead
+    there = [(a + start, b + start) for a, b in words_of(text[start:stop])][::-1]
+    said = [content[a:b] for a, b in words], [text[a:b] for a, b in there]
+    spans = [(-1, -1)] * len(words)
     for a, b, size in difflib.SequenceMatcher(None, *said).get_matching_blocks():
         spans[a : a + size] = there[b : b + size]
-    return spans
+    return spans[::-1]
 
 
 @dataclass
