@@ -50,7 +50,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from functools import lru_cache
-from itertools import product
+from itertools import compress, product
 from pathlib import Path
 from typing import NamedTuple
 from weakref import WeakSet
@@ -119,6 +119,7 @@ def written(path: str | Path, mode: str = "w"):
     never half. Raises UserError where the disk refuses."""
     aside = Path(f"{path}.tmp")
     try:
+        aside.parent.mkdir(parents=True, exist_ok=True)
         with open(aside, mode, encoding=None if "b" in mode else "utf-8") as f:
             yield f
             f.flush()
@@ -197,11 +198,12 @@ TASK_FIELD = re.compile(
     r"(?:(?:article|attachment|audio|background|context|conversation|demonstration|dialog|dialogue|"
     r"document|evidence|function|image|input|instruction|message|paragraph|passage|photo|picture|"
     r"question|screenshot|tool|video)s?|history|knowledge|kwargs|media|persona|query|thinking|"
-    r"reasoning_(?:content|details))"
+    r"reasoning(?:_content|_details)?)"
     r"(?:_(?:text|data|path|url|base64|bytes|call|definition|schema|list)s?)?"
 )
 SYSTEM_FIELDS = ("system", "system_prompt", "system_message", "system_instruction")
 OWN_FIELDS = {"prompt", "chosen", "rejected", "responses", "gold", *SYSTEM_FIELDS}
+OWN_FIELDS.add("reasoning")  # in a row a rater's, in a message the model's
 
 
 def is_empty(value) -> bool:
@@ -222,9 +224,7 @@ def refuse_fields(holder: dict, own: set[str], where: str = "") -> None:
     """Raises UnusableField for a field that changes the task, has content, and is not used here.
     One that only repeats what prompt, chosen or rejected hold says nothing new."""
     for name, value in holder.items():
-        if name in own or not value or is_empty(value):
-            continue
-        if not changes_task(name) and not (where and name == "reasoning"):
+        if name in own or not value or is_empty(value) or not changes_task(name):
             continue
         used = json.dumps([holder.get(k) for k in ("prompt", "chosen", "rejected")])
         if json.dumps(value, default=str) not in used:
@@ -257,23 +257,22 @@ def check_messages(messages, name: str) -> list[dict]:
             hint = "several answers to one prompt are for eval.py bestofn"
             raise ValueError(f"{name} is a list, but not of messages; {hint}")
         refuse_fields(m, {"role", "content"}, f"{name}: ")
-        checked.append({"role": m.get("role"), "content": text_of(m, name)})
-        if checked[-1]["role"] not in ("system", "user", "assistant"):
-            role = checked[-1]["role"]
+        content, role = text_of(m, name), m.get("role")
+        if role not in ("system", "user", "assistant"):
             raise ValueError(f"{name} holds the role {role!r}; roles are system, user, assistant")
+        checked.append({"role": role, "content": content})
     return checked
 
 
 def parse_number(value, name: str) -> float:
     """A finite number, also one that is given as text, or ValueError."""
-    if isinstance(value, str):
-        try:
-            value = float(value)
-        except ValueError:
-            raise ValueError(f'the field "{name}" is the text {value[:40]!r}, no number') from None
-    if type(value) not in (int, float) or not abs(value) < 1e30:  # NaN fails too
-        raise ValueError(f'the field "{name}" is no finite number')
-    return float(value)
+    try:
+        number = float(value) if type(value) in (int, float, str) else float("nan")
+    except (ValueError, OverflowError):
+        number = float("nan")
+    if not abs(number) < 1e30:  # NaN fails too
+        raise ValueError(f'the field "{name}" is {str(value)[:40]!r}, no finite number')
+    return number
 
 
 # HH-RLHF's turns; copies of it lack the first blank lines, or use single line breaks
@@ -319,16 +318,15 @@ def with_system(messages: list[dict], system: str) -> list[dict]:
     return messages
 
 
-def same_turns(some: list[dict], others: list[dict]) -> bool:
-    """Whether two lists of messages say the same, but for white space at the ends."""
-    said = [[(m["role"], m["content"].strip()) for m in turns] for turns in (some, others)]
-    return said[0] == said[1]
+def said_by(turns: list[dict]) -> list[tuple[str, str]]:
+    """(role, content) of each turn, without white space at the ends."""
+    return [(m["role"], m["content"].strip()) for m in turns]
 
 
 def holds(turns: list[dict], prompt: list[dict]) -> bool:
     """Whether the turns hold those of the prompt, one behind the other."""
     starts = range(len(turns) - len(prompt) + 1)
-    return any(same_turns(turns[k : k + len(prompt)], prompt) for k in starts)
+    return any(said_by(turns[k : k + len(prompt)]) == said_by(prompt) for k in starts)
 
 
 def parse_conversations(sides: dict[str, list], prompt: list[dict]) -> tuple[list[dict], list[str]]:
@@ -346,7 +344,7 @@ def parse_conversations(sides: dict[str, list], prompt: list[dict]) -> tuple[lis
                 raise UnusablePair("the conversations do not hold the prompt")
             turns = prompt + turns
         prompts.append(turns)
-    if not all(same_turns(turns, prompts[0]) for turns in prompts):
+    if any(said_by(turns) != said_by(prompts[0]) for turns in prompts):
         raise UnusablePair("the conversations part before their last turn")
     return prompts[0], [talk[-1]["content"] for talk in talks.values()]
 
@@ -414,10 +412,8 @@ def parse_item(row: dict, sides: dict[str, str | list], counts: Counter):
                 raise ValueError(f'the field "{name}" is no text')
             prompt = with_system(prompt, row[name])
     labels = {k: str(row[k]) for k in ("source", "subset", "id") if row.get(k) is not None}
-    try:
-        "".join([m["content"] for m in prompt] + texts + list(labels.values())).encode()
-    except UnicodeEncodeError:
-        raise ValueError("the text holds half a surrogate pair, which is no character") from None
+    said = [m["content"] for m in prompt] + texts + list(labels.values())
+    "".join(said).encode()  # ValueError for half a surrogate pair, which is no character
     return prompt, texts, labels
 
 
@@ -497,7 +493,7 @@ def read_rows(source: str):
     is_hub_id = HUB_ID.fullmatch(folder) and not Path(folder).parent.exists()
     saved = [Path(folder) / name for name in ("state.json", "dataset_dict.json")]
     if folder == "hh-rlhf" and not Path(source).exists():  # its helpful half: training's default
-        for path in download_hh(["helpful-base"], split or "train"):
+        for path in published_files(HH, [f"{HH_SUBSETS[0]}/{split or 'train'}.jsonl.gz"], None):
             yield from read_file(Path(path))
     elif is_hub_id or any(p.exists() for p in saved):
         yield from read_with_datasets(source, folder, split)
@@ -592,34 +588,31 @@ def hub_problem() -> str:
     return ""
 
 
-def fetch_files(name: str, patterns: list[str], instead: str) -> list[str]:
-    """The files of a hub data set that fit the patterns (cached there). Raises UserError."""
+def published_files(home: str, patterns: list[str], inputs: list[str] | None) -> list[str]:
+    """The files of a published data set that fit the patterns: those of --input, folders opened, or
+    else those of the hub (cached there). Raises UserError."""
     from huggingface_hub import snapshot_download
 
-    problem, files = hub_problem(), []
-    try:
-        folder = Path(snapshot_download(name, repo_type="dataset", allow_patterns=patterns))
-        files = files_in(folder, patterns)
-    except Exception as why:  # network, permission and missing-file errors of several libraries
-        problem = problem or first_line(why)
+    instead = f"give local files, {', '.join(patterns)} of {home} or their folder, as --input"
+    if not inputs:
+        problem = "is no data set of the hub" if "//" in home else hub_problem()
+        try:
+            inputs = [snapshot_download(home, repo_type="dataset", allow_patterns=patterns)]
+        except Exception as why:  # network, permission and missing-file errors of several libraries
+            problem = problem or first_line(why)
+            raise UserError(f"{home}: cannot be fetched ({problem}); {instead}") from None
+    files = []
+    for path in map(Path, inputs):
+        inside = [p for p in sorted(path.rglob("*")) if p.is_file()]
+        names = [p.relative_to(path).as_posix() for p in inside]
+        fits = [any(fnmatch(name, pattern) for pattern in patterns) for name in names]
+        files += compress(inside, fits) if path.is_dir() else [path]
     if not files:
-        problem = problem or "it holds no such file"
-        raise UserError(f"{name}: cannot be fetched from the hub ({problem}); {instead}")
-    return files
+        raise UserError(f"{', '.join(inputs)}: no such file there; {instead}")
+    return list(map(str, files))
 
 
-def files_in(folder: Path, patterns: list[str]) -> list[str]:
-    """The files of a folder that fit one of the patterns, in order."""
-    inside = sorted(p for p in folder.rglob("*") if p.is_file())
-    names = [p.relative_to(folder).as_posix() for p in inside]
-    return [str(p) for p, n in zip(inside, names) if any(fnmatch(n, some) for some in patterns)]
-
-
-def download_hh(subsets: list[str], split: str) -> list[str]:
-    """Raw HH-RLHF files from the hub (cached there). Raises UserError without a network."""
-    files = [f"{subset}/{split}.jsonl.gz" for subset in subsets]
-    instead = f"give local files by --data (data_prep.py: --input), as its {', '.join(files)}"
-    return fetch_files("Anthropic/hh-rlhf", files, instead)
+HH, HH_SUBSETS = "Anthropic/hh-rlhf", ["helpful-base", "harmless-base"]
 
 
 def collect(sources: list, parse, skip_bad: bool, noun: str, hint: str) -> tuple[list, Counter]:
@@ -675,10 +668,6 @@ def write_pairs(path: str | Path, pairs: list, overwrite: bool = False) -> None:
     path = Path(path)
     if path.exists() and not overwrite:
         raise UserError(f"{path}: exists; choose another --out, or --overwrite")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as why:
-        raise UserError(f"{path}: cannot be written ({why.strerror})") from None
     lines = []
     for p in pairs:
         line = {name: value for name, value in vars(p).items() if value not in ("", None)}
@@ -707,9 +696,8 @@ def repetitions(pairs: list) -> tuple[list, Counter]:
     comparisons that are answered both ways."""
     unique, first_seen, counts = [], {}, Counter()
     for number, p in enumerate(pairs):
-        prompt = [(m["role"], m["content"].strip()) for m in p.prompt]
         sides = [y.strip() for y in p.responses] + getattr(p, "gold", [])
-        key, opposite = (json.dumps([prompt, some]) for some in (sides, sides[::-1]))
+        key, opposite = (json.dumps([said_by(p.prompt), some]) for some in (sides, sides[::-1]))
         is_new = key not in first_seen
         if is_new:
             first_seen[key] = number
@@ -802,8 +790,8 @@ def read_splits(
     for name, flag in (needed or {}).items():
         if missing := sum(getattr(p, name) is None for p in pairs):
             which = f"{', '.join(data)}: {missing} of {len(pairs)} pairs lack the field {name}"
-            hint = " (eval.py accuracy MODEL... --strength OUT writes it)" * (name == "strength")
-            raise UserError(f"{which} that {flag} needs{hint}")
+            hint = "eval.py accuracy MODEL... --strength OUT writes strengths"
+            raise UserError(f"{which} that {flag} needs ({hint})")
     counts.update(repetitions(pairs)[1])
     held = {}
     if val_data:
@@ -833,38 +821,38 @@ def read_splits(
 # a benchmark's name, as in a mixture of data sets, does not say how its rows were made.
 # A converter takes a published record and the path of its file, and yields rows.
 
-GROUPS = {
-    "Chat": "alpacaeval-easy alpacaeval-length alpacaeval-hard mt-bench-easy mt-bench-med",
-    "Chat Hard": "mt-bench-hard llmbar-natural llmbar-adver-neighbor llmbar-adver-GPTInst "
-    "llmbar-adver-GPTOut llmbar-adver-manual",
-    "Safety": "refusals-dangerous refusals-offensive xstest-should-refuse xstest-should-respond "
-    "donotanswer",
-    "Reasoning": "math-prm hep-cpp hep-go hep-java hep-js hep-python hep-rust",
-}
-SECTIONS = {section: names.split() for section, names in GROUPS.items()}
 DOMAINS = ("chat", "code", "math", "safety-refuse", "safety-response")
-CATEGORIES = {
-    "mmlu-pro": "Knowledge",
-    "livebench-reasoning": "Reasoning",
-    "livebench-math": "Math",
-    "livecodebench": "Coding",
-}
 ADVERSARIAL = [f"Adversarial/{name}" for name in ("Neighbor", "GPTInst", "GPTOut", "Manual")]
-RMB_SETS = {
-    "Pairwise_set/Helpfulness": "Helpfulness pairwise",
-    "BoN_set/Helpfulness": "Helpfulness best-of-n",
-    "Pairwise_set/Harmlessness": "Harmlessness pairwise",
-    "BoN_set/Harmlessness": "Harmlessness best-of-n",
+GROUPS = {  # benchmark -> {a group that it reports by: a pattern of the names in it}
+    "rewardbench": {
+        "Chat": "alpacaeval-(easy|length|hard)|mt-bench-(easy|med)",
+        "Chat Hard": "mt-bench-hard|llmbar-(natural|adver-(neighbor|GPTInst|GPTOut|manual))",
+        "Safety": "refusals-(dangerous|offensive)|xstest-should-(refuse|respond)|donotanswer",
+        "Reasoning": "math-prm|hep-(cpp|go|java|js|python|rust)",
+    },
+    "rm-bench": dict(zip(DOMAINS, DOMAINS)),
+    "rmb": {
+        "Helpfulness pairwise": "Pairwise_set/Helpfulness",
+        "Helpfulness best-of-n": "BoN_set/Helpfulness",
+        "Harmlessness pairwise": "Pairwise_set/Harmlessness",
+        "Harmlessness best-of-n": "BoN_set/Harmlessness",
+    },
+    "judgebench": {
+        "Knowledge": "mmlu-pro",
+        "Reasoning": "livebench-reasoning",
+        "Math": "livebench-math",
+        "Coding": "livecodebench",
+    },
+    "llmbar": {"Natural": "Natural", **{name: name.split("/")[1] for name in ADVERSARIAL}},
 }
 
 
-def get(record: dict, name: str, kind: type = str):
-    """record[name], of that type, or ValueError."""
-    if not isinstance(record, dict) or record.get(name) is None:
-        raise ValueError(f'the field "{name}" is missing')
-    if not isinstance(record[name], kind):
-        raise ValueError(f'the field "{name}" is no {kind.__name__}')
-    return record[name]
+def group_of(benchmark: str, name: str) -> str:
+    """The group of a benchmark that the name belongs to, or ValueError."""
+    for group, pattern in GROUPS[benchmark].items():
+        if re.search(pattern, name, re.IGNORECASE):
+            return group
+    raise ValueError(f"{name!r} is in none of the groups {', '.join(GROUPS[benchmark])}")
 
 
 def ordered(a: str, b: str, label, first: str, second: str) -> dict:
@@ -878,90 +866,64 @@ def ordered(a: str, b: str, label, first: str, second: str) -> dict:
 
 def from_rewardbench(record: dict, path: str):
     """RewardBench (arXiv 2403.13787): prompt, chosen, rejected, subset, id; no prior sets."""
-    name = get(record, "subset")
-    section = next((s for s, names in SECTIONS.items() if name in names), None)
-    if section is None:
-        raise UnusablePair("the subset is in none of RewardBench's four sections")
-    texts = {k: get(record, k) for k in ("prompt", "chosen", "rejected")}
-    yield {**texts, "id": record.get("id"), "subset": f"{section}/{name}"}
+    row = {k: record[k] for k in ("prompt", "chosen", "rejected", "id")}
+    yield {**row, "subset": f"{group_of('rewardbench', record['subset'])}/{record['subset']}"}
 
 
 def from_rewardbench2(record: dict, path: str):
     """RewardBench 2 (arXiv 2506.01937): chosen (in Ties several), rejected (three or more), subset,
     id. It becomes candidates, the right ones first."""
-    get(record, "prompt"), get(record, "subset")
-    yield {k: record.get(k) for k in ("prompt", "chosen", "rejected", "subset", "id")}
+    yield {k: record[k] for k in ("prompt", "chosen", "rejected", "subset", "id")}
 
 
 def from_rm_bench(record: dict, path: str):
     """RM-Bench (arXiv 2410.16184): 3 chosen, 3 rejected: concise, detailed, detailed with markdown.
     Nine pairs a prompt, ids ending in /chosen style-rejected style. The domain: a field, or in the
     file's name."""
-    sides = [get(record, k, list) for k in ("chosen", "rejected")]
-    domain = record.get("domain") or next((d for d in DOMAINS if d in Path(path).name), None)
-    if [len(side) for side in sides] != [3, 3]:
+    domain = group_of("rm-bench", record.get("domain") or Path(path).name)
+    sides = [record[k] for k in ("chosen", "rejected")]
+    if not all(isinstance(side, list) and len(side) == 3 for side in sides):
         raise ValueError("there are not three chosen and three rejected")
-    if domain not in DOMAINS:
-        known = f"by its field or its file's name, none of {', '.join(DOMAINS)}"
-        raise ValueError(f"the domain is {domain!r}, {known}")
     for i, j in product(range(3), range(3)):
-        texts = {"prompt": get(record, "prompt"), "chosen": sides[0][i], "rejected": sides[1][j]}
-        yield {**texts, "subset": domain, "id": f"{record.get('id')}/{i}-{j}"}
+        texts = {"prompt": record["prompt"], "chosen": sides[0][i], "rejected": sides[1][j]}
+        yield {**texts, "subset": domain, "id": f"{record['id']}/{i}-{j}"}
 
 
 def from_rmb(record: dict, path: str):
     """RMB (arXiv 2410.09893): conversation_input, category_path, chosen and reject; best-of-n:
     bon_best and loser_list, a pair a loser, ids ending in /number of the loser of how many."""
-    category, best_of_n = get(record, "category_path"), "bon_best" in record
-    if not category.startswith(tuple(RMB_SETS)):
-        raise ValueError(f"the category_path {category!r} is none of RMB's")
-    best = get(get(record, "bon_best" if best_of_n else "chosen", dict), "answer")
-    losers = get(record, "loser_list", list) if best_of_n else [get(record, "reject", dict)]
-    prompt = get(record, "conversation_input", list)
-    for k, loser in enumerate(losers, 1):
-        number = record.get("pair_uid")
-        if best_of_n:
-            number = f"{record.get('bon_uid')}/{k}of{len(losers)}"
-        texts = {"prompt": prompt, "chosen": best, "rejected": get(loser, "answer")}
-        yield {**texts, "subset": category, "id": number}
+    row = {"prompt": record["conversation_input"], "subset": record["category_path"]}
+    group_of("rmb", row["subset"])  # or ValueError
+    if "bon_best" not in record:
+        texts = {"chosen": record["chosen"]["answer"], "rejected": record["reject"]["answer"]}
+        yield {**row, **texts, "id": record["pair_uid"]}
+        return
+    for k, loser in enumerate(record["loser_list"], 1):
+        texts = {"chosen": record["bon_best"]["answer"], "rejected": loser["answer"]}
+        yield {**row, **texts, "id": f"{record['bon_uid']}/{k}of{len(record['loser_list'])}"}
 
 
 def from_judgebench(record: dict, path: str):
     """JudgeBench (arXiv 2410.12784): question, response_A, response_B, label A>B or B>A, source."""
-    name = get(record, "source")
-    category = next((c for start, c in CATEGORIES.items() if name.startswith(start)), None)
-    if category is None:
-        raise ValueError(f"the source {name!r} is none of JudgeBench's")
-    sides = get(record, "response_A"), get(record, "response_B")
-    texts = {
-        "prompt": get(record, "question"),
-        **ordered(*sides, record.get("label"), "A>B", "B>A"),
-    }
-    yield {**texts, "subset": f"{category}/{name}", "id": record.get("pair_id")}
+    subset = f"{group_of('judgebench', record['source'])}/{record['source']}"
+    sides = ordered(record["response_A"], record["response_B"], record["label"], "A>B", "B>A")
+    yield {"prompt": record["question"], **sides, "subset": subset, "id": record["pair_id"]}
 
 
 def from_llmbar(record: dict, path: str):
     """LLMBar (arXiv 2310.07641): input, output_1, output_2, label 1 or 2; its path: the subset."""
-    named = re.findall("natural|neighbor|gptinst|gptout|manual", path.lower())
-    if not named:
-        raise ValueError("the path names none of Natural, Neighbor, GPTInst, GPTOut, Manual")
-    subset = next(s for s in ("Natural", *ADVERSARIAL) if named[-1] in s.lower())
-    sides = get(record, "output_1"), get(record, "output_2")
-    texts = {"prompt": get(record, "input"), **ordered(*sides, record.get("label"), "1", "2")}
-    yield {**texts, "subset": subset}
+    subset = group_of("llmbar", "/".join(Path(path).parts[-2:]))
+    sides = ordered(record["output_1"], record["output_2"], record["label"], "1", "2")
+    yield {"prompt": record["input"], **sides, "subset": subset}
 
 
 def from_mt_bench(record: dict, path: str):
-    """MT-Bench (arXiv 2306.05685), a vote: conversation_a, conversation_b, turn, winner, judge; or
-    LLMBar's layout of the majority on first turns.
+    """MT-Bench (arXiv 2306.05685), a vote: conversation_a, conversation_b, turn, winner, judge.
 
     Two conversations differ from their first answers on, so the prompt is the first question; a
     second turn continues the response as text, as Formatter writes turns without a template."""
-    if "conversation_a" not in record:
-        yield {**next(from_llmbar(record, "natural")), "subset": "turn 1, majority"}
-        return
-    turn, names = get(record, "turn", int), ("conversation_a", "conversation_b")
-    talks = [check_messages(get(record, k, list), k)[: 2 * turn] for k in names]
+    turn, names = record["turn"], ("conversation_a", "conversation_b")
+    talks = [check_messages(record[k], k)[: 2 * turn] for k in names]
     roles = [[m["role"] for m in talk] for talk in talks]
     if turn not in (1, 2) or roles != [["user", "assistant"] * turn] * 2:
         raise ValueError(f"turn {turn} is not 1 or 2, or is lacking in one of the conversations")
@@ -969,7 +931,7 @@ def from_mt_bench(record: dict, path: str):
         raise UnusablePair("the conversations part before their last turn")
     marks = ("", "User: ", "Assistant: ")
     texts = ["\n\n".join(k + m["content"] for k, m in zip(marks, talk[1:])) for talk in talks]
-    sides = ordered(*texts, record.get("winner"), "model_a", "model_b")
+    sides = ordered(*texts, record["winner"], "model_a", "model_b")
     vote = [str(record.get(k)) for k in ("question_id", "model_a", "model_b", "judge", "turn")]
     yield {"prompt": talks[0][:1], **sides, "subset": f"turn {turn}", "id": "-".join(vote)}
 
@@ -1005,7 +967,7 @@ def own_cells(source: str, pairs: list[Pair], margins: np.ndarray):
     right, weight, means = (margins > 0).astype(float), 1.0 - np.isnan(margins), {}
     cells = [[p.subset.split("/")[0], "all"] for p in pairs]
     if source == "rewardbench":
-        cells, means["mean of sections"] = [c[:1] for c in cells], list(SECTIONS)
+        cells, means["mean of sections"] = [c[:1] for c in cells], list(GROUPS["rewardbench"])
         math, code = (np.array([f"/{k}" in p.subset for p in pairs]) for k in ("math-prm", "hep-"))
         if weight[math].any() and weight[code].any():
             weight[math] *= weight[code].sum() / weight[math].sum()
@@ -1013,8 +975,9 @@ def own_cells(source: str, pairs: list[Pair], margins: np.ndarray):
         cells = [[f"{p.subset} {p.id.rpartition('/')[2]}"] for p in pairs]
         means = style_means()
     elif source == "rmb":
-        cells = [[v for k, v in RMB_SETS.items() if p.subset.startswith(k)] for p in pairs]
-        means["mean of the four"] = list(RMB_SETS.values())
+        groups = GROUPS["rmb"]
+        cells = [[k for k, start in groups.items() if start in p.subset] for p in pairs]
+        means["mean of the four"] = list(groups)
         count_prompts_once(pairs, right, weight)
     elif source == "llmbar":
         cells, means["Adversarial"] = [[p.subset] for p in pairs], ADVERSARIAL
@@ -1092,43 +1055,28 @@ def ties_score(tied: dict, ref: dict) -> float:
     return 0.30 * sum(accuracy) + wider + 0.01 * mean(closeness)
 
 
-def benchmark_files(name: str, inputs: list[str] | None) -> list[str]:
-    """The files of --input, folders opened; without it those of the hub. Raises UserError."""
-    _, home, pattern = BENCHMARKS[name]
-    instead = f"give {pattern} of {home}, or their folder, as --input"
-    if not inputs and "//" in home:
-        raise UserError(f"{name}: is not on the hub; {instead}")
-    if not inputs:
-        return fetch_files(home, [pattern], instead)
-    files = []
-    for path in map(Path, inputs):
-        inside = files_in(path, [pattern]) if path.is_dir() else [str(path)]
-        if not inside:
-            raise UserError(f"{path}: holds no file {pattern}")
-        files += inside
-    return files
-
-
 def read_benchmark(name: str, inputs: list[str] | None, skip_bad: bool = False):
     """(pairs or candidates of a benchmark, counts as of read_pairs). Raises UserError."""
-    convert = BENCHMARKS[name][0]
+    convert, home, pattern = BENCHMARKS[name]
     finish = parse_candidates if convert is from_rewardbench2 else parse_pair
 
     def parse(record, source: str, counts: Counter) -> list:
-        if not isinstance(record, dict):
-            raise ValueError("is no JSON object")
         items = []
-        for row in convert(record, source):
-            if isinstance(row["prompt"], str):  # a text may be read as a dialogue, a message not
-                row["prompt"] = as_messages(row["prompt"])
-            try:
-                items.append(finish({**row, "source": CONVERTED + name}))
-            except UnusablePair as why:
-                counts[str(why)] += 1
+        try:
+            for row in convert(record, source):
+                if isinstance(row["prompt"], str):  # a text may be read as a dialogue, these not
+                    row["prompt"] = as_messages(row["prompt"])
+                try:
+                    items.append(finish({**row, "source": CONVERTED + name}))
+                except UnusablePair as why:  # the record's other pairs stay
+                    counts[str(why)] += 1
+        except (LookupError, TypeError, AttributeError) as why:
+            raise ValueError(f"not as {name} publishes it ({why!r})") from None
         return items
 
     hint = "mend it, or drop it with --skip-bad"
-    return collect(benchmark_files(name, inputs), parse, skip_bad, "pair", hint)
+    files = published_files(home, [pattern], inputs)
+    return collect(files, parse, skip_bad, "pair", hint)
 
 
 # --------------------------------------------------------------------------- the generated language
@@ -1163,10 +1111,10 @@ def synthetic_vocabulary() -> list[str]:
 
 
 class Speaker:
-    """Draws texts of the language from rng, with shortest to longest fillers behind the item."""
+    """Draws texts of the language from rng."""
 
-    def __init__(self, rng: np.random.Generator, shortest: int, longest: int):
-        self.rng, self.behind = rng, (shortest, longest)
+    def __init__(self, rng: np.random.Generator):
+        self.rng = rng
         self.items = [words.split() for words in TOPICS.values()]
         self.fillers = FILLERS.split()
 
@@ -1183,22 +1131,13 @@ class Speaker:
         """A response that names an item of the topic and closes with the cue."""
         before = self.some(0, 3)
         item = self.items[topic][self.rng.integers(len(self.items[topic]))]
-        return " ".join([*before, item, *self.some(*self.behind), cue])
+        return " ".join([*before, item, *self.some(8, 16), cue])
 
 
-def synthetic_pairs(
-    n: int, agreement: float, seed: int, shortest: int = 8, longest: int = 16
-) -> list[Pair]:
-    """n pairs; the subset says whether the cue goes with or against the label.
-
-    Args:
-        n: how many.
-        agreement: share of pairs whose cue agrees with the label.
-        seed: of all draws.
-        shortest, longest: fillers between item and cue.
-    """
+def synthetic_pairs(n: int, agreement: float, seed: int) -> list[Pair]:
+    """n pairs; in a share `agreement` of them the cue goes with the label, as the subset says."""
     rng, pairs = np.random.default_rng([seed, 7]), []
-    speaker = Speaker(rng, shortest, longest)
+    speaker = Speaker(rng)
     for k in range(n):
         right, wrong = rng.choice(len(TOPICS), 2, replace=False)
         agrees = rng.random() < agreement
@@ -1210,14 +1149,11 @@ def synthetic_pairs(
     return pairs
 
 
-def synthetic_candidates(
-    n: int, responses: int, agreement: float, seed: int, shortest: int = 8, longest: int = 16
-) -> list[Candidates]:
-    """n prompts with candidates of which a quarter, at random, are right (gold 1, else 0).
-
-    Args: as of synthetic_pairs; responses: candidates of each prompt."""
+def synthetic_candidates(n: int, responses: int, agreement: float, seed: int) -> list[Candidates]:
+    """n prompts with candidates of which a quarter, at random, are right (gold 1, else 0); each cue
+    agrees with its gold in a share `agreement`."""
     rng, items = np.random.default_rng([seed, 8]), []
-    speaker = Speaker(rng, shortest, longest)
+    speaker = Speaker(rng)
     for k in range(n):
         topic = rng.integers(len(TOPICS))
         gold, agrees = rng.random(responses) < 0.25, rng.random(responses) < agreement
@@ -1724,7 +1660,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     raw = argparse.RawDescriptionHelpFormatter
     ap = Parser(description=__doc__, formatter_class=raw, allow_abbrev=False)
     add = ap.add_argument
-    known = f"hh-rlhf, synthetic, or a benchmark: {', '.join(BENCHMARKS)}"
+    known = f"hh-rlhf[:test], synthetic, or a benchmark: {', '.join(BENCHMARKS)}"
     add("source", nargs="+", metavar="SOURCE", help=f"files, folders, hub ids; {known}")
     add("--out", required=True, help="file to write; gzipped where it ends in .gz")
     add("--overwrite", action="store_true", help="replace --out where it exists")
@@ -1732,9 +1668,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--drop-duplicates", action="store_true", help="drop repetitions (counted either way)")
     files = "in place of the hub: files of hh-rlhf or a benchmark as published, or their folders"
     add("--input", nargs="+", metavar="FILE", help=files)
-    folders = {"default": ["helpful-base", "harmless-base"], "metavar": "NAME"}
-    add("--subsets", nargs="+", help="hh-rlhf: folders on the hub", **folders)
-    add("--hub-split", default="train", choices=["train", "test"], help="hh-rlhf: its split")
+    folders = {"nargs": "+", "default": HH_SUBSETS, "metavar": "NAME"}
+    add("--subsets", help="hh-rlhf: folders on the hub", **folders)
     numbers = {
         "limit": (0, "write only the first N pairs; 0: all"),
         "val-fraction": (0.0, "share of the prompts for FILE.val.jsonl"),
@@ -1742,8 +1677,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "pairs": (12_800, "synthetic: number of pairs"),
         "responses": (0, "synthetic: N candidates with gold scores a prompt, in place of pairs"),
         "agreement": (0.9, "synthetic: share of pairs whose cue agrees with the label"),
-        "shortest": (8, "synthetic: fewest fillers between item and cue"),
-        "longest": (16, "synthetic: most fillers between item and cue"),
         "seed": (0, "synthetic: seed"),
     }
     for name, (default, text) in numbers.items():
@@ -1758,10 +1691,9 @@ def check_args(args: argparse.Namespace) -> None:
     if not all(0 <= share <= 1 for share in shares) or sum(shares[:2]) >= 1:
         names = "--val-fraction, --test-fraction and --agreement"
         raise UserError(f"{names} lie in 0 to 1, and some pairs must be left to train on")
-    least = {"seed": 0, "limit": 0, "pairs": 1, "shortest": 0, "longest": args.shortest}
-    for name, least_value in least.items():
-        if getattr(args, name) < least_value:
-            raise UserError(f"--{name} {getattr(args, name)}: must be at least {least_value}")
+    for name, least in {"seed": 0, "limit": 0, "pairs": 1}.items():
+        if getattr(args, name) < least:
+            raise UserError(f"--{name} {getattr(args, name)}: must be at least {least}")
     if args.responses and (args.responses < 2 or args.source != ["synthetic"]):
         raise UserError(f"--responses {args.responses}: the source synthetic takes it, at least 2")
     if args.input and args.source[0] not in ("hh-rlhf", *BENCHMARKS):
@@ -1770,20 +1702,20 @@ def check_args(args: argparse.Namespace) -> None:
 
 def read_source(args: argparse.Namespace) -> tuple[list, Counter]:
     """The pairs (or candidates) that the command line asks for, and counts. Raises UserError."""
-    source = args.source[0] if len(args.source) == 1 else ""
+    source, _, split = args.source[0].partition(":") if len(args.source) == 1 else ("", "", "")
     if source == "synthetic":
-        sizes = (args.agreement, args.seed, args.shortest, args.longest)
         if args.responses:
-            items = synthetic_candidates(args.pairs, args.responses, *sizes)
+            items = synthetic_candidates(args.pairs, args.responses, args.agreement, args.seed)
         else:
-            items = synthetic_pairs(args.pairs, *sizes)
+            items = synthetic_pairs(args.pairs, args.agreement, args.seed)
         return items, Counter(pairs=len(items))
     if source in BENCHMARKS:
         return read_benchmark(source, args.input, args.skip_bad)
     if source != "hh-rlhf":
         return read_pairs(args.source, args.skip_bad)
     pairs, counts = [], Counter()
-    for path in args.input or download_hh(args.subsets, args.hub_split):
+    files = [f"{subset}/{split or 'train'}.jsonl.gz" for subset in args.subsets]
+    for path in published_files(HH, files, args.input):
         some, more = read_pairs([path], args.skip_bad)
         folder = Path(path).parent.name  # HH-RLHF keeps its subsets in folders
         subset = folder if folder.startswith(("helpful-", "harmless-", "red-team")) else ""
