@@ -40,6 +40,7 @@ import gzip
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import sys
@@ -208,8 +209,10 @@ OWN_FIELDS.add("reasoning")  # in a row a rater's, in a message the model's
 
 def is_empty(value) -> bool:
     """None, blank text, and lists and objects of nothing else."""
-    if isinstance(value, (list, dict)):
-        return all(map(is_empty, value.values() if isinstance(value, dict) else value))
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        return all(map(is_empty, value))
     return value is None or (isinstance(value, str) and not value.strip())
 
 
@@ -615,15 +618,13 @@ def published_files(home: str, patterns: list[str], inputs: list[str] | None) ->
 HH, HH_SUBSETS = "Anthropic/hh-rlhf", ["helpful-base", "harmless-base"]
 
 
-def collect(sources: list, parse, skip_bad: bool, noun: str, hint: str) -> tuple[list, Counter]:
-    """(what parse makes of all rows of the sources, counts).
+def collect(sources: list, parse, skip_bad: bool) -> tuple[list, Counter]:
+    """(what parse makes of all rows of files, folders and hub ids; counts: "pairs", each reason of
+    UnusablePair, and with skip_bad "bad" and each refused field).
 
     Args:
-        sources: files, folders or hub ids.
         parse: (row, source, counts) -> list of items; raises one of the errors above.
         skip_bad: drop and count malformed rows, in place of a UserError with file and line.
-        noun: what an item is called, in the singular.
-        hint: what to do about a malformed row.
     """
     items, counts = [], Counter()
     for source in sources:
@@ -634,29 +635,26 @@ def collect(sources: list, parse, skip_bad: bool, noun: str, hint: str) -> tuple
                 counts[str(why)] += 1
             except (ValueError, RecursionError) as why:
                 if not skip_bad:
+                    hint = "mend it, or let `python data_prep.py SOURCE --skip-bad` drop it"
                     raise UserError(f"{source}, {where}: {first_line(why)}; {hint}") from None
                 is_field = isinstance(why, UnusableField)
                 counts[f'with the field "{why.name}"' if is_field else "bad"] += 1
     if not items:
         left_out = ", ".join(f"{v} {k}" for k, v in counts.items())
-        what = f"; left out: {left_out}" if left_out else ", it is empty"
-        raise UserError(f"{', '.join(map(str, sources))}: no usable {noun}{what}")
+        what = f"left out: {left_out}" if left_out else "it is empty"
+        raise UserError(f"{', '.join(map(str, sources))}: no usable pair; {what}")
     counts["pairs"] = len(items)
     return items, counts
 
 
-def read_pairs(sources: list, skip_bad: bool = False, parse=parse_pair) -> tuple[list, Counter]:
-    """All pairs of files, folders and hub ids, and counts: "pairs", each reason of UnusablePair,
-    and with skip_bad "bad" and each refused field. Raises UserError with file and line."""
-    noun, hint = "prompt with candidates", "mend the line"
-    if parse is parse_pair:
-        noun, hint = "pair", hint + ", or let `python data_prep.py FILE --skip-bad` drop it"
-    return collect(sources, lambda row, _, n: [parse(row, n)], skip_bad, noun, hint)
+def read_pairs(sources: list, skip_bad: bool = False) -> tuple[list[Pair], Counter]:
+    """(all pairs of files, folders and hub ids, counts), see collect. Raises UserError."""
+    return collect(sources, lambda row, _, counts: [parse_pair(row, counts)], skip_bad)
 
 
 def read_candidates(sources: list, skip_bad: bool = False) -> tuple[list[Candidates], Counter]:
     """read_pairs for candidates; they may differ in number from prompt to prompt."""
-    return read_pairs(sources, skip_bad, parse_candidates)
+    return collect(sources, lambda row, _, counts: [parse_candidates(row, counts)], skip_bad)
 
 
 # ------------------------------------------------------------------------- writing and splitting
@@ -968,9 +966,9 @@ def own_cells(source: str, pairs: list[Pair], margins: np.ndarray):
     cells = [[p.subset.split("/")[0], "all"] for p in pairs]
     if source == "rewardbench":
         cells, means["mean of sections"] = [c[:1] for c in cells], list(GROUPS["rewardbench"])
-        math, code = (np.array([f"/{k}" in p.subset for p in pairs]) for k in ("math-prm", "hep-"))
-        if weight[math].any() and weight[code].any():
-            weight[math] *= weight[code].sum() / weight[math].sum()
+        prm, code = (np.array([f"/{k}" in p.subset for p in pairs]) for k in ("math-prm", "hep-"))
+        if weight[prm].any() and weight[code].any():
+            weight[prm] *= weight[code].sum() / weight[prm].sum()
     elif source == "rm-bench":
         cells = [[f"{p.subset} {p.id.rpartition('/')[2]}"] for p in pairs]
         means = style_means()
@@ -1074,9 +1072,7 @@ def read_benchmark(name: str, inputs: list[str] | None, skip_bad: bool = False):
             raise ValueError(f"not as {name} publishes it ({why!r})") from None
         return items
 
-    hint = "mend it, or drop it with --skip-bad"
-    files = published_files(home, [pattern], inputs)
-    return collect(files, parse, skip_bad, "pair", hint)
+    return collect(published_files(home, [pattern], inputs), parse, skip_bad)
 
 
 # --------------------------------------------------------------------------- the generated language
@@ -1103,11 +1099,6 @@ FILLERS = (
     "anyway meanwhile"
 )
 CUES = ("thanks", "regards")
-
-
-def synthetic_vocabulary() -> list[str]:
-    """Every word of the language, for a word-level tokenizer."""
-    return [*TOPICS, *" ".join(TOPICS.values()).split(), *FILLERS.split(), *CUES]
 
 
 class Speaker:
@@ -1184,7 +1175,8 @@ def demo_tokenizer():
     from transformers import PreTrainedTokenizerFast
 
     special = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "eos": "</s>"}
-    words = [*special.values(), "User:", "Assistant:", *synthetic_vocabulary()]
+    words = [*special.values(), "User:", "Assistant:", *TOPICS, *" ".join(TOPICS.values()).split()]
+    words += [*FILLERS.split(), *CUES]
     inner = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, "[UNK]"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     named = {f"{name}_token": token for name, token in special.items()}
@@ -1342,20 +1334,17 @@ class Formatter:
         return re.compile(f"(?:{'|'.join(blocks)})?")
 
     def control_strings(self) -> set[str]:
-        """Special tokens, other added tokens that the template writes, the text between turns."""
-        probes = self.probes()
-        written = "".join(piece for probe in probes for piece in probe)
-        special = set(self.tokenizer.all_special_tokens)
+        """Special tokens, other added tokens that the template writes, its marks such as [INST],
+        and the text that it writes between turns."""
+        written = "\n".join(piece for probe in self.probes() for piece in probe)
+        control = set(self.tokenizer.all_special_tokens)
         for token in self.tokenizer.added_tokens_decoder.values():
             if token.special or token.content in written:
-                special.add(token.content)
-        # "</s><s>[INST]": a text could hold [INST] alone ("assistant" alone is only a word)
-        after = [piece for probe in probes for piece in probe[1:]]
-        parts = [part.strip() for piece in after for part in re.split(any_of(special), piece)]
-        marks = {part for part in parts if re.fullmatch(r"[\[<{|].*\w.*[\]>}|]", part)}
-        between = [piece for probe in probes for piece in probe[1:-1]]
-        marks |= {piece.strip(" ") for piece in between if re.search(r"\w", piece)}
-        return {string for string in special | marks if len(string) > 1} - self.tags
+                control.add(token.content)
+        control |= set(re.findall(r"<[^<>\s]*\w[^<>\s]*>|\[[^][\s]*\w[^][\s]*\]", written))
+        between = [piece for probe in self.probes() for piece in probe[1:-1]]
+        control |= {piece.strip(" ") for piece in between if re.search(r"\w", piece)}
+        return {string for string in control if len(string) > 1} - self.tags
 
     def clean(self, text: str) -> str:
         """The text in which what would end a turn, or start one, is defused by a space after its
@@ -1655,6 +1644,17 @@ def tokenise(tokenizer, texts: list[str]) -> list[tuple[np.ndarray, list]]:
 # ------------------------------------------------------------------------------------ command line
 
 
+NUMBERS = {  # flag -> (default, least, most, what it is)
+    "limit": (0, 0, math.inf, "write only the first N pairs; 0: all"),
+    "val-fraction": (0.0, 0, 1, "share of the prompts for FILE.val.jsonl"),
+    "test-fraction": (0.0, 0, 1, "share of the prompts for FILE.test.jsonl"),
+    "pairs": (12_800, 1, math.inf, "synthetic: number of pairs"),
+    "responses": (0, 0, math.inf, "synthetic: N candidates with gold scores a prompt, no pairs"),
+    "agreement": (0.9, 0, 1, "synthetic: share of pairs whose cue agrees with the label"),
+    "seed": (0, 0, math.inf, "synthetic: seed"),
+}
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The flags."""
     raw = argparse.RawDescriptionHelpFormatter
@@ -1670,16 +1670,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--input", nargs="+", metavar="FILE", help=files)
     folders = {"nargs": "+", "default": HH_SUBSETS, "metavar": "NAME"}
     add("--subsets", help="hh-rlhf: folders on the hub", **folders)
-    numbers = {
-        "limit": (0, "write only the first N pairs; 0: all"),
-        "val-fraction": (0.0, "share of the prompts for FILE.val.jsonl"),
-        "test-fraction": (0.0, "share of the prompts for FILE.test.jsonl"),
-        "pairs": (12_800, "synthetic: number of pairs"),
-        "responses": (0, "synthetic: N candidates with gold scores a prompt, in place of pairs"),
-        "agreement": (0.9, "synthetic: share of pairs whose cue agrees with the label"),
-        "seed": (0, "synthetic: seed"),
-    }
-    for name, (default, text) in numbers.items():
+    for name, (default, *_, text) in NUMBERS.items():
         text += f" (default: {default})"
         add(f"--{name}", type=type(default), default=default, metavar="N", help=text)
     return ap.parse_args(argv)
@@ -1687,13 +1678,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def check_args(args: argparse.Namespace) -> None:
     """Raises UserError for flags that cannot work."""
-    shares = (args.val_fraction, args.test_fraction, args.agreement)
-    if not all(0 <= share <= 1 for share in shares) or sum(shares[:2]) >= 1:
-        names = "--val-fraction, --test-fraction and --agreement"
-        raise UserError(f"{names} lie in 0 to 1, and some pairs must be left to train on")
-    for name, least in {"seed": 0, "limit": 0, "pairs": 1}.items():
-        if getattr(args, name) < least:
-            raise UserError(f"--{name} {getattr(args, name)}: must be at least {least}")
+    for name, (_, least, most, _) in NUMBERS.items():
+        value = getattr(args, name.replace("-", "_"))
+        if not least <= value <= most:
+            raise UserError(f"--{name} {value}: must lie in {least} to {most}")
+    if args.val_fraction + args.test_fraction >= 1:
+        raise UserError("--val-fraction and --test-fraction leave no pairs to train on")
     if args.responses and (args.responses < 2 or args.source != ["synthetic"]):
         raise UserError(f"--responses {args.responses}: the source synthetic takes it, at least 2")
     if args.input and args.source[0] not in ("hh-rlhf", *BENCHMARKS):
