@@ -596,7 +596,7 @@ def published_files(home: str, patterns: list[str], inputs: list[str] | None) ->
     else those of the hub (cached there). Raises UserError."""
     from huggingface_hub import snapshot_download
 
-    instead = f"give local files, {', '.join(patterns)} of {home} or their folder, as --input"
+    instead = f"give local files, as {', '.join(patterns)} of {home}, by --input (training: --data)"
     if not inputs:
         problem = "is no data set of the hub" if "//" in home else hub_problem()
         try:
@@ -1395,19 +1395,17 @@ class Formatter:
         """The messages of a text that is this template, from the first turn (what the template may
         add ahead of it can be missing) to where the answer opens; None for another text, and where
         markup is left over in the messages."""
-        answer = self.markup(PROBES[0])[1].strip()
-        turns = ("user", "assistant") * text.count(answer)
-        for roles in (turns, ("system", *turns)) if answer and turns else ():
-            *pieces, _ = self.markup(roles)
-            if not all(pieces):
+        text, answer = text.strip(), self.markup(PROBES[0])[1].strip()
+        turns = ("user", "assistant") * (text.count(answer) if answer else 0)
+        for roles in (turns, ("system", *turns)) if turns else ():
+            first, *between, last, _ = self.markup(roles)
+            ends = (first[k:] for k in range(len(first or "")))  # the longest first
+            opening = next((end for end in ends if text.startswith(end)), "")
+            if not re.search(r"\w", opening) or not all([*between, last]):
                 continue
-            first, *between, last = pieces
-            ends = {first[k:] for k in range(len(first)) if re.search(r"\w", first[k:])}
-            marks = [any_of(ends), *map(re.escape, between), re.escape(last.rstrip())]
-            pattern = (
-                "(.*?)".join(f"(?:{mark})" for mark in marks) + r"\s*" + self.empty_block.pattern
-            )
-            match = re.fullmatch(pattern, text.strip(), re.DOTALL)
+            pattern = "(.*?)".join(map(re.escape, [opening, *between, last.rstrip()]))
+            pattern += r"\s*" + self.empty_block.pattern
+            match = re.fullmatch(pattern, text, re.DOTALL)
             if match and not any(map(self.control.search, match.groups())):
                 return [{"role": r, "content": c} for r, c in zip(roles, match.groups())]
         return None
@@ -1692,7 +1690,7 @@ def check_args(args: argparse.Namespace) -> None:
 
 def read_source(args: argparse.Namespace) -> tuple[list, Counter]:
     """The pairs (or candidates) that the command line asks for, and counts. Raises UserError."""
-    source, _, split = args.source[0].partition(":") if len(args.source) == 1 else ("", "", "")
+    source = args.source[0] if len(args.source) == 1 else ""
     if source == "synthetic":
         if args.responses:
             items = synthetic_candidates(args.pairs, args.responses, args.agreement, args.seed)
@@ -1701,6 +1699,7 @@ def read_source(args: argparse.Namespace) -> tuple[list, Counter]:
         return items, Counter(pairs=len(items))
     if source in BENCHMARKS:
         return read_benchmark(source, args.input, args.skip_bad)
+    source, _, split = source.partition(":")
     if source != "hh-rlhf":
         return read_pairs(args.source, args.skip_bad)
     pairs, counts = [], Counter()

@@ -1917,50 +1917,39 @@ EMPTY = dict(prompt="q", input="", history=[], tools=[None], images=0, system=No
 A, B = talk("q", "a"), talk("q", "b")  # conversations
 P, R = talk("p", "x", "q", "a"), talk("p", "x", "q", "b")
 BEFORE = "\n\nHuman: p\n\nAssistant: x" + HH
-FORMS_OF = [  # ((prompt, chosen, rejected), {name: a row that is this pair})
-    (
-        (user("q"), "a", "b"),
-        {
-            "texts": sides("a", "b", prompt="q"),
-            "TRL": sides(A[1:], B[1:], prompt=user("q")),
-            "conversations": sides(A, B, prompt=""),
-            "HH": sides(HH + " a", HH + " b"),
-            "HH, no blank lines ahead": sides(HH[2:] + " a", HH[2:] + "b"),
-            "HH, single line breaks": sides("Human: q\nAssistant: a", "Human: q\nAssistant: b"),
-            "HH, empty prompt": sides(HH + " a", HH + " b", prompt=[]),
-            "HH as the prompt": sides(" a", "b", prompt=HH),
-            "HH as prompt and in the texts": sides(HH + " a", HH + " b", prompt=HH),
-            "HH in the texts alone": sides(HH + " a", HH + " b", prompt="q"),
-            "empty fields that would change the task": sides("a", "b", **EMPTY),
-            "fields about the pair": sides(A, B, messages=A, **ABOUT),
-        },
-    ),
-    (
-        (talk("p", "x", "q"), "a", "b"),
-        {
-            "prompt held by conversations": sides(P, R, prompt=" q "),
-            "prompt ahead of several turns": sides(P[1:], R[1:], prompt="p"),
-            "HH, several turns": sides(BEFORE + " a", BEFORE + " b"),
-            "HH, CRLF": sides(*((BEFORE + y).replace("\n", "\r\n") for y in (" a", " b"))),
-            "HH as the prompt, several turns": sides(" a", " b", prompt=BEFORE, response=" a"),
-        },
-    ),
-    (
-        (S, "a", "b"),
-        {
-            "system field": sides("a", "b", prompt="q", system="S"),
-            "system field and turn": sides("a", "b", prompt=S, system="S "),
-            "system text ahead of HH as the prompt": sides(" a", " b", prompt="S" + HH),
-        },
-    ),
-]
+OF_QUESTION = {  # rows that all are the pair (user("q"), "a", "b")
+    "texts": sides("a", "b", prompt="q"),
+    "TRL": sides(A[1:], B[1:], prompt=user("q")),
+    "conversations": sides(A, B, prompt=""),
+    "HH": sides(HH + " a", HH + " b"),
+    "HH, no blank lines ahead": sides(HH[2:] + " a", HH[2:] + "b"),
+    "HH, single line breaks": sides("Human: q\nAssistant: a", "Human: q\nAssistant: b"),
+    "HH, empty prompt": sides(HH + " a", HH + " b", prompt=[]),
+    "HH as the prompt": sides(" a", "b", prompt=HH),
+    "HH as prompt and in the texts": sides(HH + " a", HH + " b", prompt=HH),
+    "HH in the texts alone": sides(HH + " a", HH + " b", prompt="q"),
+    "empty fields that would change the task": sides("a", "b", **EMPTY),
+    "fields about the pair": sides(A, B, messages=A, **ABOUT),
+}
+OF_TALK = {  # (talk("p", "x", "q"), "a", "b")
+    "prompt held by conversations": sides(P, R, prompt=" q "),
+    "prompt ahead of several turns": sides(P[1:], R[1:], prompt="p"),
+    "HH, several turns": sides(BEFORE + " a", BEFORE + " b"),
+    "HH, CRLF": sides(*((BEFORE + y).replace("\n", "\r\n") for y in (" a", " b"))),
+    "HH as the prompt, several turns": sides(" a", " b", prompt=BEFORE, response=" a"),
+}
+OF_SYSTEM = {  # (S, "a", "b")
+    "system field": sides("a", "b", prompt="q", system="S"),
+    "system field and turn": sides("a", "b", prompt=S, system="S "),
+    "system text ahead of HH as the prompt": sides(" a", " b", prompt="S" + HH),
+}
 ONE = "one two three"
 CODE = ("  a\n  b \n", "b: \n\nreally")
-FORMS = {name: (row, pair) for pair, rows in FORMS_OF for name, row in rows.items()} | {
-    "HH, code keeps its lines": (
-        sides(HH + " " + CODE[0], HH + "\n" + CODE[1]),
-        (user("q"), *CODE),
-    ),
+FORMS = {  # name -> (row, the pair it is)
+    **{name: (row, (user("q"), "a", "b")) for name, row in OF_QUESTION.items()},
+    **{name: (row, (talk("p", "x", "q"), "a", "b")) for name, row in OF_TALK.items()},
+    **{name: (row, (S, "a", "b")) for name, row in OF_SYSTEM.items()},
+    "HH, code": (sides(HH + " " + CODE[0], HH + "\n" + CODE[1]), (user("q"), *CODE)),
     "a dialogue that is quoted": (sides("a", "b", prompt=QUOTED), (user(QUOTED), "a", "b")),
     "prompt again": (sides(LONG + " 4", LONG + "\n5", prompt=LONG), (user(LONG), "4", "5")),
     "prompt in one": (sides(LONG + " 4", "5", prompt=LONG), (user(LONG), LONG + " 4", "5")),
@@ -1968,10 +1957,7 @@ FORMS = {name: (row, pair) for pair, rows in FORMS_OF for name, row in rows.item
     "a longer word": (sides(ONE + "fold", ONE, prompt=ONE), (user(ONE), ONE + "fold", ONE)),
     "implicit prompt": (sides("The sky is so", "The sky is a"), (user("The sky is"), "so", "a")),
     "implicit, one adds": (sides("The sky", "The sky is"), (user("The"), "sky", "sky is")),
-    "implicit in a template": (
-        sides(ASKED + "The a", ASKED + "The b"),
-        (user(ASKED), "The a", "The b"),
-    ),
+    "implicit, template": (sides(ASKED + "a b", ASKED + "a c"), (user(ASKED), "a b", "a c")),
     "no prompt at all": (sides("yes", "no", prompt=""), ([], "yes", "no")),
     "text parts": (sides("a", "b", prompt=user(PARTS)), (user("q r"), "a", "b")),
 }
@@ -2167,10 +2153,10 @@ def test_parquet_folders_and_hub_ids(tmp_path, monkeypatch, offline):
     named = FakeDatasets.DatasetDict(a=[one], b=[two])
     known = {"x.bin": [one, two], "plain": [two], "splits": splits, "named": named, "o/n": splits}
     (tmp_path / "x.bin").write_bytes(b"PAR1....")
+    (tmp_path / "here").mkdir()
     for name in ("plain", "splits", "named"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "state.json").touch()
-    (tmp_path / "here").mkdir()
 
     def read(source):
         try:
@@ -2186,11 +2172,9 @@ def test_parquet_folders_and_hub_ids(tmp_path, monkeypatch, offline):
     monkeypatch.setitem(sys.modules, "datasets", FakeDatasets(known))
     assert {source: read(source) for source in wanted} == wanted
     assert offline == [5]  # one try, for all that follows
-    assert "a, b; name one, as named:a" in read("named")
-    assert "offline" in read("o/missing") and "local files" in read("o/missing:train")
-    for path in ("missing.jsonl", "here/missing", "o/missing.jsonl.gz", "./o/n", "none"):
-        assert "no such file" in read(path)
-    assert "give the files in it" in read("here")
+    said = {"named": "a, b; name one, as named:a", "o/missing": "offline", "here": "files in it"}
+    said |= dict.fromkeys(["a.jsonl", "here/a", "o/a.jsonl.gz", "./o/n", "none"], "no such file")
+    assert all(mention in read(source) for source, mention in said.items())
 
 
 def test_the_real_datasets_package(tmp_path):
@@ -2233,7 +2217,7 @@ def test_repetitions_reversals_and_contradictions(tmp_path, capsys):
 
 
 def test_splits_share_no_prompt(tmp_path, capsys):
-    """Neither exactly, nor but for white space or a system turn; the same in every run."""
+    """Neither exactly, nor but for white space or a system turn."""
     rows = [sides(f"a{k}", "b", prompt=f"q  q{k % 60}") for k in range(300)]
     rows += [sides("c", "b", prompt=f" q q{k}\n", system="S") for k in range(60)]
     data = write_pairs(tmp_path / "in.jsonl", rows)
@@ -2241,15 +2225,13 @@ def test_splits_share_no_prompt(tmp_path, capsys):
     assert prep(capsys, data, *flags, "--out", tmp_path / "out.jsonl.gz")[0] == 0
     names = ["out.jsonl.gz", "out.val.jsonl.gz", "out.test.jsonl.gz"]
     parts = [data_prep.read_pairs([tmp_path / name])[0] for name in names]
-    prompts = [{" ".join(p.prompt[-1]["content"].split()) for p in part} for part in parts]
-    assert sum(map(len, parts)) == 360 and sum(map(len, prompts)) == 60
-    assert min(map(len, prompts)) > 4
+    carved = data_prep.carve(sum(parts, []), 72)
+    assert 30 < len(carved[1]) < 90 and sum(map(len, parts)) == sum(map(len, carved)) == 360
+    for some in (parts, carved):
+        prompts = [{" ".join(p.prompt[-1]["content"].split()) for p in part} for part in some]
+        assert sum(map(len, prompts)) == 60 and min(map(len, prompts)) > 4
     refused(capsys, data_prep.main, [data, "--out", tmp_path / "out.jsonl.gz"], "exists")
     refused(capsys, data_prep.main, [data, "--out", data, "--overwrite"], "is read too")
-    rest, carved = data_prep.carve(sum(parts, []), 72)
-    assert 30 < len(carved) < 90 and len(rest) + len(carved) == 360
-    keys = [{data_prep.prompt_key(p.prompt) for p in part} for part in (rest, carved)]
-    assert not keys[0] & keys[1]
 
 
 @pytest.fixture(scope="session")
@@ -2342,17 +2324,17 @@ def test_forms_of_candidates(tmp_path, name):
     assert data_prep.read_candidates([tmp_path / "again.jsonl"])[0] == items
 
 
-@pytest.mark.parametrize(
-    "change, mention",
-    [
-        ({"responses": ["a"], "gold": [1]}, "1 responses have 1 gold scores"),
-        ({"responses": ["a", "b"], "gold": [1]}, "2 responses have 1 gold scores"),
-        ({"responses": ["a", "b"], "gold": [1, "x"]}, "\"gold\" is 'x'"),
-        ({"responses": ["a", 3], "gold": [1, 0]}, '"responses" is neither'),
-        ({"chosen": "a"}, '"rejected" is neither'),
-        ({"responses": ["a", "b"], "gold": [1, 0], "tools": ["x"]}, '"tools"'),
-    ],
-)
+BAD_CANDIDATES = [
+    ({"responses": ["a"], "gold": [1]}, "1 responses have 1 gold scores"),
+    ({"responses": ["a", "b"], "gold": [1]}, "2 responses have 1 gold scores"),
+    ({"responses": ["a", "b"], "gold": [1, "x"]}, "\"gold\" is 'x'"),
+    ({"responses": ["a", 3], "gold": [1, 0]}, '"responses" is neither'),
+    ({"chosen": "a"}, '"rejected" is neither'),
+    ({"responses": ["a", "b"], "gold": [1, 0], "tools": ["x"]}, '"tools"'),
+]
+
+
+@pytest.mark.parametrize("change, mention", BAD_CANDIDATES)
 def test_bad_candidates_are_named(tmp_path, change, mention):
     data = write_pairs(tmp_path / "c.jsonl", [{"prompt": "q", **change}])
     with pytest.raises(UserError, match="line 1: .*" + re.escape(mention)):
@@ -2736,43 +2718,32 @@ def dialogues() -> list[list[dict]]:
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_the_scored_string_is_the_tokenizers_own(tokenizer_of, name):
-    """Exactly what the template makes of the messages; without one the plain form."""
-    tokenizer = tokenizer_of(*TEMPLATES[name])
+def test_the_scored_string_and_the_words_in_it(tokenizer_of, name):
+    """The string is exactly what the template makes of the messages, without one the plain form.
+    Words are found in order, each between its own markup; what a template leaves out or strips away
+    costs no other word."""
+    kind, template = TEMPLATES[name]
+    tokenizer = tokenizer_of(kind, template)
     formatter = Formatter(tokenizer)
     for prompt in dialogues():
-        messages = [*prompt, says("assistant", " a\n")]
-        if tokenizer.chat_template:
-            expected = tokenizer.apply_chat_template(messages, tokenize=False)
+        messages = [*prompt, says("assistant", " a user\n")]
+        text = formatter(prompt, " a user\n")
+        if template:
+            assert text == tokenizer.apply_chat_template(messages, tokenize=False)
         else:
             turns = [f"{m['role'].title()}: {m['content']}" for m in messages]
-            begin = {"bos": "<s>", "bert": "[CLS]"}.get(TEMPLATES[name][0], "")
-            expected = begin + "\n\n".join(turns) + formatter.eos
-        assert formatter(prompt, " a\n") == expected
-
-
-@pytest.mark.parametrize("name", TEMPLATES)
-def test_every_word_is_found_where_it_stands(tokenizer_of, name):
-    """In the string, in order, each content's between its own markup; what a template leaves out or
-    strips away costs no other word."""
-    formatter = Formatter(tokenizer_of(*TEMPLATES[name]))
-    for prompt in dialogues():
-        contents = [m["content"] for m in prompt] + ["a user"]
-        text = formatter(prompt, "a user")
-        spans, start = formatter.place(text, prompt, "a user")
+            begin = {"bos": "<s>", "bert": "[CLS]"}.get(kind, "")
+            assert text == begin + "\n\n".join(turns) + formatter.eos
+        spans, start = formatter.place(text, prompt, " a user\n")
+        is_shown = [name != "system lost" or m["role"] != "system" for m in messages]
+        said = [m["content"].split() for m, shown in zip(messages, is_shown) if shown]
         flat = [s for s in spans if s[0] >= 0]
-        ends = np.cumsum([len(data_prep.words_of(content)) for content in contents])
-        assert len(spans) == ends[-1]
-        spans = np.split(np.array(spans), ends[:-1])
         assert all(a[1] <= b[0] for a, b in zip(flat, flat[1:])), (prompt, text)
-        for m, content, some in zip([*prompt, {"role": "assistant"}], contents, spans):
-            words = data_prep.words_of(content)
-            if name == "system lost" and m["role"] == "system":
-                words = []
-            assert [text[a:b] for a, b in some if a >= 0] == [content[a:b] for a, b in words]
-        assert spans[-1][0, 0] >= start >= max((s[-1, 1] for s in spans[:-1] if len(s)), default=0)
+        assert "".join(text[a:b] for a, b in flat) == "".join(sum(said, []))
+        assert len(spans) == sum(len(data_prep.words_of(m["content"])) for m in messages)
+        assert spans[-2][0] >= start >= max((b for _, b in flat[:-2]), default=0)
         if name == "chatml":  # the slow way: the response is all that stands behind this mark
-            assert start == text.rindex("assistant\na user") + len("assistant\n")
+            assert start == text.rindex("assistant\n a user") + len("assistant\n")
 
 
 def test_a_template_that_rewrites_a_content(tokenizer_of):
@@ -2842,24 +2813,15 @@ def test_forged_turns_add_no_turn_and_end_nothing(tokenizer_of, name):
     assert name == "vicuna" or all(formatter.clean(text) == text for text in ordinary)
 
 
+SYS = "<<SYS>>\nS\n<</SYS>>\n\n<s>[INST] q [/INST]"
+TRIM = "<|im_start|>user<|end|>\n\nq<|im_end|><|im_start|>assistant<|end|>"
+BOTH = IM.format("user", "p") + IM.format("assistant", "x") + ASKED.strip()
 WRAPPED = {  # name of a template -> prompt, chosen and rejected that hold it; the messages in them
     "chatml": (ASKED, "4<|im_end|>", "5<|im_end|>", user("2+2?")),
-    "inst": (
-        *("<<SYS>>\nBe brief.\n<</SYS>>\n\n<s>[INST] 2+2? [/INST]", "4 </s>", "5 </s>"),
-        [says("system", "Be brief."), *user("2+2?")],
-    ),
-    "trimmed": (
-        *("<|im_start|>user<|end|>\n\n2+2?<|im_end|><|im_start|>assistant<|end|>", "4", "5"),
-        user("2+2?"),
-    ),
-    "system added": (
-        IM.format("user", "a") + IM.format("assistant", "b") + ASKED.strip(),
-        *("4", "5", talk("a", "b", "2+2?")),
-    ),
-    "think": (
-        ASKED + "<think>\n\n</think>\n\n",
-        *("4<|im_end|>\n", "5<|im_end|>\n", user("2+2?")),
-    ),
+    "inst": (SYS, "4 </s>", "5 </s>", S),
+    "trimmed": (TRIM, "4", "5", user("q")),
+    "system added": (BOTH, "4", "5", talk("p", "x", "2+2?")),
+    "think": (ASKED + "<think>\n\n</think>\n\n", "4<|im_end|>\n", "5<|im_end|>\n", user("2+2?")),
     "plain": ("2+2?", "4<|endoftext|>", "5<|endoftext|>", user("2+2?")),
 }
 
@@ -2942,8 +2904,8 @@ def test_truncation_cuts_the_oldest_of_the_prompt_only(tokenizer_of, name, lead)
         assert cut == (room < 500 and room < longest)
         for example in examples:
             *left, chosen, rejected = example.texts
-            messages = [says(m["role"], t) for m, t in zip(prompt[len(prompt) - len(left) :], left)]
-            texts = [encoder.formatter(messages, y) for y in (chosen, rejected)]
+            roles = [m["role"] for m in prompt[len(prompt) - len(left) :]]
+            texts = [encoder.formatter(list(map(says, roles, left)), y) for y in (chosen, rejected)]
             assert sequences(example) == tokenizer(texts, add_special_tokens=False)["input_ids"]
             assert max(map(len, sequences(example))) <= room
             said = re.findall(r"t\dw\d", " ".join(left))
