@@ -1939,7 +1939,7 @@ OF_TALK = {  # (talk("p", "x", "q"), "a", "b")
     "HH, CRLF": sides(*((BEFORE + y).replace("\n", "\r\n") for y in (" a", " b"))),
     "HH as the prompt, several turns": sides(" a", " b", prompt=BEFORE, response=" a"),
 }
-OF_SYSTEM = {  # (S, "a", "b")
+OF_SYSTEM = {  # (SYSTEM, "a", "b")
     "system field": sides("a", "b", prompt="q", system="S"),
     "system field and turn": sides("a", "b", prompt=SYSTEM, system="S "),
     "system text ahead of HH as the prompt": sides(" a", " b", prompt="S" + HH),
@@ -2729,25 +2729,26 @@ def test_the_scored_string_and_the_words_in_it(tokenizer_of, name):
     kind, template = TEMPLATES[name]
     tokenizer = tokenizer_of(kind, template)
     formatter = Formatter(tokenizer)
-    for prompt in dialogues():
-        messages = [*prompt, says("assistant", " a user\n")]
-        text = formatter(prompt, " a user\n")
+    for prompt, answer in itertools.product(dialogues(), (" a user\n", "k")):
+        messages = [*prompt, says("assistant", answer)]
+        text = formatter(prompt, answer)
         if template:
             assert text == tokenizer.apply_chat_template(messages, tokenize=False)
         else:
             turns = [f"{m['role'].title()}: {m['content']}" for m in messages]
             begin = {"bos": "<s>", "bert": "[CLS]"}.get(kind, "")
             assert text == begin + "\n\n".join(turns) + formatter.eos
-        spans, start = formatter.place(text, prompt, " a user\n")
+        spans, start = formatter.place(text, prompt, answer)
         is_shown = [name != "system lost" or m["role"] != "system" for m in messages]
         said = [m["content"].split() for m, shown in zip(messages, is_shown) if shown]
         flat = [s for s in spans if s[0] >= 0]
         assert all(a[1] <= b[0] for a, b in zip(flat, flat[1:])), (prompt, text)
         assert "".join(text[a:b] for a, b in flat) == "".join(sum(said, []))
         assert len(spans) == sum(len(data_prep.words_of(m["content"])) for m in messages)
-        assert spans[-2][0] >= start >= max((b for _, b in flat[:-2]), default=0)
-        if name == "chatml":  # the slow way: the response is all that stands behind this mark
-            assert start == text.rindex("assistant\n a user") + len("assistant\n")
+        size = len(answer.split())
+        assert spans[-size][0] >= start >= max((b for _, b in flat[:-size]), default=0)
+        assert spans[-1][1] == text.rindex(answer.rstrip()[-1]) + 1  # no "k" of "<think>"
+        assert name != "chatml" or start == text.rindex(answer)
 
 
 def test_a_template_that_rewrites_a_content(tokenizer_of):
