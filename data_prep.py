@@ -34,21 +34,24 @@ topic (gold 1, the others 0), and each cue agrees with its gold in a share --agr
 from __future__ import annotations
 
 import argparse
+import codecs
 import difflib
 import gzip
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import sys
 import zlib
+from bisect import bisect_right
 from collections import Counter
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from functools import lru_cache
-from itertools import product
+from itertools import compress, product
 from pathlib import Path
 from typing import NamedTuple
 from weakref import WeakSet
@@ -117,6 +120,7 @@ def written(path: str | Path, mode: str = "w"):
     never half. Raises UserError where the disk refuses."""
     aside = Path(f"{path}.tmp")
     try:
+        aside.parent.mkdir(parents=True, exist_ok=True)
         with open(aside, mode, encoding=None if "b" in mode else "utf-8") as f:
             yield f
             f.flush()
@@ -158,6 +162,11 @@ class Pair:
     def __post_init__(self):
         self.prompt = as_messages(self.prompt)
 
+    @property
+    def responses(self) -> list[str]:
+        """Both answers, the better one first."""
+        return [self.chosen, self.rejected]
+
 
 @dataclass
 class Candidates:
@@ -190,17 +199,20 @@ TASK_FIELD = re.compile(
     r"(?:(?:article|attachment|audio|background|context|conversation|demonstration|dialog|dialogue|"
     r"document|evidence|function|image|input|instruction|message|paragraph|passage|photo|picture|"
     r"question|screenshot|tool|video)s?|history|knowledge|kwargs|media|persona|query|thinking|"
-    r"reasoning_(?:content|details))"
+    r"reasoning(?:_content|_details)?)"
     r"(?:_(?:text|data|path|url|base64|bytes|call|definition|schema|list)s?)?"
 )
 SYSTEM_FIELDS = ("system", "system_prompt", "system_message", "system_instruction")
 OWN_FIELDS = {"prompt", "chosen", "rejected", "responses", "gold", *SYSTEM_FIELDS}
+OWN_FIELDS.add("reasoning")  # in a row a rater's, in a message the model's
 
 
 def is_empty(value) -> bool:
     """None, blank text, and lists and objects of nothing else."""
-    if isinstance(value, (list, dict)):
-        return all(map(is_empty, value.values() if isinstance(value, dict) else value))
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        return all(map(is_empty, value))
     return value is None or (isinstance(value, str) and not value.strip())
 
 
@@ -215,9 +227,7 @@ def refuse_fields(holder: dict, own: set[str], where: str = "") -> None:
     """Raises UnusableField for a field that changes the task, has content, and is not used here.
     One that only repeats what prompt, chosen or rejected hold says nothing new."""
     for name, value in holder.items():
-        if name in own or not value or is_empty(value):
-            continue
-        if not changes_task(name) and not (where and name == "reasoning"):
+        if name in own or not value or is_empty(value) or not changes_task(name):
             continue
         used = json.dumps([holder.get(k) for k in ("prompt", "chosen", "rejected")])
         if json.dumps(value, default=str) not in used:
@@ -228,16 +238,14 @@ def refuse_fields(holder: dict, own: set[str], where: str = "") -> None:
 def text_of(message: dict, name: str) -> str:
     """The content of a message; text parts are joined."""
     content = message.get("content")
-    if isinstance(content, list):
-        for part in content:
-            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-            if kind != "text" or not isinstance(part.get("text"), str):
-                why = f'{name}: the field "content" holds a part of the type {kind!r}, not text'
-                raise UnusableField(f"content ({kind})", why)
-        return "".join(part["text"] for part in content)
-    if not isinstance(content, str):
+    if not isinstance(content, (str, list)):
         raise ValueError(f"{name} holds a message without a text as its content")
-    return content
+    for part in content if isinstance(content, list) else ():
+        kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+        if kind != "text" or not isinstance(part.get("text"), str):
+            why = f'{name}: the field "content" holds a part of the type {kind!r}, not text'
+            raise UnusableField(f"content ({kind})", why)
+    return content if isinstance(content, str) else "".join(part["text"] for part in content)
 
 
 def check_messages(messages, name: str) -> list[dict]:
@@ -261,14 +269,13 @@ def check_messages(messages, name: str) -> list[dict]:
 
 def parse_number(value, name: str) -> float:
     """A finite number, also one that is given as text, or ValueError."""
-    if isinstance(value, str):
-        try:
-            value = float(value)
-        except ValueError:
-            raise ValueError(f'the field "{name}" is the text {value[:40]!r}, no number') from None
-    if type(value) not in (int, float) or not abs(value) < 1e30:  # NaN fails too
-        raise ValueError(f'the field "{name}" is no finite number')
-    return float(value)
+    try:
+        number = float(value) if type(value) in (int, float, str) else float("nan")
+    except (ValueError, OverflowError):
+        number = float("nan")
+    if not abs(number) < 1e30:  # NaN fails too
+        raise ValueError(f'the field "{name}" is {str(value)[:40]!r}, no finite number')
+    return number
 
 
 # HH-RLHF's turns; copies of it lack the first blank lines, or use single line breaks
@@ -293,7 +300,8 @@ def split_dialogue(text: str, is_prompt: bool = False) -> list[dict] | None:
         return turns if is_whole else None
     is_open = "user" in roles and roles[-1] == "assistant" and not turns[-1]["content"].strip()
     if is_open:
-        return with_system(turns[:-1], before.strip())
+        system = before.strip()
+        return with_system(turns[:-1], system) if system else turns[:-1]
     # a question about a dialogue that it quotes ends with an assistant's turn, and is a question
     is_dialogue = is_whole and (roles[-1] == "user" or text.startswith("\n\nHuman:"))
     return turns if is_dialogue else None
@@ -306,62 +314,42 @@ def without_blank(said: str) -> str:
 
 def with_system(messages: list[dict], system: str) -> list[dict]:
     """The messages behind a system turn that was given apart from them."""
-    if not system:
-        return messages
     if not messages or messages[0]["role"] != "system":
         return [{"role": "system", "content": system}, *messages]
     if messages[0]["content"].strip() != system.strip():
-        raise ValueError('the field "system" and the first message are two system turns; give one')
+        raise ValueError('the field "system" and the prompt hold two system turns; give one')
     return messages
 
 
-def parse_system(row: dict) -> str:
-    """The system turn that stands in a field of its own, "" without one."""
-    found = {name: row[name] for name in SYSTEM_FIELDS if not is_empty(row.get(name))}
-    if not all(isinstance(value, str) for value in found.values()):
-        raise ValueError(f'the field "{next(iter(found))}" is no text')
-    if len(set(found.values())) > 1:
-        raise ValueError(f"the fields {' and '.join(found)} are two system turns; give one")
-    return next(iter(found.values()), "")
-
-
-def same_turns(some: list[dict], others: list[dict]) -> bool:
-    """Whether two lists of messages say the same, but for white space at the ends."""
-    said = [[(m["role"], m["content"].strip()) for m in turns] for turns in (some, others)]
-    return said[0] == said[1]
+def said_by(turns: list[dict]) -> list[tuple[str, str]]:
+    """(role, content) of each turn, without white space at the ends."""
+    return [(m["role"], m["content"].strip()) for m in turns]
 
 
 def holds(turns: list[dict], prompt: list[dict]) -> bool:
     """Whether the turns hold those of the prompt, one behind the other."""
     starts = range(len(turns) - len(prompt) + 1)
-    return any(same_turns(turns[k : k + len(prompt)], prompt) for k in starts)
-
-
-def whole_prompt(prompt: list[dict], turns: list[dict]) -> list[dict]:
-    """Where prompt and conversations are both given (TRL): the turns before the answer hold the
-    prompt, or follow it. Raises UnusablePair where they do neither."""
-    if holds(turns, prompt):
-        return turns
-    if turns and turns[0]["role"] != "assistant" and prompt[-1]["role"] == "user":
-        raise UnusablePair("the conversations do not hold the prompt")
-    return prompt + turns
+    return any(said_by(turns[k : k + len(prompt)]) == said_by(prompt) for k in starts)
 
 
 def parse_conversations(sides: dict[str, list], prompt: list[dict]) -> tuple[list[dict], list[str]]:
-    """(prompt, answers) of {name: conversation}: their last turns answer, the turns before must be
-    the same in all. Raises UnusablePair with the reason where that is not so."""
+    """(prompt, answers) of {name: conversation}: the last turns answer; the turns before must be
+    the same in all, and hold a given prompt or follow it (TRL). Raises UnusablePair with the reason
+    where that is not so."""
     talks = {name: check_messages(side, name) for name, side in sides.items()}
+    prompts = []
     for name, talk in talks.items():
         if not talk or talk[-1]["role"] != "assistant":
             raise UnusablePair(f"{name} does not end with the assistant")
-    first = next(iter(talks.values()))
-    shared = whole_prompt(prompt, first[:-1])
-    for talk in talks.values():
-        if not same_turns(whole_prompt(prompt, talk[:-1]), shared):
-            if same_turns(talk[:1], first[:1]):
-                raise UnusablePair("the conversations part before their last turn")
-            raise UnusablePair("the two prompts differ")
-    return shared, [talk[-1]["content"] for talk in talks.values()]
+        turns = talk[:-1]
+        if not holds(turns, prompt):
+            if turns and turns[0]["role"] != "assistant" and prompt[-1]["role"] == "user":
+                raise UnusablePair("the conversations do not hold the prompt")
+            turns = prompt + turns
+        prompts.append(turns)
+    if any(said_by(turns) != said_by(prompts[0]) for turns in prompts):
+        raise UnusablePair("the conversations part before their last turn")
+    return prompts[0], [talk[-1]["content"] for talk in talks.values()]
 
 
 # What opens an answer in common chat templates
@@ -406,7 +394,7 @@ def parse_item(row: dict, sides: dict[str, str | list], counts: Counter):
     prompt = turns or ([] if is_empty(given) else check_messages(given, "prompt"))
     is_text = {isinstance(side, str) for side in texts}
     if len(is_text) > 1:
-        raise ValueError(f"one of {' and '.join(sides)} is a text, the other a list of messages")
+        raise ValueError(f"one of {' and '.join(sides)} is a text, the other is not")
     talks = [split_dialogue(text) for text in texts] if True in is_text else texts
     is_raw = all(text[:8] == "\n\nHuman:" for text in texts if isinstance(text, str))
     if False in is_text or all(talk and (is_raw or holds(talk[:-1], prompt)) for talk in talks):
@@ -421,12 +409,14 @@ def parse_item(row: dict, sides: dict[str, str | list], counts: Counter):
     elif given is None:
         why = 'there is no "prompt", and the texts share no start and are no dialogues'
         raise ValueError(why + ' ("\\n\\nHuman: ...\\n\\nAssistant: ..."); add the field "prompt"')
-    prompt = with_system(prompt, parse_system(row))
+    for name in SYSTEM_FIELDS:
+        if not is_empty(row.get(name)):
+            if not isinstance(row[name], str):
+                raise ValueError(f'the field "{name}" is no text')
+            prompt = with_system(prompt, row[name])
     labels = {k: str(row[k]) for k in ("source", "subset", "id") if row.get(k) is not None}
-    try:
-        "".join([m["content"] for m in prompt] + texts + list(labels.values())).encode()
-    except UnicodeEncodeError:
-        raise ValueError("the text holds half a surrogate pair, which is no character") from None
+    said = [m["content"] for m in prompt] + texts + list(labels.values())
+    "".join(said).encode()  # ValueError for half a surrogate pair, which is no character
     return prompt, texts, labels
 
 
@@ -439,8 +429,6 @@ def parse_pair(row: dict, counts: Counter | None = None) -> Pair:
         if side is None:
             there = ", ".join(map(str, row))[:200]
             raise ValueError(f'the field "{name}" is missing; there are: {there}')
-        if not isinstance(side, (str, list)):
-            raise ValueError(f'the field "{name}" is neither a text nor a list of messages')
     prompt, texts, labels = parse_item(row, sides, Counter() if counts is None else counts)
     for text, name in zip(texts, sides):
         if not text.strip():
@@ -457,14 +445,11 @@ def parse_pair(row: dict, counts: Counter | None = None) -> Pair:
 def listed(row: dict, name: str) -> list:
     """The responses of a field: a text or a conversation is one of them, a list holds several."""
     value = row.get(name)
-    if isinstance(value, str):
+    is_talk = isinstance(value, list) and all(isinstance(y, dict) for y in value)
+    if isinstance(value, str) or (is_talk and name != "responses"):
         return [value]
     if not isinstance(value, list) or not all(isinstance(y, (str, list, dict)) for y in value):
         raise ValueError(f'the field "{name}" is neither a text nor a list of texts or messages')
-    turns = [y for y in value if isinstance(y, dict)]
-    is_talk = turns and any(m.get("role") != "assistant" for m in turns)
-    if is_talk or (len(turns) == 1 and name != "responses"):
-        return [value]
     return [[y] if isinstance(y, dict) else y for y in value]
 
 
@@ -494,23 +479,10 @@ def parse_candidates(row: dict, counts: Counter | None = None) -> Candidates:
 
 # ------------------------------------------------- reading: from files, folders, the hub to rows
 
-LONGEST_LINE = 4_000_000  # bytes: a context of a million tokens
-UTF16 = "in UTF-16; write it as UTF-8 (iconv -f UTF-16 -t UTF-8)"
-UTF32 = "in UTF-32; write it as UTF-8 (iconv -f UTF-32 -t UTF-8)"
-OTHER_FORMATS = {  # how a file begins -> what it is
-    b"PK\x03\x04": "a zip archive; unpack it",
-    b"BZh": "packed by bzip2; unpack it",
-    b"\xfd7zXZ": "packed by xz; unpack it",
-    b"\x28\xb5\x2f\xfd": "packed by zstd; unpack it",
-    b"ARROW1": "an arrow file; give the folder that save_to_disk wrote",
-    b"\xff\xfe\0\0": UTF32,
-    b"\0\0\xfe\xff": UTF32,
-    b"\xff\xfe": UTF16,
-    b"\xfe\xff": UTF16,
-}
-HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-FILE_NAME = re.compile(
-    r".*\.(jsonl?|ndjson|gz|parquet|arrow|[ct]sv|txt|zip|zst|bz2|xz)", re.IGNORECASE
+FILE_END = r"\.(jsonl?|ndjson|gz|parquet|arrow|[ct]sv|txt|zip|zst)$"
+HUB_ID = re.compile(rf"(?i)(?!.*{FILE_END})[\w-][\w.-]*/[\w-][\w.-]*")
+NOT_UTF8 = (
+    "is no UTF-8, but UTF-16, another encoding or an archive; write it as UTF-8, or unpack it"
 )
 
 
@@ -521,14 +493,12 @@ def read_rows(source: str):
     folder, _, split = source.rpartition(":")
     if not folder or Path(source).exists():
         folder, split = source, ""
-    is_hub_id = HUB_ID.fullmatch(folder) and not FILE_NAME.fullmatch(folder)
+    is_hub_id = HUB_ID.fullmatch(folder) and not Path(folder).parent.exists()
     saved = [Path(folder) / name for name in ("state.json", "dataset_dict.json")]
-    if (
-        folder == "hh-rlhf" and not Path(source).exists()
-    ):  # its helpful half, the default of training
-        for path in download_hh(["helpful-base"], split or "train"):
+    if folder == "hh-rlhf" and not Path(source).exists():  # its helpful half: training's default
+        for path in published_files(HH, [f"{HH_SUBSETS[0]}/{split or 'train'}.jsonl.gz"], None):
             yield from read_file(Path(path))
-    elif any(p.exists() for p in saved) or (is_hub_id and not Path(folder).parent.exists()):
+    elif is_hub_id or any(p.exists() for p in saved):
         yield from read_with_datasets(source, folder, split)
     elif Path(folder).is_dir():
         raise UserError(f"{source}: is no folder that save_to_disk wrote; give the files in it")
@@ -545,47 +515,34 @@ def read_file(path: Path):
         with open(path, "rb") as f:
             if f.peek(2)[:2] == b"\x1f\x8b":
                 f = io.BufferedReader(gzip.GzipFile(fileobj=f))
-            start = f.peek(64)
-            what = next((v for k, v in OTHER_FORMATS.items() if start.startswith(k)), "")
-            if what or b"\0" in start[:2]:
-                raise UserError(f"{path}: is {what or UTF16}")
+            start = f.peek(32)[:32]
             if start[:4] == b"PAR1":
                 yield from read_with_datasets(str(path), str(path), "")
-            elif start.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"[":
-                yield from read_array(path, f.read())
+            elif b"\0" in start or start[:2] in (b"\xff\xfe", b"\xfe\xff"):
+                raise UserError(f"{path}: {NOT_UTF8}")
+            elif start.removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"[":
+                yield from ((f"row {k}", row) for k, row in enumerate(decoded(f.read()), 1))
             else:
                 for number, line in enumerate(f, 1):
                     if line.strip():
                         yield f"line {number}", line
-    except (OSError, EOFError, zlib.error) as why:
+    except (OSError, EOFError, zlib.error, ValueError, RecursionError) as why:
         where = f", after line {number}" if number else ""
-        raise UserError(f"{path}{where}: cannot be read ({why})") from None
+        raise UserError(f"{path}{where}: cannot be read ({first_line(why)})") from None
 
 
-def read_array(path: Path, raw: bytes):
-    """The rows of a JSON array."""
+def decoded(raw):
+    """A row, or an array of them, as an object; ValueError for bytes that are no JSON in UTF-8."""
+    if not isinstance(raw, bytes):
+        return raw
     try:
-        rows = json.loads(raw.decode("utf-8-sig"))
+        return json.loads(raw.decode("utf-8-sig"))
     except json.JSONDecodeError as why:
-        raise UserError(f"{path}, line {why.lineno}: not JSON ({why.msg})") from None
-    except (ValueError, RecursionError) as why:
-        raise UserError(f"{path}: cannot be read ({first_line(why)})") from None
-    yield from ((f"row {k}", row) for k, row in enumerate(rows, 1))
-
-
-def decoded(row):
-    """A row as an object; ValueError for bytes that are no JSON in UTF-8."""
-    if not isinstance(row, bytes):
-        return row
-    if len(row) > LONGEST_LINE:
-        raise ValueError(f"{len(row) / 1e6:.0f} MB, over {LONGEST_LINE / 1e6:.0f}")
-    try:
-        return json.loads(row.removeprefix(b"\xef\xbb\xbf").decode("utf-8"))
-    except json.JSONDecodeError:
-        raise ValueError("not JSON") from None
+        where = f" in line {why.lineno}" if why.lineno > 1 else ""
+        raise ValueError(f"not JSON ({why.msg}{where})") from None
     except UnicodeDecodeError as why:
-        other = f"byte {row[why.start]:#x} is no utf-8: another encoding, perhaps Latin-1"
-        raise ValueError(f"{other}; write the file as UTF-8") from None
+        what = f"byte {raw[why.start]:#x} is no UTF-8, but another encoding, perhaps Latin-1"
+        raise ValueError(f"{what}; write the file as UTF-8") from None
 
 
 def read_with_datasets(source: str, name: str, split: str):
@@ -601,8 +558,7 @@ def read_with_datasets(source: str, name: str, split: str):
     problem, what = "", "cannot be read"
     try:
         if Path(name).is_file():
-            options = {"data_files": name, "split": "train", "streaming": True}
-            data = datasets.load_dataset("parquet", **options)
+            data = datasets.load_dataset("parquet", data_files=name, split="train", streaming=True)
         elif Path(name).is_dir():
             data = datasets.load_from_disk(name)
         else:
@@ -611,9 +567,8 @@ def read_with_datasets(source: str, name: str, split: str):
             datasets.config.HF_HUB_OFFLINE = bool(problem)
             data = datasets.load_dataset(name, split=split or "train")
         if isinstance(data, datasets.DatasetDict):
-            splits = list(data)
-            what = f"has the splits {', '.join(splits)}; name one, as {name}:{splits[0]}"
-            data = data[split or ("train" if len(splits) > 1 else splits[0])]
+            what = f"has the splits {', '.join(data)}; name one, as {name}:{next(iter(data))}"
+            data = data[split or ("train" if len(data) > 1 else next(iter(data)))]
         yield from ((f"row {k}", row) for k, row in enumerate(data, 1))
     except Exception as why:  # network, permission and file errors of several libraries
         raise UserError(f"{source}: {what} ({problem or first_line(why)})") from None
@@ -636,45 +591,40 @@ def hub_problem() -> str:
     return ""
 
 
-def fetch_files(name: str, patterns: list[str], instead: str) -> list[str]:
-    """The files of a hub data set that fit the patterns (cached there). Raises UserError."""
+def published_files(home: str, patterns: list[str], inputs: list[str] | None) -> list[str]:
+    """The files of a published data set that fit the patterns: those of --input, folders opened, or
+    else those of the hub (cached there). Raises UserError."""
     from huggingface_hub import snapshot_download
 
-    problem, files = hub_problem(), []
-    try:
-        folder = Path(snapshot_download(name, repo_type="dataset", allow_patterns=patterns))
-        files = files_in(folder, patterns)
-    except Exception as why:  # network, permission and missing-file errors of several libraries
-        problem = problem or first_line(why)
+    instead = f"give local files, as {', '.join(patterns)} of {home}, by --input (training: --data)"
+    if not inputs:
+        problem = "is no data set of the hub" if "//" in home else hub_problem()
+        try:
+            inputs = [snapshot_download(home, repo_type="dataset", allow_patterns=patterns)]
+        except Exception as why:  # network, permission and missing-file errors of several libraries
+            problem = problem or first_line(why)
+            raise UserError(f"{home}: cannot be fetched ({problem}); {instead}") from None
+    files = []
+    for path in map(Path, inputs):
+        inside = [p for p in sorted(path.rglob("*")) if p.is_file()]
+        names = [p.relative_to(path).as_posix() for p in inside]
+        fits = [any(fnmatch(name, pattern) for pattern in patterns) for name in names]
+        files += compress(inside, fits) if path.is_dir() else [path]
     if not files:
-        problem = problem or "it holds no such file"
-        raise UserError(f"{name}: cannot be fetched from the hub ({problem}); {instead}")
-    return files
+        raise UserError(f"{', '.join(inputs)}: no such file there; {instead}")
+    return list(map(str, files))
 
 
-def files_in(folder: Path, patterns: list[str]) -> list[str]:
-    """The files of a folder that fit one of the patterns, in order."""
-    inside = sorted(p for p in folder.rglob("*") if p.is_file())
-    names = [p.relative_to(folder).as_posix() for p in inside]
-    return [str(p) for p, n in zip(inside, names) if any(fnmatch(n, some) for some in patterns)]
+HH, HH_SUBSETS = "Anthropic/hh-rlhf", ["helpful-base", "harmless-base"]
 
 
-def download_hh(subsets: list[str], split: str) -> list[str]:
-    """Raw HH-RLHF files from the hub (cached there). Raises UserError without a network."""
-    files = [f"{subset}/{split}.jsonl.gz" for subset in subsets]
-    instead = f"give local files by --data (data_prep.py: --input), as its {', '.join(files)}"
-    return fetch_files("Anthropic/hh-rlhf", files, instead)
-
-
-def collect(sources: list, parse, skip_bad: bool, noun: str, hint: str) -> tuple[list, Counter]:
-    """(what parse makes of all rows of the sources, counts).
+def collect(sources: list, parse, skip_bad: bool) -> tuple[list, Counter]:
+    """(what parse makes of all rows of files, folders and hub ids; counts: "pairs", each reason of
+    UnusablePair, and with skip_bad "bad" and each refused field).
 
     Args:
-        sources: files, folders or hub ids.
         parse: (row, source, counts) -> list of items; raises one of the errors above.
         skip_bad: drop and count malformed rows, in place of a UserError with file and line.
-        noun: what an item is called, in the singular.
-        hint: what to do about a malformed row.
     """
     items, counts = [], Counter()
     for source in sources:
@@ -685,44 +635,29 @@ def collect(sources: list, parse, skip_bad: bool, noun: str, hint: str) -> tuple
                 counts[str(why)] += 1
             except (ValueError, RecursionError) as why:
                 if not skip_bad:
+                    hint = "mend it, or let `python data_prep.py SOURCE --skip-bad` drop it"
                     raise UserError(f"{source}, {where}: {first_line(why)}; {hint}") from None
                 is_field = isinstance(why, UnusableField)
                 counts[f'with the field "{why.name}"' if is_field else "bad"] += 1
     if not items:
         left_out = ", ".join(f"{v} {k}" for k, v in counts.items())
-        what = f"; left out: {left_out}" if left_out else ", it is empty"
-        raise UserError(f"{', '.join(map(str, sources))}: no usable {noun}{what}")
+        what = f"left out: {left_out}" if left_out else "it is empty"
+        raise UserError(f"{', '.join(map(str, sources))}: no usable pair; {what}")
     counts["pairs"] = len(items)
     return items, counts
 
 
-def read_pairs(sources: list, skip_bad: bool = False, parse=parse_pair) -> tuple[list, Counter]:
-    """All pairs of files, folders and hub ids, and counts: "pairs", each reason of UnusablePair,
-    and with skip_bad "bad" and each refused field. Raises UserError with file and line."""
-    noun, hint = "prompt with candidates", "mend the line"
-    if parse is parse_pair:
-        noun, hint = "pair", hint + ", or let `python data_prep.py FILE --skip-bad` drop it"
-    return collect(sources, lambda row, _, n: [parse(row, n)], skip_bad, noun, hint)
+def read_pairs(sources: list, skip_bad: bool = False) -> tuple[list[Pair], Counter]:
+    """(all pairs of files, folders and hub ids, counts), see collect. Raises UserError."""
+    return collect(sources, lambda row, _, counts: [parse_pair(row, counts)], skip_bad)
 
 
 def read_candidates(sources: list, skip_bad: bool = False) -> tuple[list[Candidates], Counter]:
     """read_pairs for candidates; they may differ in number from prompt to prompt."""
-    return read_pairs(sources, skip_bad, parse_candidates)
+    return collect(sources, lambda row, _, counts: [parse_candidates(row, counts)], skip_bad)
 
 
 # ------------------------------------------------------------------------- writing and splitting
-
-
-def responses_of(item: Pair | Candidates) -> list[str]:
-    """The answers to the prompt."""
-    return item.responses if isinstance(item, Candidates) else [item.chosen, item.rejected]
-
-
-def answers(item: Pair | Candidates) -> dict:
-    """What a line holds beside its prompt and labels."""
-    if isinstance(item, Candidates):
-        return {"responses": item.responses, "gold": item.gold}
-    return {"chosen": item.chosen, "rejected": item.rejected}
 
 
 def write_pairs(path: str | Path, pairs: list, overwrite: bool = False) -> None:
@@ -731,18 +666,13 @@ def write_pairs(path: str | Path, pairs: list, overwrite: bool = False) -> None:
     path = Path(path)
     if path.exists() and not overwrite:
         raise UserError(f"{path}: exists; choose another --out, or --overwrite")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as why:
-        raise UserError(f"{path}: cannot be written ({why.strerror})") from None
     lines = []
     for p in pairs:
+        line = {name: value for name, value in vars(p).items() if value not in ("", None)}
         text = p.prompt[0]["content"] if len(p.prompt) == 1 else ""
         is_plain = as_messages(text) == p.prompt and not split_dialogue(text, is_prompt=True)
-        repeats = all(y.startswith(text) for y in responses_of(p))
-        line = {"prompt": text if is_plain and not repeats else p.prompt, **answers(p)}
-        known = {k: getattr(p, k, "") for k in ("source", "subset", "id", "margin", "strength")}
-        line |= {k: v for k, v in known.items() if v not in ("", None)}
+        if is_plain and not all(y.startswith(text) for y in p.responses):  # read as a prompt again
+            line["prompt"] = text
         lines.append(json.dumps(line, ensure_ascii=False) + "\n")
     packed = "".join(lines).encode()
     with written(path, "wb") as f:
@@ -764,9 +694,8 @@ def repetitions(pairs: list) -> tuple[list, Counter]:
     comparisons that are answered both ways."""
     unique, first_seen, counts = [], {}, Counter()
     for number, p in enumerate(pairs):
-        prompt = [(m["role"], m["content"].strip()) for m in p.prompt]
-        sides = [y.strip() for y in responses_of(p)] + getattr(p, "gold", [])
-        key, opposite = (json.dumps([prompt, some]) for some in (sides, sides[::-1]))
+        sides = [y.strip() for y in p.responses] + getattr(p, "gold", [])
+        key, opposite = (json.dumps([said_by(p.prompt), some]) for some in (sides, sides[::-1]))
         is_new = key not in first_seen
         if is_new:
             first_seen[key] = number
@@ -784,26 +713,27 @@ def flip_labels(pairs: list[Pair], noise: float, seed: int, by_strength: bool):
     First a share `noise` at random, drawn from the seed and the pair itself, so that order and
     other pairs do not matter; then, by_strength, those that an ensemble holds for mislabelled
     (strength < 0, arXiv 2401.06080, 2.4.1). A flip turns the sign of strength; margin stays."""
+
+    def exchanged(p: Pair) -> Pair:
+        return replace(p, chosen=p.rejected, rejected=p.chosen, strength=p.strength and -p.strength)
+
     flipped, counts = [], Counter()
     for p in pairs:
-        is_noisy = prompt_key(p.prompt, p.chosen, p.rejected, seed) < noise
-        strength = -p.strength if is_noisy and p.strength is not None else p.strength
-        is_mistrusted = by_strength and strength < 0
-        counts["labels flipped by --label-noise"] += is_noisy
-        counts["labels flipped by --flip-negative-strength"] += is_mistrusted
-        if is_noisy != is_mistrusted:  # flipped twice is as it was
-            turned = p.strength and -p.strength
-            p = replace(p, chosen=p.rejected, rejected=p.chosen, strength=turned)
+        if prompt_key(p.prompt, p.chosen, p.rejected, seed) < noise:
+            p = exchanged(p)
+            counts["labels flipped by --label-noise"] += 1
+        if by_strength and p.strength < 0:
+            p = exchanged(p)
+            counts["labels flipped by --flip-negative-strength"] += 1
         flipped.append(p)
-    return flipped, +counts
+    return flipped, counts
 
 
 def carve(pairs: list[Pair], count: int) -> tuple[list[Pair], list[Pair]]:
     """(rest, carved): about `count` pairs with the smallest prompt hashes; no prompt is in both."""
-    keys = np.array([prompt_key(p.prompt) for p in pairs])
-    bound = np.sort(keys)[min(count, len(pairs) - 1)]
-    rest = [p for p, key in zip(pairs, keys) if key >= bound]
-    return rest, [p for p, key in zip(pairs, keys) if key < bound]
+    keys = sorted(prompt_key(p.prompt) for p in pairs)
+    parts = split_pairs(pairs, keys[min(count, len(pairs) - 1)], 0.0)
+    return parts[""], parts["val"]
 
 
 def split_pairs(pairs: list, val: float, test: float) -> dict[str, list]:
@@ -817,11 +747,10 @@ def split_pairs(pairs: list, val: float, test: float) -> dict[str, list]:
 
 
 def unused_name(path: str, taken) -> str:
-    """What a data file is called in tables: its name without ending; where that is taken the whole
-    path, then numbered."""
-    numbered = (f"{path} ({k})" for k in range(2, 2 + len(taken)))
+    """What a data file is called in tables: its name without ending; where that is taken, the whole
+    path."""
     short = re.sub(r"\.(jsonl?|parquet)(\.gz)?$", "", Path(path).name)
-    return next(name for name in (short, str(path), *numbered) if name not in taken)
+    return str(path) if short in taken else short
 
 
 def warn_of_leaks(pairs: list[Pair], held: dict[str, list[Pair]]) -> None:
@@ -859,8 +788,8 @@ def read_splits(
     for name, flag in (needed or {}).items():
         if missing := sum(getattr(p, name) is None for p in pairs):
             which = f"{', '.join(data)}: {missing} of {len(pairs)} pairs lack the field {name}"
-            hint = " (eval.py accuracy MODEL... --strength OUT writes it)" * (name == "strength")
-            raise UserError(f"{which} that {flag} needs{hint}")
+            hint = "eval.py accuracy MODEL... --strength OUT writes strengths"
+            raise UserError(f"{which} that {flag} needs ({hint})")
     counts.update(repetitions(pairs)[1])
     held = {}
     if val_data:
@@ -890,38 +819,38 @@ def read_splits(
 # a benchmark's name, as in a mixture of data sets, does not say how its rows were made.
 # A converter takes a published record and the path of its file, and yields rows.
 
-GROUPS = {
-    "Chat": "alpacaeval-easy alpacaeval-length alpacaeval-hard mt-bench-easy mt-bench-med",
-    "Chat Hard": "mt-bench-hard llmbar-natural llmbar-adver-neighbor llmbar-adver-GPTInst "
-    "llmbar-adver-GPTOut llmbar-adver-manual",
-    "Safety": "refusals-dangerous refusals-offensive xstest-should-refuse xstest-should-respond "
-    "donotanswer",
-    "Reasoning": "math-prm hep-cpp hep-go hep-java hep-js hep-python hep-rust",
-}
-SECTIONS = {section: names.split() for section, names in GROUPS.items()}
 DOMAINS = ("chat", "code", "math", "safety-refuse", "safety-response")
-CATEGORIES = {
-    "mmlu-pro": "Knowledge",
-    "livebench-reasoning": "Reasoning",
-    "livebench-math": "Math",
-    "livecodebench": "Coding",
-}
 ADVERSARIAL = [f"Adversarial/{name}" for name in ("Neighbor", "GPTInst", "GPTOut", "Manual")]
-RMB_SETS = {
-    "Pairwise_set/Helpfulness": "Helpfulness pairwise",
-    "BoN_set/Helpfulness": "Helpfulness best-of-n",
-    "Pairwise_set/Harmlessness": "Harmlessness pairwise",
-    "BoN_set/Harmlessness": "Harmlessness best-of-n",
+GROUPS = {  # benchmark -> {a group that it reports by: a pattern of the names in it}
+    "rewardbench": {
+        "Chat": "alpacaeval-(easy|length|hard)|mt-bench-(easy|med)",
+        "Chat Hard": "mt-bench-hard|llmbar-(natural|adver-(neighbor|GPTInst|GPTOut|manual))",
+        "Safety": "refusals-(dangerous|offensive)|xstest-should-(refuse|respond)|donotanswer",
+        "Reasoning": "math-prm|hep-(cpp|go|java|js|python|rust)",
+    },
+    "rm-bench": dict(zip(DOMAINS, DOMAINS)),
+    "rmb": {
+        "Helpfulness pairwise": "Pairwise_set/Helpfulness",
+        "Helpfulness best-of-n": "BoN_set/Helpfulness",
+        "Harmlessness pairwise": "Pairwise_set/Harmlessness",
+        "Harmlessness best-of-n": "BoN_set/Harmlessness",
+    },
+    "judgebench": {
+        "Knowledge": "mmlu-pro",
+        "Reasoning": "livebench-reasoning",
+        "Math": "livebench-math",
+        "Coding": "livecodebench",
+    },
+    "llmbar": {"Natural": "Natural", **{name: name.split("/")[1] for name in ADVERSARIAL}},
 }
 
 
-def get(record: dict, name: str, kind: type = str):
-    """record[name], of that type, or ValueError."""
-    if not isinstance(record, dict) or record.get(name) is None:
-        raise ValueError(f'the field "{name}" is missing')
-    if not isinstance(record[name], kind):
-        raise ValueError(f'the field "{name}" is no {kind.__name__}')
-    return record[name]
+def group_of(benchmark: str, name: str) -> str:
+    """The group of a benchmark that the name belongs to, or ValueError."""
+    for group, pattern in GROUPS[benchmark].items():
+        if re.search(pattern, name, re.IGNORECASE):
+            return group
+    raise ValueError(f"{name!r} is in none of the groups {', '.join(GROUPS[benchmark])}")
 
 
 def ordered(a: str, b: str, label, first: str, second: str) -> dict:
@@ -930,104 +859,77 @@ def ordered(a: str, b: str, label, first: str, second: str) -> dict:
         raise UnusablePair("a tie by its label")
     if str(label) not in (first, second):
         raise ValueError(f"the label {label!r} is neither {first} nor {second}")
-    chosen, rejected = (a, b) if str(label) == first else (b, a)
-    return {"chosen": chosen, "rejected": rejected}
+    return dict(zip(("chosen", "rejected"), (a, b) if str(label) == first else (b, a)))
 
 
 def from_rewardbench(record: dict, path: str):
     """RewardBench (arXiv 2403.13787): prompt, chosen, rejected, subset, id; no prior sets."""
-    name = get(record, "subset")
-    section = next((s for s, names in SECTIONS.items() if name in names), None)
-    if section is None:
-        raise UnusablePair("the subset is in none of RewardBench's four sections")
-    texts = {k: get(record, k) for k in ("prompt", "chosen", "rejected")}
-    yield {**texts, "id": record.get("id"), "subset": f"{section}/{name}"}
+    row = {k: record[k] for k in ("prompt", "chosen", "rejected", "id")}
+    yield {**row, "subset": f"{group_of('rewardbench', record['subset'])}/{record['subset']}"}
 
 
 def from_rewardbench2(record: dict, path: str):
     """RewardBench 2 (arXiv 2506.01937): chosen (in Ties several), rejected (three or more), subset,
     id. It becomes candidates, the right ones first."""
-    get(record, "prompt"), get(record, "subset")
-    yield {k: record.get(k) for k in ("prompt", "chosen", "rejected", "subset", "id")}
+    yield {k: record[k] for k in ("prompt", "chosen", "rejected", "subset", "id")}
 
 
 def from_rm_bench(record: dict, path: str):
     """RM-Bench (arXiv 2410.16184): 3 chosen, 3 rejected: concise, detailed, detailed with markdown.
     Nine pairs a prompt, ids ending in /chosen style-rejected style. The domain: a field, or in the
     file's name."""
-    sides = [get(record, k, list) for k in ("chosen", "rejected")]
-    domain = record.get("domain") or next((d for d in DOMAINS if d in Path(path).name), None)
-    if [len(side) for side in sides] != [3, 3]:
+    domain = group_of("rm-bench", record.get("domain") or Path(path).name)
+    sides = [record[k] for k in ("chosen", "rejected")]
+    if not all(isinstance(side, list) and len(side) == 3 for side in sides):
         raise ValueError("there are not three chosen and three rejected")
-    if domain not in DOMAINS:
-        known = f"by its field or its file's name, none of {', '.join(DOMAINS)}"
-        raise ValueError(f"the domain is {domain!r}, {known}")
     for i, j in product(range(3), range(3)):
-        texts = {"prompt": get(record, "prompt"), "chosen": sides[0][i], "rejected": sides[1][j]}
-        yield {**texts, "subset": domain, "id": f"{record.get('id')}/{i}-{j}"}
+        texts = {"prompt": record["prompt"], "chosen": sides[0][i], "rejected": sides[1][j]}
+        yield {**texts, "subset": domain, "id": f"{record['id']}/{i}-{j}"}
 
 
 def from_rmb(record: dict, path: str):
     """RMB (arXiv 2410.09893): conversation_input, category_path, chosen and reject; best-of-n:
     bon_best and loser_list, a pair a loser, ids ending in /number of the loser of how many."""
-    category, best_of_n = get(record, "category_path"), "bon_best" in record
-    if not category.startswith(tuple(RMB_SETS)):
-        raise ValueError(f"the category_path {category!r} is none of RMB's")
-    best = get(get(record, "bon_best" if best_of_n else "chosen", dict), "answer")
-    losers = get(record, "loser_list", list) if best_of_n else [get(record, "reject", dict)]
-    prompt = get(record, "conversation_input", list)
-    for k, loser in enumerate(losers, 1):
-        number = record.get("pair_uid")
-        if best_of_n:
-            number = f"{record.get('bon_uid')}/{k}of{len(losers)}"
-        texts = {"prompt": prompt, "chosen": best, "rejected": get(loser, "answer")}
-        yield {**texts, "subset": category, "id": number}
+    row = {"prompt": record["conversation_input"], "subset": record["category_path"]}
+    group_of("rmb", row["subset"])  # or ValueError
+    if "bon_best" not in record:
+        texts = {"chosen": record["chosen"]["answer"], "rejected": record["reject"]["answer"]}
+        yield {**row, **texts, "id": record["pair_uid"]}
+        return
+    for k, loser in enumerate(record["loser_list"], 1):
+        texts = {"chosen": record["bon_best"]["answer"], "rejected": loser["answer"]}
+        yield {**row, **texts, "id": f"{record['bon_uid']}/{k}of{len(record['loser_list'])}"}
 
 
 def from_judgebench(record: dict, path: str):
     """JudgeBench (arXiv 2410.12784): question, response_A, response_B, label A>B or B>A, source."""
-    name = get(record, "source")
-    category = next((c for start, c in CATEGORIES.items() if name.startswith(start)), None)
-    if category is None:
-        raise ValueError(f"the source {name!r} is none of JudgeBench's")
-    sides = get(record, "response_A"), get(record, "response_B")
-    texts = {
-        "prompt": get(record, "question"),
-        **ordered(*sides, record.get("label"), "A>B", "B>A"),
-    }
-    yield {**texts, "subset": f"{category}/{name}", "id": record.get("pair_id")}
+    subset = f"{group_of('judgebench', record['source'])}/{record['source']}"
+    sides = ordered(record["response_A"], record["response_B"], record["label"], "A>B", "B>A")
+    yield {"prompt": record["question"], **sides, "subset": subset, "id": record["pair_id"]}
 
 
 def from_llmbar(record: dict, path: str):
     """LLMBar (arXiv 2310.07641): input, output_1, output_2, label 1 or 2; its path: the subset."""
-    named = re.findall("natural|neighbor|gptinst|gptout|manual", path.lower())
-    if not named:
-        raise ValueError("the path names none of Natural, Neighbor, GPTInst, GPTOut, Manual")
-    subset = next(s for s in ("Natural", *ADVERSARIAL) if named[-1] in s.lower())
-    sides = get(record, "output_1"), get(record, "output_2")
-    texts = {"prompt": get(record, "input"), **ordered(*sides, record.get("label"), "1", "2")}
-    yield {**texts, "subset": subset}
+    subset = group_of("llmbar", "/".join(Path(path).parts[-2:]))
+    sides = ordered(record["output_1"], record["output_2"], record["label"], "1", "2")
+    yield {"prompt": record["input"], **sides, "subset": subset}
 
 
 def from_mt_bench(record: dict, path: str):
-    """MT-Bench (arXiv 2306.05685), a vote: conversation_a, conversation_b, turn, winner, judge; or
-    LLMBar's layout of the majority on first turns.
+    """MT-Bench (arXiv 2306.05685), a vote: conversation_a, conversation_b, turn, winner, judge.
 
     Two conversations differ from their first answers on, so the prompt is the first question; a
     second turn continues the response as text, as Formatter writes turns without a template."""
-    if "conversation_a" not in record:
-        yield {**next(from_llmbar(record, "natural")), "subset": "turn 1, majority"}
-        return
-    turn, names = get(record, "turn", int), ("conversation_a", "conversation_b")
-    talks = [check_messages(get(record, k, list), k)[: 2 * turn] for k in names]
+    turn, names = record["turn"], ("conversation_a", "conversation_b")
+    talks = [check_messages(record[k], k)[: 2 * turn] for k in names]
     roles = [[m["role"] for m in talk] for talk in talks]
     if turn not in (1, 2) or roles != [["user", "assistant"] * turn] * 2:
         raise ValueError(f"turn {turn} is not 1 or 2, or is lacking in one of the conversations")
     if talks[0][0] != talks[1][0]:
-        raise UnusablePair("the two prompts differ")
+        raise UnusablePair("the conversations part before their last turn")
     marks = ("", "User: ", "Assistant: ")
     texts = ["\n\n".join(k + m["content"] for k, m in zip(marks, talk[1:])) for talk in talks]
-    sides = ordered(*texts, record.get("winner"), "model_a", "model_b")
+    sides = ordered(*texts, record["winner"], "model_a", "model_b")
     vote = [str(record.get(k)) for k in ("question_id", "model_a", "model_b", "judge", "turn")]
     yield {"prompt": talks[0][:1], **sides, "subset": f"turn {turn}", "id": "-".join(vote)}
 
@@ -1055,7 +957,7 @@ def own_cells(source: str, pairs: list[Pair], margins: np.ndarray):
     each pair, right (N,), weight (N,), {mean: the numbers it is the mean of}). As in the
     benchmarks' own code a tie is a miss; a pair without a score (NaN) weighs nothing.
     RewardBench  sections by pair, but math-prm weighs as much as all code; mean of sections
-    RM-Bench     see style_cells
+    RM-Bench     see style_means
     RMB          helpfulness and harmlessness, pairwise and best-of-n; their mean
     JudgeBench   categories, and all by pair
     LLMBar       subsets, and the mean of the adversarial ones
@@ -1063,36 +965,37 @@ def own_cells(source: str, pairs: list[Pair], margins: np.ndarray):
     right, weight, means = (margins > 0).astype(float), 1.0 - np.isnan(margins), {}
     cells = [[p.subset.split("/")[0], "all"] for p in pairs]
     if source == "rewardbench":
-        cells, means["mean of sections"] = [c[:1] for c in cells], list(SECTIONS)
-        math, code = (np.array([f"/{k}" in p.subset for p in pairs]) for k in ("math-prm", "hep-"))
-        if weight[math].any() and weight[code].any():
-            weight[math] *= weight[code].sum() / weight[math].sum()
+        cells, means["mean of sections"] = [c[:1] for c in cells], list(GROUPS["rewardbench"])
+        prm, code = (np.array([f"/{k}" in p.subset for p in pairs]) for k in ("math-prm", "hep-"))
+        if weight[prm].any() and weight[code].any():
+            weight[prm] *= weight[code].sum() / weight[prm].sum()
     elif source == "rm-bench":
-        cells, means = style_cells(pairs)
+        cells = [[f"{p.subset} {p.id.rpartition('/')[2]}"] for p in pairs]
+        means = style_means()
     elif source == "rmb":
-        cells = [[v for k, v in RMB_SETS.items() if p.subset.startswith(k)] for p in pairs]
-        means["mean of the four"] = list(RMB_SETS.values())
+        groups = GROUPS["rmb"]
+        cells = [[k for k, start in groups.items() if start in p.subset] for p in pairs]
+        means["mean of the four"] = list(groups)
         count_prompts_once(pairs, right, weight)
     elif source == "llmbar":
         cells, means["Adversarial"] = [[p.subset] for p in pairs], ADVERSARIAL
     return cells, right, weight, means
 
 
-def style_cells(pairs: list[Pair]) -> tuple[list[list[str]], dict[str, list[str]]]:
-    """RM-Bench's cells and means: 3 x 3 cells, chosen style-rejected style; easy: chosen fancier,
+def style_means() -> dict[str, list[str]]:
+    """RM-Bench's means, over 3 x 3 cells, chosen style-rejected style; easy: chosen fancier,
     normal: alike, hard: plainer; by domain, by safety (mean of its two), and over chat, code, math
     and safety."""
     levels = {"easy": "1-0 2-0 2-1", "normal": "0-0 1-1 2-2", "hard": "0-1 0-2 1-2"}
-    cells = [[f"{p.subset} {p.id.rpartition('/')[2]}"] for p in pairs]
-    above = {"safety": DOMAINS[3:], "all": (*DOMAINS[:3], "safety")}
+    below = dict.fromkeys(DOMAINS, ())
+    below |= {"safety": DOMAINS[3:], "all": (*DOMAINS[:3], "safety")}
     means = {}
-    for domain in (*DOMAINS, *above):
+    for domain, parts in below.items():
         for level, styles in levels.items():
-            parts = [f"{below} {level}" for below in above.get(domain, ())]
-            means[f"{domain} {level}"] = parts or [f"{domain} {style}" for style in styles.split()]
+            cells = [f"{domain} {style}" for style in styles.split()]
+            means[f"{domain} {level}"] = [f"{part} {level}" for part in parts] or cells
         means[domain] = [f"{domain} {level}" for level in levels]
-    known = set(sum(means.values(), []))
-    return [[cell for cell in some if cell in known] for some in cells], means
+    return means
 
 
 def count_prompts_once(pairs: list[Pair], right: np.ndarray, weight: np.ndarray) -> None:
@@ -1100,12 +1003,11 @@ def count_prompts_once(pairs: list[Pair], right: np.ndarray, weight: np.ndarray)
     right where chosen beats each of them."""
     prompts: dict[tuple, list[int]] = {}
     for k, p in enumerate(pairs):
-        if m := re.fullmatch(r"(.*)/\d+of(\d+)", p.id):
-            prompts.setdefault((p.subset, *m.groups()), []).append(k)
-        elif p.subset.startswith("BoN_set"):  # who its rivals are is not known
-            weight[k] = 0
+        if p.subset.startswith("BoN_set"):
+            prompt, _, loser = p.id.rpartition("/")  # such as 3of5
+            prompts.setdefault((p.subset, prompt, loser.partition("of")[2]), []).append(k)
     for (*_, losers), index in prompts.items():
-        is_whole = weight[index].sum() == int(losers)
+        is_whole = losers == str(int(weight[index].sum()))
         right[index[0]] = right[index].all()
         weight[index] = 0
         weight[index[0]] = is_whole
@@ -1118,11 +1020,13 @@ def rewardbench2_score(items: list[Candidates], rewards: list[np.ndarray]) -> di
     else 0; for Ties see ties_score. A row that lacks a reward (NaN) counts nowhere."""
     rows, ties = {}, {"tied": {}, "ref": {}}
     for item, r in zip(items, rewards):
-        is_right, (kind, _, number) = np.array(item.gold) > 0, item.id.partition(":")
+        kind, _, number = item.id.partition(":")
         if np.isnan(r).any():
             continue
         if item.subset == "Ties" and kind in ties:
-            ties[kind][number] = r[is_right], r[~is_right]
+            is_right = np.array(item.gold) > 0
+            lead = r[is_right].min() - r[~is_right].max()
+            ties[kind][number] = (lead, np.ptp(r[is_right]))
         else:
             best = r == r.max()
             rows.setdefault(item.subset, []).append(best[0] / best.sum())
@@ -1133,63 +1037,42 @@ def rewardbench2_score(items: list[Candidates], rewards: list[np.ndarray]) -> di
 
 
 def ties_score(tied: dict, ref: dict) -> float:
-    """RewardBench 2's Ties, from {K: (rewards of right answers, of wrong ones)} of the prompts with
-    many right answers, and of their references with one. A prompt is accurate where its worst right
-    answer outscores its best wrong one; and by more than right answers differ among themselves."""
+    """RewardBench 2's Ties, from {K: (lead, spread)} of the prompts with many right answers, and of
+    their references with one: by how much the worst right answer outscores the best wrong one, and
+    how far right answers lie apart. The lead is to be above 0, and above the spread."""
 
-    def lead(prompts: dict, numbers) -> np.ndarray:
-        return np.array([prompts[k][0].min() - prompts[k][1].max() for k in numbers])
-
-    def mean(values: np.ndarray) -> float:
+    def mean(values) -> float:
         return float(np.mean(values)) if len(values) else 0.0
 
-    both = [k for k in tied if k in ref]
-    d = np.array([np.ptp(tied[k][0]) for k in both])
-    t, r = lead(tied, both), lead(ref, both)
+    both = [(*tied[k], ref[k][0]) for k in tied if k in ref]
+    t, d, r = np.array(both).reshape(-1, 3).T
     with np.errstate(divide="ignore", invalid="ignore"):  # 0 / 0 counts 0
         closeness = np.nan_to_num(np.tanh(np.minimum(r, t) / d - 1))
-    accuracy = 0.30 * mean(lead(tied, tied) > 0) + 0.30 * mean(lead(ref, ref) > 0)
+    accuracy = [mean([lead > 0 for lead, _ in leads.values()]) for leads in (tied, ref)]
     wider = 0.20 * mean(t > d) + 0.20 * mean(np.minimum(r, t) > d)
-    return accuracy + wider + 0.01 * mean(closeness)
-
-
-def benchmark_files(name: str, inputs: list[str] | None) -> list[str]:
-    """The files of --input, folders opened; without it those of the hub. Raises UserError."""
-    _, home, pattern = BENCHMARKS[name]
-    instead = f"give {pattern} of {home}, or their folder, as --input"
-    if not inputs and "//" in home:
-        raise UserError(f"{name}: is not on the hub; {instead}")
-    if not inputs:
-        return fetch_files(home, [pattern], instead)
-    files = []
-    for path in map(Path, inputs):
-        inside = files_in(path, [pattern]) if path.is_dir() else [str(path)]
-        if not inside:
-            raise UserError(f"{path}: holds no file {pattern}")
-        files += inside
-    return files
+    return 0.30 * sum(accuracy) + wider + 0.01 * mean(closeness)
 
 
 def read_benchmark(name: str, inputs: list[str] | None, skip_bad: bool = False):
     """(pairs or candidates of a benchmark, counts as of read_pairs). Raises UserError."""
-    convert = BENCHMARKS[name][0]
+    convert, home, pattern = BENCHMARKS[name]
     finish = parse_candidates if convert is from_rewardbench2 else parse_pair
 
     def parse(record, source: str, counts: Counter) -> list:
-        if not isinstance(record, dict):
-            raise ValueError("is no JSON object")
         items = []
-        for row in convert(record, source):
-            if isinstance(row["prompt"], str):  # a text may be read as a dialogue, a message not
-                row["prompt"] = as_messages(row["prompt"])
-            try:
-                items.append(finish({**row, "source": CONVERTED + name}))
-            except UnusablePair as why:
-                counts[str(why)] += 1
+        try:
+            for row in convert(record, source):
+                if isinstance(row["prompt"], str):  # a text may be read as a dialogue, these not
+                    row["prompt"] = as_messages(row["prompt"])
+                try:
+                    items.append(finish({**row, "source": CONVERTED + name}))
+                except UnusablePair as why:  # the record's other pairs stay
+                    counts[str(why)] += 1
+        except (LookupError, TypeError, AttributeError) as why:
+            raise ValueError(f"not as {name} publishes it ({why!r})") from None
         return items
 
-    hint = "mend it, or drop it with --skip-bad"
-    return collect(benchmark_files(name, inputs), parse, skip_bad, "pair", hint)
+    return collect(published_files(home, [pattern], inputs), parse, skip_bad)
 
 
 # --------------------------------------------------------------------------- the generated language
@@ -1218,16 +1101,11 @@ FILLERS = (
 CUES = ("thanks", "regards")
 
 
-def synthetic_vocabulary() -> list[str]:
-    """Every word of the language, for a word-level tokenizer."""
-    return [*TOPICS, *" ".join(TOPICS.values()).split(), *FILLERS.split(), *CUES]
-
-
 class Speaker:
-    """Draws texts of the language from rng, with shortest to longest fillers behind the item."""
+    """Draws texts of the language from rng."""
 
-    def __init__(self, rng: np.random.Generator, shortest: int, longest: int):
-        self.rng, self.behind = rng, (shortest, longest)
+    def __init__(self, rng: np.random.Generator):
+        self.rng = rng
         self.items = [words.split() for words in TOPICS.values()]
         self.fillers = FILLERS.split()
 
@@ -1244,22 +1122,13 @@ class Speaker:
         """A response that names an item of the topic and closes with the cue."""
         before = self.some(0, 3)
         item = self.items[topic][self.rng.integers(len(self.items[topic]))]
-        return " ".join([*before, item, *self.some(*self.behind), cue])
+        return " ".join([*before, item, *self.some(8, 16), cue])
 
 
-def synthetic_pairs(
-    n: int, agreement: float, seed: int, shortest: int = 8, longest: int = 16
-) -> list[Pair]:
-    """n pairs; the subset says whether the cue goes with or against the label.
-
-    Args:
-        n: how many.
-        agreement: share of pairs whose cue agrees with the label.
-        seed: of all draws.
-        shortest, longest: fillers between item and cue.
-    """
+def synthetic_pairs(n: int, agreement: float, seed: int) -> list[Pair]:
+    """n pairs; in a share `agreement` of them the cue goes with the label, as the subset says."""
     rng, pairs = np.random.default_rng([seed, 7]), []
-    speaker = Speaker(rng, shortest, longest)
+    speaker = Speaker(rng)
     for k in range(n):
         right, wrong = rng.choice(len(TOPICS), 2, replace=False)
         agrees = rng.random() < agreement
@@ -1271,14 +1140,11 @@ def synthetic_pairs(
     return pairs
 
 
-def synthetic_candidates(
-    n: int, responses: int, agreement: float, seed: int, shortest: int = 8, longest: int = 16
-) -> list[Candidates]:
-    """n prompts with candidates of which a quarter, at random, are right (gold 1, else 0).
-
-    Args: as of synthetic_pairs; responses: candidates of each prompt."""
+def synthetic_candidates(n: int, responses: int, agreement: float, seed: int) -> list[Candidates]:
+    """n prompts with candidates of which a quarter, at random, are right (gold 1, else 0); each cue
+    agrees with its gold in a share `agreement`."""
     rng, items = np.random.default_rng([seed, 8]), []
-    speaker = Speaker(rng, shortest, longest)
+    speaker = Speaker(rng)
     for k in range(n):
         topic = rng.integers(len(TOPICS))
         gold, agrees = rng.random(responses) < 0.25, rng.random(responses) < agreement
@@ -1309,7 +1175,8 @@ def demo_tokenizer():
     from transformers import PreTrainedTokenizerFast
 
     special = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "eos": "</s>"}
-    words = [*special.values(), "User:", "Assistant:", *synthetic_vocabulary()]
+    words = [*special.values(), "User:", "Assistant:", *TOPICS, *" ".join(TOPICS.values()).split()]
+    words += [*FILLERS.split(), *CUES]
     inner = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, "[UNK]"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     named = {f"{name}_token": token for name, token in special.items()}
@@ -1327,10 +1194,11 @@ def load_tokenizer(name: str):
     UserError."""
     from transformers import AutoTokenizer
 
-    problem = "" if Path(name).is_dir() else hub_problem() or "no such local directory or hub id"
-    files = [p.name for p in Path(name).iterdir()] if Path(name).is_dir() else ["tokenizer"]
+    is_folder = Path(name).is_dir()
+    files = [p.name for p in Path(name).iterdir()] if is_folder else ["tokenizer"]
     if not any(re.search("tok|vocab|merges|spiece|spm|sentencepiece", file) for file in files):
         raise UserError(f"{name}: holds no tokenizer; put it there too (tokenizer.save_pretrained)")
+    problem = "" if is_folder else hub_problem() or "no such local directory or hub id"
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as why:  # the hub, the disk and every tokenizer raise kinds of their own
@@ -1354,39 +1222,32 @@ CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"
 WORD = re.compile(rf"[{CJK}]|[^\s{CJK}]+")  # our choice: runs without white space, CJK characters
 
 
-def words_of(text: str) -> np.ndarray:
-    """Start and end of each word, (W, 2)."""
-    return np.array([m.span() for m in WORD.finditer(text)], dtype=np.int64).reshape(-1, 2)
+@lru_cache(maxsize=64)  # the texts of a pair are asked for several times
+def words_of(text: str) -> tuple[tuple[int, int], ...]:
+    """Start and end of each word."""
+    return tuple(m.span() for m in WORD.finditer(text))
 
 
-def tokens_to_words(offsets: np.ndarray, spans: np.ndarray) -> np.ndarray:
-    """For tokens with character offsets (n, 2) the index of the first word (W, 2) each touches, -1
-    for none. A word that stands nowhere, (-1, -1), is touched by none."""
-    placed = np.flatnonzero(spans[:, 0] >= 0)
-    if not len(placed) or not len(offsets):
-        return np.full(len(offsets), -1)
-    start, end = spans[placed].T
-    first = np.searchsorted(end, offsets[:, 0], side="right")  # that ends after the token starts
-    nearest = np.minimum(first, len(placed) - 1)
-    touches = (first < len(placed)) & (start[nearest] < offsets[:, 1])
-    touches &= offsets[:, 1] > offsets[:, 0]
-    return np.where(touches, placed[nearest], -1)
+def tokens_to_words(offsets: list, spans: list) -> np.ndarray:
+    """For tokens with character offsets (start, end) the index of the first word (start, end) that
+    each touches, -1 for none. A word that stands nowhere, (-1, -1), is touched by none."""
+    placed = [k for k, (start, _) in enumerate(spans) if start >= 0]
+    ends = [spans[k][1] for k in placed]
+    words = []
+    for start, end in offsets:
+        at = bisect_right(ends, start)  # the first word that ends after the token starts
+        is_touched = at < len(ends) and start < end and spans[placed[at]][0] < end
+        words.append(placed[at] if is_touched else -1)
+    return np.array(words, dtype=np.int64)
 
 
-def match_words(wanted: list[str], there: list[str]) -> np.ndarray:
-    """For each wanted word its place in a rewritten text, in order, -1 for none: (W,). Both ends
-    first: a template mostly takes a part away."""
-    place, room = np.full(len(wanted), -1), min(len(wanted), len(there))
-    tail = next((k for k in range(room) if wanted[-1 - k] != there[-1 - k]), room)
-    head = next((k for k in range(room - tail) if wanted[k] != there[k]), room - tail)
-    place[:head] = np.arange(head)
-    place[len(wanted) - tail :] = np.arange(len(there) - tail, len(there))
-    middle = wanted[head : len(wanted) - tail], there[head : len(there) - tail]
-    if len(middle[0]) * len(middle[1]) > 10**7:  # minutes, for texts that have little in common
-        return place
-    for a, b, size in difflib.SequenceMatcher(None, *middle, autojunk=False).get_matching_blocks():
-        place[head + a : head + a + size] = np.arange(head + b, head + b + size)
-    return place
+def any_of(strings: set[str]) -> str:
+    """A pattern for any of the strings, the longest first."""
+    return "|".join(map(re.escape, sorted(strings, key=len, reverse=True))) or r"(?!)"
+
+
+PROBES = ("user assistant", "user assistant user assistant", "system user assistant")
+PROBES = [tuple(roles.split()) for roles in (*PROBES, "user system assistant")]
 
 
 class Formatter:
@@ -1398,7 +1259,7 @@ class Formatter:
     add_special_tokens=False. Raises UserError for a tokenizer with neither of the two."""
 
     def __init__(self, tokenizer, counts: Counter | None = None):
-        self.tokenizer, self.markup_of = tokenizer, {}
+        self.tokenizer, self.known_markup = tokenizer, {}
         self.counts = Counter() if counts is None else counts
         self.template = tokenizer.get_chat_template() if tokenizer.chat_template else ""
         self.eos = tokenizer.eos_token or tokenizer.sep_token or ""  # [SEP]: BERT's
@@ -1408,13 +1269,14 @@ class Formatter:
         bos = tokenizer.bos_token or tokenizer.cls_token
         first = tokenizer.convert_ids_to_tokens(tokenizer("a")["input_ids"][:1])
         self.bos = bos if first == [bos] else ""
-        probes = "user assistant user assistant", "system user assistant", "user system assistant"
-        markup = [self.markup(tuple(roles.split())) for roles in probes]
-        self.probes = [[piece or "" for piece in pieces] for pieces in markup]
-        if self.markup(("user", "assistant"))[1] is None:
+        self.empty_block = re.compile("")
+        if self.markup(PROBES[0])[1] is None:
             raise UserError(f"{tokenizer.name_or_path}: its chat template leaves the answers out")
-        self.tags = self.reasoning_tags()
-        self.control = any_of(self.control_strings() - self.tags)
+        self.empty_block = self.reasoning_block()
+        self.known_markup.clear()  # anew, without such blocks
+        self.control = re.compile(any_of(self.control_strings()))
+        end = self.markup(PROBES[0])[-1]
+        self.closings = [s for s in (end, end.strip(), self.eos) if re.search(r"\w", s)]
 
     def __call__(self, prompt: list[dict], response: str) -> str:
         """Cleaned messages and response -> the string that is scored. Raises UserError where the
@@ -1433,52 +1295,56 @@ class Formatter:
     def markup(self, roles: tuple[str, ...]) -> list[str | None]:
         """The literal text before each content of these roles, None before one that the template
         leaves out (or refuses), and the text after the last, which is the assistant's: len(roles)
-        + 1 pieces. All are "" where the template repeats or moves contents."""
-        if roles not in self.markup_of:
+        + 1 pieces. All are "" where the template repeats or moves contents. An empty reasoning
+        block, which a content may yet fill, is left out."""
+        if roles not in self.known_markup:
             marks = [f"\ue000{i}\ue001" for i in range(len(roles))]  # characters no template has
             text = ""
             with suppress(UserError):
-                prompt = [{"role": r, "content": m} for r, m in zip(roles[:-1], marks)]
-                text = self(prompt, marks[-1])
+                text = self(
+                    [{"role": r, "content": m} for r, m in zip(roles[:-1], marks)], marks[-1]
+                )
             kept = [mark for mark in marks if mark in text]
-            pieces = iter(re.split("\ue000\\d+\ue001", text))
-            if re.findall("\ue000\\d+\ue001", text) == kept:
-                before = [next(pieces) if mark in kept else None for mark in marks]
-                self.markup_of[roles] = [*before, next(pieces)]
-            else:
-                self.markup_of[roles] = [""] * (len(roles) + 1)
-        return self.markup_of[roles]
+            pieces = [self.empty_block.sub("", s) for s in re.split("\ue000\\d+\ue001", text)]
+            if re.findall("\ue000\\d+\ue001", text) != kept:
+                kept, pieces = marks, [""] * (len(marks) + 1)
+            before = dict(zip(kept, pieces))
+            self.known_markup[roles] = [*map(before.get, marks), pieces[-1]]
+        return self.known_markup[roles]
 
-    def reasoning_tags(self) -> set[str]:
-        """Tags such as <think> and </think>, which the template itself looks for in contents, or
-        writes as an empty block. Tags around a whole content, as [INST] and [/INST], are none."""
-        pieces = [piece for probe in self.probes for piece in probe]
-        closing = re.findall(r"""['"](?:</\w+>|\[/\w+\])['"](?=\s+in\b|\s*[,)])""", self.template)
-        blocks = [m[1] for p in pieces for m in re.finditer(r"<\w+>\s*(</\w+>)", p)]
-        tags = set()
-        for tag in {*blocks, *(literal[1:-1] for literal in closing)}:
+    def probes(self) -> list[list[str]]:
+        """The markup of some usual roles."""
+        return [[piece or "" for piece in self.markup(roles)] for roles in PROBES]
+
+    def reasoning_block(self) -> re.Pattern:
+        """An empty block of reasoning, such as <think></think>, or nothing. Its tags are those that
+        the template looks for in contents, or writes as an empty block alone. Tags around a whole
+        content, as [INST] and [/INST], are none."""
+        written = "\n.\n".join(piece for probe in self.probes() for piece in probe)
+        closing = re.compile(r"</\w+>|\[/\w+\]")
+        sought = rf"""['"]({closing.pattern})['"](?=\s+in\b|\s*[,)])"""
+        self.tags, blocks = set(), []
+        for tag in {*closing.findall(written), *re.findall(sought, self.template)}:
             opening = tag.replace("/", "")
-            block = re.escape(opening) + r"\s*" + re.escape(tag)
-            rest = "".join(re.sub(block, "", piece) for piece in pieces)
+            block = re.escape(opening) + r"\s*" + re.escape(tag) + r"\n*"
+            rest = re.sub(block, "", written)
             if tag != self.eos and opening not in rest and tag not in rest:
-                tags |= {opening, tag}
-        return tags
+                self.tags |= {opening, tag}
+                blocks.append(block)
+        return re.compile(f"(?:{'|'.join(blocks)})?")
 
     def control_strings(self) -> set[str]:
-        """Special tokens, other added tokens that the template writes, the text between turns."""
-        probes = [[any_of(self.tags).split(piece)[0] for piece in probe] for probe in self.probes]
-        written = "".join(piece for probe in probes for piece in probe)
-        special = set(self.tokenizer.all_special_tokens)
+        """Special tokens, other added tokens that the template writes, its marks such as [INST],
+        and the text that it writes between turns."""
+        written = "\n".join(piece for probe in self.probes() for piece in probe)
+        control = set(self.tokenizer.all_special_tokens)
         for token in self.tokenizer.added_tokens_decoder.values():
             if token.special or token.content in written:
-                special.add(token.content)
-        # "</s><s>[INST]": a text could hold [INST] alone ("assistant" alone is only a word)
-        after = [piece for probe in probes for piece in probe[1:]]
-        parts = [part.strip() for piece in after for part in any_of(special).split(piece)]
-        marks = {part for part in parts if re.fullmatch(r"[\[<{|].*\w.*[\]>}|]", part)}
-        between = [piece for probe in probes for piece in probe[1:-1]]
-        marks |= {piece.strip(" ") for piece in between if re.search(r"\w", piece)}
-        return {string for string in special | marks if len(string) > 1}
+                control.add(token.content)
+        control |= set(re.findall(r"<[^<>\s]*\w[^<>\s]*>|\[[^][\s]*\w[^][\s]*\]", written))
+        between = [piece for probe in self.probes() for piece in probe[1:-1]]
+        control |= {piece.strip(" ") for piece in between if re.search(r"\w", piece)}
+        return {string for string in control if len(string) > 1} - self.tags
 
     def clean(self, text: str) -> str:
         """The text in which what would end a turn, or start one, is defused by a space after its
@@ -1488,83 +1354,73 @@ class Formatter:
             self.counts["defused control tokens"] += count
         return text
 
-    def heads(self, roles: tuple[str, ...]) -> list[str]:
-        """markup, each piece up to a reasoning tag: an empty think block may yet be filled."""
-        return [any_of(self.tags).split(piece or "")[0] for piece in self.markup(roles)]
-
-    def place(self, text: str, prompt: list[dict], response: str) -> tuple[list[np.ndarray], int]:
-        """Where the words of each content stand in the string that __call__ made of them: for each
-        (W, 2), (-1, -1) for a word that the template left out; and where the response begins."""
+    def place(self, text: str, prompt: list[dict], response: str) -> tuple[list, int]:
+        """Where the W words of all contents stand in the string that __call__ made of them, (start,
+        end), or (-1, -1) for one that the template left out; and where the response begins."""
         contents = [m["content"] for m in prompt] + [response]
-        roles = (*(m["role"] for m in prompt), "assistant")
-        pieces, heads = self.markup(roles), self.heads(roles)
+        pieces = self.markup((*(m["role"] for m in prompt), "assistant"))
         placed, start, end = [], 0, 0
-        for k, (content, piece, head) in enumerate(zip(contents, pieces, heads)):
+        for k, (content, before) in enumerate(zip(contents, pieces)):
             words = words_of(content)
-            if piece is None:
-                placed.append(np.full_like(words, -1))
+            if before is None:
+                placed += [(-1, -1)] * len(words)
                 continue
-            after = next(h for h, p in zip(heads[k + 1 :], pieces[k + 1 :]) if p is not None)
-            before = piece if text.startswith(piece, end) else head
             start = end + len(os.path.commonprefix([before, text[end : end + len(before)]]))
-            core = content.strip()
-            stop = text.find(after, start) if after.strip() else len(text)
-            stop = len(text) if stop < 0 else stop
-            at = text.find(core, start, stop)
+            start = self.empty_block.match(text, start).end()
+            after = next(piece for piece in pieces[k + 1 :] if piece is not None)
+            stop = text.find(after, start) if after.strip() else -1
+            at = text.find(content.strip(), start, stop if stop >= 0 else len(text))
             if at >= 0:  # as it is, or stripped, as some templates do
-                spans = words + (at - content.find(core))
-            else:  # rewritten: word by word
-                there = words_of(text[start:stop]) + start
-                texts = [[t[a:b] for a, b in w] for t, w in ((content, words), (text, there))]
-                match = match_words(*texts)
-                spans = np.full_like(words, -1)
-                spans[match >= 0] = there[match[match >= 0]]
-            last = max(int(spans.max(initial=0)), start)
-            end = stop if after.strip() and stop < len(text) else last
-            placed.append(spans)
+                shift = at - content.find(content.strip())
+                spans = [(a + shift, b + shift) for a, b in words]
+            else:
+                spans = find_words(content, text, start, stop if stop >= 0 else len(text))
+            placed += spans
+            end = stop if stop >= 0 else max((b for _, b in spans), default=start)
         return placed, start
 
     def unwrap(self, prompt: list[dict], responses: list[str]) -> tuple[list[dict], list[str]]:
         """Both without the model's own chat template, where they hold it already: one user message
         that is the whole template up to the answer; responses that all close as an answer does."""
-        inner = None
         if self.template and len(prompt) == 1 and self.control.search(prompt[0]["content"]):
-            inner = self.inner_messages(prompt[0]["content"])
-        tail = self.probes[0][-1]
-        for close in (tail, tail.strip(), self.eos):
-            cut = [y.removesuffix(close) for y in responses]
-            is_close = re.search(r"\w", close) and all(y.endswith(close) for y in responses)
-            if is_close and not any(map(self.control.search, cut)):
-                return inner or prompt, cut
-        return inner or prompt, responses
+            prompt = self.inner_messages(prompt[0]["content"]) or prompt
+        for close in self.closings:
+            if all(y.endswith(close) for y in responses):
+                cut = [y.removesuffix(close) for y in responses]
+                if not any(map(self.control.search, cut)):
+                    return prompt, cut
+        return prompt, responses
 
     def inner_messages(self, text: str) -> list[dict] | None:
-        """The messages of a text that is this template, from the first turn to where the answer
-        opens; None for another text, and where markup is left over in the messages."""
-        _, answer, again, _, tail = self.heads(("user", "assistant") * 2)
-        turns = text.count(answer.strip()) if answer.strip() else 0
-        if again.strip() and text.count(again.strip()) > turns:
-            return None
-        for roles in (("user", "assistant") * turns, ("system", *("user", "assistant") * turns)):
-            pieces = list(zip(self.markup(roles), self.heads(roles)))[:-1] if turns else []
-            if not pieces or (None, "") in pieces:
+        """The messages of a text that is this template, from the first turn (what the template may
+        add ahead of it can be missing) to where the answer opens; None for another text, and where
+        markup is left over in the messages."""
+        text, answer = text.strip(), self.markup(PROBES[0])[1].strip()
+        turns = ("user", "assistant") * (text.count(answer) if answer else 0)
+        for roles in (turns, ("system", *turns)) if turns else ():
+            first, *between, last, _ = self.markup(roles)
+            ends = (first[k:] for k in range(len(first or "")))  # the longest first
+            opening = next((end for end in ends if text.startswith(end)), "")
+            if not re.search(r"\w", opening) or not all([*between, last]):
                 continue
-            openers = {pieces[0][1].lstrip(), pieces[0][1].removeprefix(self.bos).lstrip()}
-            if roles[0] == "user":  # not behind a system turn that the template adds
-                openers.add(again[len(os.path.commonprefix([again, tail])) :].lstrip())
-            last = {piece.rstrip() for piece in pieces[-1]}
-            marks = (openers - {""}, *map(set, pieces[1:-1]), last)
-            marks = [any_of(strings).pattern for strings in marks]
-            pattern = "(.*?)".join(f"(?:{mark})" for mark in marks)
-            match = re.fullmatch(pattern, text.strip(), re.DOTALL)
+            pattern = "(.*?)".join(map(re.escape, [opening, *between, last.rstrip()]))
+            pattern += r"\s*" + self.empty_block.pattern
+            match = re.fullmatch(pattern, text, re.DOTALL)
             if match and not any(map(self.control.search, match.groups())):
                 return [{"role": r, "content": c} for r, c in zip(roles, match.groups())]
         return None
 
 
-def any_of(strings: set[str]) -> re.Pattern:
-    """A pattern for any of the strings, the longest first."""
-    return re.compile("|".join(map(re.escape, sorted(strings, key=len, reverse=True))) or r"(?!)")
+def find_words(content: str, text: str, start: int, stop: int) -> list[tuple[int, int]]:
+    """Where the words of a content that a template rewrote stand in text[start:stop], (-1, -1) for
+    one that it left out."""
+    words = words_of(content)[::-1]  # from the end: what goes is mostly the reasoning ahead
+    there = [(a + start, b + start) for a, b in words_of(text[start:stop])][::-1]
+    said = [content[a:b] for a, b in words], [text[a:b] for a, b in there]
+    spans = [(-1, -1)] * len(words)
+    for a, b, size in difflib.SequenceMatcher(None, *said).get_matching_blocks():
+        spans[a : a + size] = there[b : b + size]
+    return spans[::-1]
 
 
 @dataclass
@@ -1594,7 +1450,7 @@ class Fitted(NamedTuple):
     prompt: list[dict]  # cleaned and cut
     responses: list[str]  # k, cleaned
     texts: list[str]  # the k strings that are scored
-    tokens: list  # k times (ids (n,), offsets (n, 2))
+    tokens: list  # k times (ids (n,), offsets: n times (start, end))
 
 
 REFUSED = "with roles that the chat template refuses"
@@ -1624,7 +1480,7 @@ class Encoder:
     def __call__(self, pairs: list[Pair], progress: str = "") -> list[Example]:
         """The Examples of the pairs that fit, see fit. Raises UserError."""
         examples = []
-        for chunk in self.fit(pairs, lambda p: [p.chosen, p.rejected], progress):
+        for chunk in self.fit(pairs, lambda p: p.responses, progress):
             kept = [fitted for fitted in chunk if fitted]
             packed = [self.pack(fitted) for fitted in kept]
             if self.teacher is not None:
@@ -1696,53 +1552,42 @@ class Encoder:
     def shorten(self, fitted: Fitted) -> Fitted | None:
         """The item with the oldest of its prompt cut until all sequences fit; None where a response
         cannot. The system turn goes last."""
-        while True:
-            prompt = [dict(m) for m in fitted.prompt]
-            longest = max(range(len(fitted.tokens)), key=lambda k: len(fitted.tokens[k][0]))
-            offsets = fitted.tokens[longest][1]
-            excess = len(offsets) - self.max_length
-            filled = [i for i, m in enumerate(prompt) if m["content"]]
-            if excess <= 0 or not filled:
-                return fitted if excess <= 0 else None
+        prompt = [dict(m) for m in fitted.prompt]
+        while (excess := max(len(ids) for ids, _ in fitted.tokens) - self.max_length) > 0:
             turns = [i for i, m in enumerate(prompt) if m["role"] != "system"]
-            target = next((i for i in filled if i in turns), filled[0])
-            text, response = fitted.texts[longest], fitted.responses[longest]
-            spans, _ = self.formatter.place(text, prompt, response)
-            word = tokens_to_words(offsets, spans[target])
-            inside = np.flatnonzero(word >= 0)
-            later = [i for i in turns if i > target and prompt[i]["role"] == "user"]
-            if len(inside) > excess:  # cut before the first token that stays, even inside a word
-                token = inside[excess]
-                within = max(offsets[token, 0] - spans[target][word[token], 0], 0)
-                content = prompt[target]["content"]
-                cut = max(words_of(content)[word[token], 0] + within, 1)
-                prompt[target]["content"] = content[cut:].lstrip()
-            elif later and target in turns:  # the whole oldest turn goes, its markup too
+            filled = [i for i in [*turns, *range(len(prompt))] if prompt[i]["content"]]
+            if not filled:
+                return None
+            oldest = prompt[filled[0]]
+            later = [i for i in turns if i > filled[0] and prompt[i]["role"] == "user"]
+            ((_, offsets),) = tokenise(self.tokenizer, [oldest["content"]])
+            if len(offsets) > excess:  # cut before the first token that stays, even inside a word
+                oldest["content"] = oldest["content"][max(offsets[excess][0], 1) :].lstrip()
+            elif later and filled[0] in turns:  # the whole oldest turn goes, its markup too
                 del prompt[turns[0] : later[0]]
             else:
-                prompt[target]["content"] = ""
+                oldest["content"] = ""
             texts = [self.formatter(prompt, y) for y in fitted.responses]
             tokens = tokenise(self.tokenizer, texts)
             fitted = fitted._replace(prompt=prompt, texts=texts, tokens=tokens)
+        return fitted
 
     def pack(self, fitted: Fitted) -> Example:
         """The packed layout and the words of one pair."""
-        contents = [m["content"] for m in fitted.prompt]
-        words, inside = [], []
+        texts = [*(m["content"] for m in fitted.prompt), *fitted.responses]
+        *of_prompt, C, R = (len(words_of(text)) for text in texts)
+        P, words, inside = sum(of_prompt), [], []
         for text, response, (_, offsets) in zip(fitted.texts, fitted.responses, fitted.tokens):
             spans, start = self.formatter.place(text, fitted.prompt, response)
-            spans = np.concatenate(spans)
             words.append(tokens_to_words(offsets, spans))
-            inside.append(int((np.append(offsets[:, 1], np.inf) > start).argmax()))
-            if missing := int((spans[:, 0] < 0).sum()):
+            inside.append(sum(end <= start for _, end in offsets))
+            if missing := spans.count((-1, -1)):
                 self.counts["words that the chat template leaves out"] += missing
         if fitted.texts[0] == fitted.texts[1]:
             self.counts["scored alike, as the chat template writes them"] += 1
         (ids_c, _), (ids_r, _) = fitted.tokens
         shared = min(inside)  # tokens before the first that reaches into a response
         nx = int(np.append(ids_c[:shared] != ids_r[:shared], True).argmax())  # common token prefix
-        C, R = (len(words_of(y)) for y in fitted.responses)
-        P = sum(len(words_of(content)) for content in contents)
         word_r = np.where(words[1] >= P, words[1] + C, words[1])  # y_r's words come after y_c's
         return Example(
             ids=np.concatenate([ids_c, ids_r[nx:]]),
@@ -1750,7 +1595,7 @@ class Encoder:
             word=np.concatenate([words[0], word_r[nx:]]),
             word_seg=np.repeat([0, 1, 2], [P, C, R]),
             runs=[],
-            texts=[*contents, *fitted.responses],
+            texts=texts,
             pair=fitted.item,
         )
 
@@ -1758,8 +1603,7 @@ class Encoder:
         """The teacher's tokens of x, y_c and y_r of each pair, with their words."""
         read = []
         for f in fitted:
-            read.append(self.teacher_prompt(f.prompt))
-            read += [(y, words_of(y)) for y in f.responses]
+            read += [self.teacher_prompt(f.prompt), *((y, words_of(y)) for y in f.responses)]
         special = set(self.teacher.all_special_ids) - {self.teacher.unk_token_id}
         spare = (self.teacher.unk_token_id, self.teacher.mask_token_id, 0)
         harmless = next(i for i in spare if i is not None)
@@ -1768,35 +1612,45 @@ class Encoder:
             example = examples[k // 3]
             first = np.searchsorted(example.word_seg, k % 3)  # word of its own part
             word = tokens_to_words(offsets, spans)
-            ids = np.where(np.isin(ids, list(special)), harmless, ids)  # "[SEP]" that a user typed
+            ids[[i in special for i in ids.tolist()]] = harmless  # "[SEP]" that a user typed
             example.runs.append((ids, np.where(word >= 0, word + first, -1)))
 
     @staticmethod
-    def teacher_prompt(prompt: list[dict]) -> tuple[str, np.ndarray]:
+    def teacher_prompt(prompt: list[dict]) -> tuple[str, list]:
         """(the prompt as the teacher reads it, with role marks between several turns; the words of
-        its contents there (P, 2))."""
-        text, spans = "", [words_of("")]
+        its contents there, (start, end))."""
+        text, spans = "", []
         for m in prompt:
             mark = f"{m['role'].capitalize()}: " if len(prompt) > 1 else ""
             text += ("\n" if text else "") + mark
-            spans.append(words_of(m["content"]) + len(text))
+            spans += [(a + len(text), b + len(text)) for a, b in words_of(m["content"])]
             text += m["content"]
-        return text, np.concatenate(spans)
+        return text, spans
 
 
-def tokenise(tokenizer, texts: list[str]) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(ids (n,), offsets (n, 2)) of each text, all in one parallel call."""
+def tokenise(tokenizer, texts: list[str]) -> list[tuple[np.ndarray, list]]:
+    """(ids (n,), offsets: n times (start, end)) of each text, all in one parallel call."""
     if not texts:
         return []
     unneeded = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
     known = {"add_special_tokens": False, "return_offsets_mapping": True}
     enc = tokenizer(texts, **known, **unneeded)
     ids = [np.array(row, dtype=np.int64) for row in enc["input_ids"]]
-    offsets = [np.array(row, dtype=np.int64).reshape(-1, 2) for row in enc["offset_mapping"]]
-    return list(zip(ids, offsets))
+    return list(zip(ids, enc["offset_mapping"]))
 
 
 # ------------------------------------------------------------------------------------ command line
+
+
+NUMBERS = {  # flag -> (default, least, most, what it is)
+    "limit": (0, 0, math.inf, "write only the first N pairs; 0: all"),
+    "val-fraction": (0.0, 0, 1, "share of the prompts for FILE.val.jsonl"),
+    "test-fraction": (0.0, 0, 1, "share of the prompts for FILE.test.jsonl"),
+    "pairs": (12_800, 1, math.inf, "synthetic: number of pairs"),
+    "responses": (0, 0, math.inf, "synthetic: N candidates with gold scores a prompt, no pairs"),
+    "agreement": (0.9, 0, 1, "synthetic: share of pairs whose cue agrees with the label"),
+    "seed": (0, 0, math.inf, "synthetic: seed"),
+}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -1804,7 +1658,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     raw = argparse.RawDescriptionHelpFormatter
     ap = Parser(description=__doc__, formatter_class=raw, allow_abbrev=False)
     add = ap.add_argument
-    known = f"hh-rlhf, synthetic, or a benchmark: {', '.join(BENCHMARKS)}"
+    known = f"hh-rlhf[:test], synthetic, or a benchmark: {', '.join(BENCHMARKS)}"
     add("source", nargs="+", metavar="SOURCE", help=f"files, folders, hub ids; {known}")
     add("--out", required=True, help="file to write; gzipped where it ends in .gz")
     add("--overwrite", action="store_true", help="replace --out where it exists")
@@ -1812,21 +1666,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--drop-duplicates", action="store_true", help="drop repetitions (counted either way)")
     files = "in place of the hub: files of hh-rlhf or a benchmark as published, or their folders"
     add("--input", nargs="+", metavar="FILE", help=files)
-    folders = {"default": ["helpful-base", "harmless-base"], "metavar": "NAME"}
-    add("--subsets", nargs="+", help="hh-rlhf: folders on the hub", **folders)
-    add("--hub-split", default="train", choices=["train", "test"], help="hh-rlhf: its split")
-    numbers = {
-        "limit": (0, "write only the first N pairs; 0: all"),
-        "val-fraction": (0.0, "share of the prompts for FILE.val.jsonl"),
-        "test-fraction": (0.0, "share of the prompts for FILE.test.jsonl"),
-        "pairs": (12_800, "synthetic: number of pairs"),
-        "responses": (0, "synthetic: N candidates with gold scores a prompt, in place of pairs"),
-        "agreement": (0.9, "synthetic: share of pairs whose cue agrees with the label"),
-        "shortest": (8, "synthetic: fewest fillers between item and cue"),
-        "longest": (16, "synthetic: most fillers between item and cue"),
-        "seed": (0, "synthetic: seed"),
-    }
-    for name, (default, text) in numbers.items():
+    folders = {"nargs": "+", "default": HH_SUBSETS, "metavar": "NAME"}
+    add("--subsets", help="hh-rlhf: folders on the hub", **folders)
+    for name, (default, *_, text) in NUMBERS.items():
         text += f" (default: {default})"
         add(f"--{name}", type=type(default), default=default, metavar="N", help=text)
     return ap.parse_args(argv)
@@ -1834,14 +1676,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def check_args(args: argparse.Namespace) -> None:
     """Raises UserError for flags that cannot work."""
-    shares = (args.val_fraction, args.test_fraction, args.agreement)
-    if not all(0 <= share <= 1 for share in shares) or sum(shares[:2]) >= 1:
-        names = "--val-fraction, --test-fraction and --agreement"
-        raise UserError(f"{names} lie in 0 to 1, and some pairs must be left to train on")
-    least = {"seed": 0, "limit": 0, "pairs": 1, "shortest": 0, "longest": args.shortest}
-    for name, least_value in least.items():
-        if getattr(args, name) < least_value:
-            raise UserError(f"--{name} {getattr(args, name)}: must be at least {least_value}")
+    for name, (_, least, most, _) in NUMBERS.items():
+        value = getattr(args, name.replace("-", "_"))
+        if not least <= value <= most:
+            raise UserError(f"--{name} {value}: must lie in {least} to {most}")
+    if args.val_fraction + args.test_fraction >= 1:
+        raise UserError("--val-fraction and --test-fraction leave no pairs to train on")
     if args.responses and (args.responses < 2 or args.source != ["synthetic"]):
         raise UserError(f"--responses {args.responses}: the source synthetic takes it, at least 2")
     if args.input and args.source[0] not in ("hh-rlhf", *BENCHMARKS):
@@ -1852,18 +1692,19 @@ def read_source(args: argparse.Namespace) -> tuple[list, Counter]:
     """The pairs (or candidates) that the command line asks for, and counts. Raises UserError."""
     source = args.source[0] if len(args.source) == 1 else ""
     if source == "synthetic":
-        sizes = (args.agreement, args.seed, args.shortest, args.longest)
         if args.responses:
-            items = synthetic_candidates(args.pairs, args.responses, *sizes)
+            items = synthetic_candidates(args.pairs, args.responses, args.agreement, args.seed)
         else:
-            items = synthetic_pairs(args.pairs, *sizes)
+            items = synthetic_pairs(args.pairs, args.agreement, args.seed)
         return items, Counter(pairs=len(items))
     if source in BENCHMARKS:
         return read_benchmark(source, args.input, args.skip_bad)
+    source, _, split = source.partition(":")
     if source != "hh-rlhf":
         return read_pairs(args.source, args.skip_bad)
     pairs, counts = [], Counter()
-    for path in args.input or download_hh(args.subsets, args.hub_split):
+    files = [f"{subset}/{split or 'train'}.jsonl.gz" for subset in args.subsets]
+    for path in published_files(HH, files, args.input):
         some, more = read_pairs([path], args.skip_bad)
         folder = Path(path).parent.name  # HH-RLHF keeps its subsets in folders
         subset = folder if folder.startswith(("helpful-", "harmless-", "red-team")) else ""
