@@ -33,6 +33,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from itertools import chain, zip_longest
+from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +49,8 @@ from idistill import InteractionTeacher, outcomes
 
 # ------------------------------------------------------------------------------------- scoring
 
+RESPONSES = attrgetter("responses")  # of a pair: chosen, rejected; of candidates: all
+
 
 @dataclass
 class Judge:
@@ -61,7 +64,7 @@ class Judge:
     amp: Callable  # amp() is a context: bf16 autocast, or nothing
     pair_encoding: bool = False  # reads (question, answer) in place of the chat template
 
-    def score(self, items: list, batch_size: int, responses: Callable = data_prep.responses_of):
+    def score(self, items: list, batch_size: int, responses: Callable = RESPONSES):
         """Scores the responses of each of N pairs, or prompts with candidates.
 
         An overlong prompt loses its oldest part, the same for all responses of an item. Where one
@@ -927,7 +930,7 @@ def occlusion(judge: Judge, pair: Pair, batch_size: int = 32):
 
 def fitted_pair(judge: Judge, pair: Pair) -> Pair:
     """The pair as the judge reads it: cleaned, and cut where it is too long. Raises UserError."""
-    fitted = next(iter(judge.encoder.fit([pair], data_prep.responses_of, "")))[0]
+    fitted = next(iter(judge.encoder.fit([pair], RESPONSES, "")))[0]
     if fitted is None:
         limit = judge.encoder.max_length
         raise UserError(f"pair {pair.id}: does not fit into --max-length {limit}")

@@ -601,6 +601,8 @@ READINGS = {  # against the demo's default: KL, last layer, frozen teacher of 8 
     "inter only": {"lambda_intra": 0.0},
     "verdict only": {**NO_MAP, "lambda_score": 1.0},
     "verdict and map": {"lambda_score": 1.0},
+    "clip apart": {"pull": "clip apart", "clip": 2.0},
+    "warm-up": {"pull": "warm-up"},
     "BT": BT,
 }
 TARGETS = ("teacher", "shuffled", "column", "lexical", "uniform")
