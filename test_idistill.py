@@ -156,10 +156,9 @@ LINEAR = {f"linear_num_{k}_heads": 2 for k in ("key", "value")}
 LINEAR |= {f"linear_{k}_head_dim": 8 for k in ("key", "value")}
 VISION = dict(hidden_size=16, num_attention_heads=2, num_heads=2, intermediate_size=16, depth=1)
 VISION |= dict(num_hidden_layers=1, image_size=28, patch_size=14, out_hidden_size=32)
-MIXED = dict(text_config=dict(HEADS_OF_8, **LINEAR, num_hidden_layers=4), vision_config=VISION)
+RECURRENT = dict(HEADS_OF_8, **LINEAR, num_hidden_layers=4)
 EXPERTS = dict(num_local_experts=2, num_experts_per_tok=1)
-SIZES = {  # family -> (config class, its sizes)
-    # decoders
+DECODERS = {  # family -> (config class, its sizes)
     "llama": ("LlamaConfig", GROUPED),
     "qwen2": ("Qwen2Config", GROUPED),
     "qwen3": ("Qwen3Config", HEADS_OF_8),
@@ -171,14 +170,11 @@ SIZES = {  # family -> (config class, its sizes)
     "gemma": ("GemmaConfig", HEADS_OF_8),
     "gemma2": ("Gemma2Config", HEADS_OF_8),
     "gemma3": ("Gemma3TextConfig", HEADS_OF_8),
-    "falcon": ("FalconConfig", dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4)),
-    "gpt_oss": ("GptOssConfig", dict(HEADS_OF_8, **EXPERTS)),
-    "phimoe": ("PhimoeConfig", dict(GROUPED, **EXPERTS)),
-    "mamba": ("MambaConfig", dict(hidden_size=32, num_hidden_layers=2)),
     # composite ones: their text part reads, the part for pictures never gets a gradient
     "gemma3_vision": ("Gemma3Config", dict(text_config=HEADS_OF_8, vision_config=VISION)),
-    "qwen3_5": ("Qwen3_5Config", MIXED),
-    # encoders
+    "qwen3_5": ("Qwen3_5Config", dict(text_config=RECURRENT, vision_config=VISION)),
+}
+ENCODERS = {
     "bert": ("BertConfig", BASE),
     "roberta": ("RobertaConfig", BASE),
     "distilbert": ("DistilBertConfig", dict(dim=32, n_layers=3, n_heads=4, hidden_dim=64)),
@@ -186,6 +182,12 @@ SIZES = {  # family -> (config class, its sizes)
     "deberta": ("DebertaV2Config", dict(BASE, relative_attention=True, pos_att_type=["c2p"])),
     "mpnet": ("MPNetConfig", BASE),
     "t5": ("T5Config", dict(d_model=32, d_kv=8, d_ff=64, num_layers=3, num_heads=4)),
+}
+UNUSUAL = {  # refused, or with something about them that few have
+    "falcon": ("FalconConfig", dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4)),
+    "gpt_oss": ("GptOssConfig", dict(HEADS_OF_8, **EXPERTS)),
+    "phimoe": ("PhimoeConfig", dict(GROUPED, **EXPERTS)),
+    "mamba": ("MambaConfig", dict(hidden_size=32, num_hidden_layers=2)),
     "squeezebert": ("SqueezeBertConfig", dict(BASE, embedding_size=32)),
     "longformer": ("LongformerConfig", dict(BASE, attention_window=[16] * 3)),
     "big_bird": ("BigBirdConfig", dict(BASE, block_size=4, num_random_blocks=1)),
@@ -194,7 +196,6 @@ SIZES = {  # family -> (config class, its sizes)
     "ibert": ("IBertConfig", BASE),
     "bros": ("BrosConfig", BASE),
 }
-ENCODERS = ["bert", "roberta", "distilbert", "modernbert", "deberta", "mpnet", "t5"]
 
 
 @pytest.fixture(scope="session")
@@ -209,7 +210,7 @@ def zoo(tmp_path_factory):
             return str(to)
         make_tokenizer(kind, to)
         tokenizer = AutoTokenizer.from_pretrained(to)
-        name, sizes = SIZES[family]
+        name, sizes = (DECODERS | ENCODERS | UNUSUAL)[family]
         own = {k: getattr(tokenizer, k) for k in ("pad_token_id", "bos_token_id", "eos_token_id")}
         own["vocab_size"] = len(tokenizer)
         if family == "modernbert":
@@ -527,13 +528,13 @@ def test_pool_words_against_loops():
 WORD_SEG = torch.tensor([[0, 0, 1, 1, 2, 2], [0, 0, 1, 1, 2, -1], [0, -1, 1, -1, 2, -1], [-1] * 6])
 
 
-def word_maps(*shape: int) -> torch.Tensor:
-    """Random word maps (..., 4, 6, 6), in which the teacher gives a word nothing, and leaves a
-    row empty (local attention)."""
-    maps = torch.from_numpy(np.random.default_rng(2).dirichlet(np.ones(6), (*shape, 4, 6)))
-    maps[..., 1, 3, :2] = 0
-    maps[..., 1, 0, :] = 0
-    return maps
+def word_maps() -> tuple[torch.Tensor, torch.Tensor]:
+    """Random word maps S and T, two layers each (2, 4, 6, 6). In the second pair the teacher gives
+    a word nothing, and leaves a row empty (local attention)."""
+    S, T = torch.from_numpy(np.random.default_rng(2).dirichlet(np.ones(6), (2, 2, 4, 6)))
+    T[:, 1, 3, :2] = 0
+    T[:, 1, 0] = 0
+    return S, T
 
 
 @pytest.mark.parametrize("gap", [3.0, 30.0, 60.0])
@@ -549,7 +550,7 @@ def test_targets_by_hand():
     """uniform: every word alike. column: each row is the mean row, of those that are not empty.
     shuffled: rows change places inside their segment, by the pair's own seed, whatever its
     company."""
-    T, targets = word_maps(), idistill.ALIGN_TARGETS
+    T, targets = word_maps()[1][0], idistill.ALIGN_TARGETS
     for block in block_masks(WORD_SEG):
         assert targets["teacher"](T, block, WORD_SEG, ()) is T
         close(targets["uniform"](None, block, WORD_SEG, ()), block.double())
@@ -615,7 +616,7 @@ def test_robust_loss_is_unbiased(e):
 def test_total_loss_against_loops(kind, support):
     """L = BT + lambda_intra intra + lambda_inter inter (+ score, centring), layers by their mean.
     Rows that the teacher leaves empty add zero, and their gradient is zero too."""
-    S, T = word_maps(2, 2)  # two layers each
+    S, T = word_maps()
     S.requires_grad_()
     verdict = torch.tensor([0.5, -1.0, 2.0, 0.0])
     options = dict(lambda_intra=0.3, lambda_inter=2.0, lambda_score=0.7, center_rewards=0.1)
@@ -719,20 +720,6 @@ def test_the_whole_method_against_one_pair_at_a_time(zoo, family, encoding):
 # Models: found by trying each, no list of names
 # ==================================================================================================
 
-DECODERS = [
-    "llama",
-    "qwen2",
-    "qwen3",
-    "mistral",
-    "phi3",
-    "gpt2",
-    "gpt_neox",
-    "opt",
-    "gemma",
-    "gemma2",
-    "gemma3",
-]
-DECODERS += ["gemma3_vision", "qwen3_5"]
 SIAMESE = ("gemma2", "qwen3_5")  # eager attention takes no tree mask; recurrent layers
 STUDENTS = [(family, "chat") for family in DECODERS]
 STUDENTS += [("llama", "bos"), ("llama", "nopad"), ("gpt2", "nopad"), ("gemma3_vision", "bos")]
@@ -811,11 +798,8 @@ def test_teacher_maps_are_those_of_eager_attention(zoo, capsys, family):
     batch = teacher_batch(examples, swap, teacher.tokenizer, teacher.room)
     verdict, maps = teacher(batch, layers=(1, 0, -1))
     close(teacher(batch)[0], verdict)
-    options = dict(num_labels=1, attn_implementation="eager")
-    eager = transformers.AutoModelForTokenClassification.from_pretrained(
-        zoo(family), **options
-    ).eval()
-    eager.load_state_dict(teacher.stock.state_dict())
+    eager = copy.deepcopy(teacher.stock)
+    eager.set_attn_implementation("eager")
     with torch.no_grad():
         out = eager(batch["ids"], attention_mask=batch["mask"], output_attentions=True)
     is_token = batch["mask"].bool()
@@ -842,9 +826,11 @@ def edit(path: Path, **change) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
 
 
-def spoil(folder: Path, fault: str) -> None:
-    """Makes a model directory wrong."""
-    weights = folder / "model.safetensors"
+def spoil(folder: Path, fault) -> None:
+    """Makes a model directory wrong: by other entries of its config, or a fault that has a name."""
+    config, weights = folder / "config.json", folder / "model.safetensors"
+    if isinstance(fault, dict):
+        return edit(config, **fault)
     tensors = load_file(weights)
     if fault == "not finite":
         tensors = {name: t * (math.nan if "layer" in name else 1) for name, t in tensors.items()}
@@ -852,22 +838,20 @@ def spoil(folder: Path, fault: str) -> None:
         tensors = {name: t for name, t in tensors.items() if ".1." not in name}
     elif fault == "a head of another name":
         tensors["value_head.weight"] = torch.ones(1, 32)
-    elif fault == "two labels":
-        tensors["score.weight"] = torch.ones(2, 32)
-        labels = {"id2label": {"0": "a", "1": "b"}, "label2id": {"a": 0, "b": 1}}
-        edit(folder / "config.json", architectures=["LlamaForSequenceClassification"], **labels)
-    elif fault == "no pad":
-        edit(folder / "tokenizer_config.json", pad_token=None)
     save_file(tensors, weights, {"format": "pt"})
     if fault == "torn":
         weights.write_bytes(weights.read_bytes()[:5000])
+    elif fault == "no pad":
+        edit(folder / "tokenizer_config.json", pad_token=None)
     elif fault == "adapter":
-        os.replace(folder / "config.json", folder / "adapter_config.json")
+        os.replace(config, folder / "adapter_config.json")
     elif fault == "no tokenizer":
         shutil.rmtree(folder)
         folder.mkdir()
 
 
+TWO_LABELS = dict(architectures=["LlamaForSequenceClassification"])
+TWO_LABELS |= dict(id2label={"0": "a", "1": "b"}, label2id={"a": 0, "b": 1})
 OWN_CODE = dict(model_type="own", auto_map={"AutoConfig": "own.C"})
 BAD_MODELS = [  # flag, family, its fault: what is done to the folder or its config, what is said
     ("model", "bert", "", ["BertForSequenceClassification", "--teacher"]),
@@ -884,7 +868,7 @@ BAD_MODELS = [  # flag, family, its fault: what is done to the folder or its con
     ("model", "llama", "not finite", ["not finite"]),
     ("model", "llama", "a layer lacks", ["lack 9 tensors", "layers.1."]),
     ("model", "llama", "a head of another name", ["value_head.weight", "score.weight"]),
-    ("model", "llama", "two labels", ["has 2 labels"]),
+    ("model", "llama", TWO_LABELS, ["has 2 labels"]),
     ("model", "llama", "adapter", ["a peft adapter"]),
     ("model", "llama", "no tokenizer", ["no tokenizer"]),
     ("teacher", "gpt2", "", ["causal"]),
@@ -904,10 +888,7 @@ def test_bad_model_is_named(zoo, argv, tmp_path, capsys, flag, family, fault, sa
     """One line with the folder and the reason, before any training."""
     folder, is_siamese = tmp_path / "m", family in ("gemma2", "gpt_oss")
     shutil.copytree(zoo(family, "chat" if flag == "model" else "bert"), folder)
-    if isinstance(fault, dict):
-        edit(folder / "config.json", **fault)
-    else:
-        spoil(folder, fault)
+    spoil(folder, fault)
     flags = {flag: folder, "encoding": "siamese" if is_siamese else "packed"}
     refused(capsys, idistill.main, argv(tmp_path / "run", **flags), folder, *said)
     assert not (tmp_path / "run/metrics.jsonl").exists()
@@ -1029,7 +1010,7 @@ def test_same_seed_same_run(whole_run, argv, tmp_path):
     assert steps_of(tmp_path / "b")[0]["loss"] != steps_of(tmp_path / "a")[0]["loss"]
 
 
-# ----------------------------------------------------------------------- stopped, killed, gone on
+# ------------------------------------------------- killed, stopped, gone on; the folder of a run
 
 TRAPS = {  # moments of a run: the function that is called there
     "checkpoint": (torch, "save"),
@@ -1064,33 +1045,31 @@ def child(args: list[str], log: Path, trap: str = "", call: int = 1, events: tup
     idistill.main(args)
 
 
-def some_moments(seed: int) -> list[tuple]:
+def moments_by_chance(seed: int) -> list[tuple]:
+    """Calls of traps, or seconds."""
     rng = np.random.default_rng(seed)
     traps = rng.choice(["", "", *TRAPS], 5).tolist()
-    return [(t, int(rng.integers(1, 15)) if t else rng.uniform(0.05, 3)) for t in traps]
+    return [(trap, int(rng.integers(1, 15)) if trap else rng.uniform(0.05, 3)) for trap in traps]
 
 
-@pytest.mark.parametrize(
-    "moments",
-    [
-        [("flush", 4), ("rename", 5), ("validation", 2)],
-        *(pytest.param(some_moments(seed), marks=slow) for seed in range(8)),
-    ],
-)
-def test_killed_run_ends_as_if_it_never_was(whole_run, argv, tmp_path, moments):
+MOMENTS = [(3, [("flush", 4), ("rename", 5), ("validation", 2)])]
+MOMENTS += [pytest.param(0, moments_by_chance(seed), marks=slow) for seed in range(8)]
+
+
+@pytest.mark.parametrize("kills, moments", MOMENTS)
+def test_killed_run_ends_as_if_it_never_was(whole_run, argv, tmp_path, kills, moments):
     """SIGKILL inside a checkpoint, between two renames, in the middle of a validation; slow: at
-    the n-th call of any trap, or after any time. Resumed after each, it ends bit for bit."""
+    moments drawn by chance. Resumed after each, the run ends bit for bit."""
     args, log, codes = argv(tmp_path / "run", resume=True), tmp_path / "log", []
     for trap, when in moments:
-        if trap:
-            process = start(child, args, log, trap, when, (signal.SIGKILL,))
-        else:
-            process = start(child, args, log)
+        process = start(child, args, log, trap, when, (signal.SIGKILL,))
+        if not trap:
             time.sleep(when)
             process.kill()
         codes.append(ended(process))
-    assert set(codes) <= {0, -signal.SIGKILL} and codes[0] != 0, log.read_text()
-    assert ended(start(child, args, log)) == 0, log.read_text()
+    codes.append(ended(start(child, args, log)))
+    assert set(codes) <= {0, -signal.SIGKILL} and codes[-1] == 0, log.read_text()
+    assert codes.count(-signal.SIGKILL) >= kills
     assert_same_run(whole_run[0], tmp_path / "run")
 
 
@@ -1149,9 +1128,6 @@ def test_damaged_checkpoint_is_named(whole_run, argv, tmp_path, monkeypatch, cap
         with idistill.Run(idistill.parse_flags(argv(out, resume=True))) as run:
             assert run.saved[:2] == ("student", 3)
     assert str(newest) in capsys.readouterr().err and not (tmp_path / "boom").exists()
-
-
-# ------------------------------------------------------------------------------ the folder of a run
 
 
 def test_output_directory_is_protected(zoo, argv, tmp_path, capsys):
@@ -1282,7 +1258,7 @@ def test_torchrun_as_a_user_types_it(argv, tmp_path):
     assert wrong.returncode and wrong.stderr.count("error: --lr") == 1
 
 
-# ------------------------------------------------------------------------------------ variants
+# -------------------------------------------------------------------------- variants, the demo
 
 
 @pytest.mark.parametrize(
@@ -1296,6 +1272,7 @@ def test_torchrun_as_a_user_types_it(argv, tmp_path):
         ("score", dict(lambda_score=1, lambda_intra=0, lambda_inter=0)),
         ("intra inter", dict(model="qwen3_5", encoding="siamese", align_layers="all")),
         ("", dict(model="gemma2", encoding="siamese", method="bt")),
+        ("", dict(method="bt", label_noise=0.3, preference_loss="robust")),
     ],
 )
 def test_variants_run(zoo, argv, tmp_path, monkeypatch, terms, change):
@@ -1304,12 +1281,14 @@ def test_variants_run(zoo, argv, tmp_path, monkeypatch, terms, change):
     change = {k: zoo(v) if k in ("model", "teacher") and v else v for k, v in change.items()}
     if not terms:
         monkeypatch.setattr(idistill, "load_teacher", lambda *_: pytest.fail("a teacher is loaded"))
-    for line in steps_of(trained(argv, tmp_path, max_steps=2, teacher_epochs=0, **change)):
+    run = trained(argv, tmp_path, max_steps=2, teacher_epochs=0, **change)
+    is_noisy = "labels flipped by --label-noise" in lines_of(run)[0]["data"]
+    assert is_noisy == ("label_noise" in change)
+    for line in steps_of(run):
         assert all(math.isfinite(v) for v in line.values() if isinstance(v, float))
         assert {k for k in ("intra", "inter", "score", "center") if line[k]} >= {*terms.split()}
         assert change.get("align_support") != "causal" or not line["inter"]
         assert terms or line["loss"] == line["bt"]
-    assert terms or not (tmp_path / "teacher").exists()
 
 
 def test_layers_by_name():
@@ -1324,34 +1303,15 @@ def test_layers_by_name():
             parse(wrong, 12, 6)
 
 
-def test_label_noise_and_its_remedies(argv, tmp_path, monkeypatch):
-    """Flips and strengths reach the loss of the first step, which holds all pairs. Held-out labels
-    stay."""
-    pairs, seen, original = make_pairs(20), [], idistill.read_splits
-    for k, pair in enumerate(pairs):
-        pair.strength = 0.1 * (k % 4) - 0.15
-    data = write_pairs(tmp_path / "d.jsonl", pairs)
-    flags = dict(method="bt", teacher=None, data=data, val_data=None, batch_size=20, max_steps=1)
-    flags |= dict(label_noise=0.3, preference_loss="soft", flip_rate=0.3, margin_field="strength")
-
-    def read_splits(*args, **kwargs):
-        seen.append(original(*args, **kwargs))
-        return seen[-1]
-
-    monkeypatch.setattr(idistill, "read_splits", read_splits)
-    run = trained(argv, tmp_path / "run", **flags)
-    [(noisy, held, _)] = seen
-    assert all(pair in pairs for pair in held["validation"])
-    flipped = [p.chosen.startswith("sorry") for p in noisy]
-    assert 0 < sum(flipped) < len(flipped)
-    assert lines_of(run)[0]["data"]["labels flipped by --label-noise"] == sum(flipped)
-
-    stock, tokenizer = load_student(argv("x")[0].removeprefix("--model="))
-    rewards = rewards_of(RewardModel(stock.eval()), Encoder(tokenizer, 100)(noisy))
-    strength = torch.tensor([p.strength for p in noisy])
+def test_margins_and_strengths_reach_the_loss(zoo):
+    model, tokenizer = student_of(zoo)
+    pairs = [dataclasses.replace(p, strength=0.4 * k - 0.5) for k, p in enumerate(make_pairs(4))]
+    flags = dict(method="bt", preference_loss="soft", flip_rate=0.3, margin_field="strength")
+    examples, cfg = Encoder(tokenizer, 100)(pairs), idistill.Config(**flags)
+    terms = idistill.distillation_terms(model, None, examples, None, ((), ()), (), cfg)
+    strength = torch.tensor([p.strength for p in pairs])
     options = dict(margin=strength, strength=strength, signed=True)
-    losses = idistill.pair_loss(torch.from_numpy(rewards), "soft", 0.3, **options)
-    assert steps_of(run)[0]["bt"] == pytest.approx(losses.mean().item(), rel=1e-4)
+    close(terms["bt"], idistill.pair_loss(terms["rewards"], "soft", 0.3, **options))
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
@@ -1376,25 +1336,16 @@ def test_non_finite_step_is_named_and_harms_nothing(argv, tmp_path, capsys, monk
     assert_same_run(whole, trained(argv, out, **flags, resume=True))
 
 
-def test_bf16_ranks_as_fp32_does(zoo):
-    """Reward heads, margins and maps are in fp32: rewards are no bf16 numbers, which tie often."""
+def test_rewards_and_maps_are_in_fp32(zoo):
+    """Also under bf16 autocast: rewards in bf16 tie often."""
     model, tokenizer = student_of(zoo)
-    examples = Encoder(tokenizer, 100)(make_pairs(40, seed=8))
-    bf16 = functools.partial(torch.autocast, "cpu", dtype=torch.bfloat16)
-    precise, rough = (
-        idistill.score_pairs(model, examples, 8, "cpu", amp) for amp in (no_amp, bf16)
-    )
-    margins, others = np.subtract(*precise.T), np.subtract(*rough.T)
-    is_clear = np.abs(margins) > 0.1 * np.abs(margins).mean()
-    assert (np.sign(margins) == np.sign(others))[is_clear].all() and differ(margins, others, 1e-6)
-    assert differ(torch.from_numpy(rough).bfloat16().float(), rough, 1e-6)
-    with bf16():
-        S = model(student_batch(examples[:2], tokenizer.pad_token_id), layers=(-1,))[1][0]
-    assert S.dtype == torch.float32
+    batch = student_batch(Encoder(tokenizer, 100)(make_pairs(4)), tokenizer.pad_token_id)
+    plain, _ = model(batch)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rewards, (S,) = model(batch, layers=(-1,))
+    close(rewards, plain, 0.1)
+    assert differ(rewards, plain, 1e-6) and differ(rewards.bfloat16().float(), rewards, 1e-6)
     close(S.sum(-1), torch.ones(S.shape[:2]), 1e-5)
-
-
-# ------------------------------------------------------------------------------------- the demo
 
 
 def test_demo_and_ablations_in_one_table(monkeypatch, tmp_path, capsys):
@@ -1409,8 +1360,6 @@ def test_demo_and_ablations_in_one_table(monkeypatch, tmp_path, capsys):
     table = read_json(here / "demo.json")
     arms = dict.fromkeys(["teacher", "BT", "ID", "ID, uniform target"], 3)
     assert {name: len(row) for name, row in table.items()} == arms
-    for folder in ("bt", "id", "uniform"):
-        AutoModelForSequenceClassification.from_pretrained(here / folder / "student")
     demo_teacher = weights_of(here / "id", "teacher")
     capsys.readouterr()
     assert code_of(main, "--lambda-inter", "0", "--lr", "0.01", "--seed", "0") == 0
@@ -1426,6 +1375,7 @@ def test_demo_and_ablations_in_one_table(monkeypatch, tmp_path, capsys):
     assert read_json(tmp_path / "runs/demo-2/seed0/demo.json") == table
     command = shlex.split(re.search(r"python (eval\.py .*)", capsys.readouterr().out)[1])
     assert all(Path(word).exists() for word in command if "runs/" in word)
+    refused(capsys, main, ["--align-loss", "mse", "--resume"], "--model")
 
 
 # ------------------------------------------------------------------------------ commands and flags
@@ -1481,7 +1431,6 @@ BAD_FLAGS = [  # what is said, flags (data may be rows)
     ("nowhere/m", dict(model="nowhere/m")),
     ("nowhere/t", dict(teacher="nowhere/t")),
     ("--model is needed", dict(model=None)),
-    ("--model", dict(model=None, teacher=None, resume=True)),
     ("--device", dict(device="warp")),
     ("--epochs", dict(epochs=0)),
     ("--align-target", dict(align_target="teachers")),
@@ -1568,8 +1517,7 @@ def test_maps_of_a_pair_that_cannot_be_read(zoo):
     model, tokenizer = student_of(zoo, "qwen3_5", encoding="siamese")  # recurrent layers
     batch = student_batch(Encoder(tokenizer, 100)([Pair(*pair)]), 0)
     S = pool_words(model(batch, (-1,))[1][0], batch["word"], 4)
-    with contextlib.suppress(UserError):  # refused or right
-        close(maps_of_pair(zoo("qwen3_5"), teacher, *pair)[2], S)
+    close(maps_of_pair(zoo("qwen3_5"), teacher, *pair)[2], S)
 
 
 # ================================================================================================
