@@ -45,8 +45,6 @@ import eval as evaluation
 import idistill
 from data_prep import Encoder, Example, Formatter, Pair, UserError
 from idistill import (
-    AttentionTap,
-    InteractionTeacher,
     RewardModel,
     alignment_loss,
     block_masks,
@@ -99,7 +97,7 @@ def differ(got, expected, rtol: float = 1e-2) -> bool:
     return False
 
 
-# ---------------------------------------------------------------------------- tokenizers and models
+# --------------------------------------------------------------------- tokenizers, models and pairs
 
 SENTENCES = [
     "How do I bake good bread at home?",
@@ -211,10 +209,8 @@ def zoo(tmp_path_factory):
         make_tokenizer(kind, to)
         tokenizer = AutoTokenizer.from_pretrained(to)
         name, sizes = (DECODERS | ENCODERS | UNUSUAL)[family]
-        own = {k: getattr(tokenizer, k) for k in ("pad_token_id", "bos_token_id", "eos_token_id")}
-        own["vocab_size"] = len(tokenizer)
-        if family == "modernbert":
-            own |= dict(cls_token_id=tokenizer.cls_token_id, sep_token_id=tokenizer.sep_token_id)
+        special = [f"{name}_token_id" for name in ("pad", "bos", "eos", "cls", "sep")]
+        own = {"vocab_size": len(tokenizer), **{k: getattr(tokenizer, k) for k in special}}
         # weights larger than the usual 0.02, so that maps and scores are far from constant
         own["init_std" if family == "opt" else "initializer_range"] = 0.2
         if "text_config" in sizes:
@@ -233,7 +229,7 @@ def student_of(zoo, family="llama", kind="chat", encoding="packed"):
     return idistill.ENCODINGS[encoding](stock.eval()), tokenizer
 
 
-def teacher_of(zoo, family="bert") -> InteractionTeacher:
+def teacher_of(zoo, family="bert") -> idistill.InteractionTeacher:
     """A tiny frozen teacher."""
     return load_teacher(zoo(family)).eval().requires_grad_(False)
 
@@ -241,9 +237,6 @@ def teacher_of(zoo, family="bert") -> InteractionTeacher:
 def rewards_of(model: RewardModel, examples: list[Example]) -> np.ndarray:
     """Rewards (N, 2), in batches of four."""
     return idistill.score_pairs(model, examples, 4, "cpu", no_amp)
-
-
-# -------------------------------------------------------------------------------------------- pairs
 
 
 def user(text: str) -> list[dict]:
@@ -326,7 +319,7 @@ FORKS.set_forkserver_preload([__name__])
 
 def start(function, *args):
     """A process, forked from one that has imported this file already."""
-    process = FORKS.Process(target=function, args=args)
+    process = FORKS.Process(target=function, args=args, daemon=True)
     process.start()
     return process
 
@@ -354,11 +347,8 @@ def whole_run(argv, tmp_path_factory):
 
 
 def example_by_hand() -> Example:
-    """x = 10 11 12, y_c = 20 21, y_r = 30 31 32; the last token of each is markup, of no word.
-
-    The words: one of x with two tokens, one of y_c with one, one of y_r with two. The teacher's
-    tokenizer cuts them into three, one and two tokens, without markup.
-    """
+    """One word in x, y_c and y_r each, which ends with markup: for the student two, one and two
+    tokens, for the teacher three, one and two, and no markup."""
     teachers = {0: [50, 51, 52], 1: [60], 2: [70, 71]}
     return Example(
         ids=np.array([10, 11, 12, 20, 21, 30, 31, 32]),
@@ -429,10 +419,7 @@ def test_teacher_row_by_hand(swap, room, ids, seg, word):
 
 
 def naive_map(Q, K, scale: float, visible) -> torch.Tensor:
-    """(E3): softmax(Q K^T * scale) over the visible keys, mean over heads.
-
-    Q (H, n, d), K (H_kv, n, d), visible (n, n) -> (n, n).
-    """
+    """(E3), mean over heads: Q (H, n, d), K (H_kv, n, d), visible (n, n) -> (n, n)."""
     H, n, _ = Q.shape
     S = torch.zeros(n, n, dtype=Q.dtype)
     for h, i in itertools.product(range(H), range(n)):
@@ -444,8 +431,7 @@ def naive_map(Q, K, scale: float, visible) -> torch.Tensor:
 
 @pytest.mark.parametrize("long_row", [1024, 1])
 def test_simulated_map_against_loops(monkeypatch, long_row):
-    """Values and gradients, of causal and of padded rows; of long rows, which are computed one head
-    at a time under checkpoint, no head's map is kept for the backward pass."""
+    """Values and gradients, causal and padded; of long rows no head's map is kept for backward."""
     monkeypatch.setattr(idistill, "LONG_ROW", long_row)
     draw = functools.partial(torch.randn, generator=torch.manual_seed(0), dtype=torch.float64)
     padding = torch.ones(2, 1, 1, 7, dtype=torch.bool)
@@ -548,8 +534,7 @@ def test_gradient_is_alive_at_any_logit_gap(gap):
 
 def test_targets_by_hand():
     """uniform: every word alike. column: each row is the mean row, of those that are not empty.
-    shuffled: rows change places inside their segment, by the pair's own seed, whatever its
-    company."""
+    shuffled: rows change places inside their segment, by the pair's own seed."""
     T, targets = word_maps()[1][0], idistill.ALIGN_TARGETS
     for block in block_masks(WORD_SEG):
         assert targets["teacher"](T, block, WORD_SEG, ()) is T
@@ -568,14 +553,10 @@ def test_targets_by_hand():
         assert sorted(shuffled[b, mine].tolist()) == sorted(T[b, mine].tolist())
 
 
-# --------------------------------------------------------------------------- preference losses (E2)
+# ----------------------------------------------------------- preference losses, total loss (E2, E7)
 
 REWARDS = torch.tensor([(0.3, -0.4), (-1.5, 2.0), (0.0, 0.0), (4.0, 3.5)], dtype=torch.float64)
 STRENGTH = [1.2, -0.7, 0.0, -2.5]
-
-
-def minus_log_sigmoid(x: float) -> float:
-    return math.log(1 + math.exp(-x))
 
 
 @pytest.mark.parametrize("kind", idistill.PREFERENCE_LOSSES)
@@ -587,8 +568,8 @@ def test_preference_losses_by_hand(kind, margin, signed):
     where the margin belongs to the label (strength)."""
     e, expected = 0.2, []
     for (r_c, r_r), m, strength in zip(REWARDS.tolist(), margin, STRENGTH):
-        as_labelled = minus_log_sigmoid(r_c - r_r - m)
-        as_flipped = minus_log_sigmoid(r_r - r_c + (m if signed else -m))
+        as_labelled = np.logaddexp(0, -(r_c - r_r - m))  # -log sigmoid
+        as_flipped = np.logaddexp(0, -(r_r - r_c + (m if signed else -m)))
         smooth = (1 - e) * as_labelled + e * as_flipped
         robust = ((1 - e) * as_labelled - e * as_flipped) / (1 - 2 * e)
         soft = smooth if strength < 0 else as_labelled
@@ -603,19 +584,14 @@ def test_preference_losses_by_hand(kind, margin, signed):
 @pytest.mark.parametrize("e", [0.1, 0.49])
 def test_robust_loss_is_unbiased(e):
     """Its mean over labels that are flipped with probability e is the clean BT loss."""
-    loss = functools.partial(idistill.pair_loss, preference_loss="robust", flip_rate=e)
-    mean = (1 - e) * loss(REWARDS) + e * loss(REWARDS.flip(1))
-    close(mean, bt_loss(*REWARDS.T), 1e-6)
-
-
-# ---------------------------------------------------------------------------------- total loss (E7)
+    clean, flipped = (idistill.pair_loss(r, "robust", e) for r in (REWARDS, REWARDS.flip(1)))
+    close((1 - e) * clean + e * flipped, bt_loss(*REWARDS.T), 1e-6)
 
 
 @pytest.mark.parametrize("kind", ["kl", "mse"])
 @pytest.mark.parametrize("support", ["full", "causal"])
 def test_total_loss_against_loops(kind, support):
-    """L = BT + lambda_intra intra + lambda_inter inter (+ score, centring), layers by their mean.
-    Rows that the teacher leaves empty add zero, and their gradient is zero too."""
+    """(E7), layers by their mean. Rows that the teacher leaves empty add zero and pull nothing."""
     S, T = word_maps()
     S.requires_grad_()
     verdict = torch.tensor([0.5, -1.0, 2.0, 0.0])
@@ -645,13 +621,13 @@ def test_total_loss_against_loops(kind, support):
 
 def naive_read(stock, ids: torch.Tensor):
     """One plain causal row (n,): its reward, and Q, K (H, n, d) and scale of the last layer."""
-    with AttentionTap(stock, (-1,)) as tap:
+    with idistill.AttentionTap(stock, (-1,)) as tap:
         reward = stock(ids[None]).logits[0, 0]
     query, key, scale, _ = tap.kept[-1]
     return reward, query[0], key[0], scale
 
 
-def naive_terms(stock, teacher: InteractionTeacher, example: Example, swap: bool) -> list:
+def naive_terms(stock, teacher: idistill.InteractionTeacher, example: Example, swap: bool) -> list:
     """L_BT, L_intra and L_inter of one pair in float64, straight from the equations."""
     # (E1) two ordinary rows, which share no computation
     x, y_c, y_r = (torch.from_numpy(example.ids[example.seg == s]) for s in (0, 1, 2))
@@ -703,7 +679,7 @@ def test_the_whole_method_against_one_pair_at_a_time(zoo, family, encoding):
 
     stock, stock_teacher = (copy.deepcopy(m.stock).double() for m in (model, teacher))
     stock.zero_grad()
-    precise = InteractionTeacher(stock_teacher, teacher.tokenizer, teacher.room)
+    precise = idistill.InteractionTeacher(stock_teacher, teacher.tokenizer, teacher.room)
     bt, intra, inter = zip(*(naive_terms(stock, precise, *x) for x in zip(examples, swap)))
     loss = sum(bt) + 0.5 * sum(intra) + 2 * sum(inter)
     (loss / 3).backward()
@@ -765,8 +741,7 @@ def test_packed_siamese_and_stock_scores_agree(zoo, tmp_path, family, kind):
 
 @pytest.mark.parametrize("family", [f for f in DECODERS if f != "gemma2"])
 def test_tap_shows_the_attention_of_the_student(zoo, family):
-    """Its map under the causal mask is that of eager attention; nothing changes by looking, and the
-    model is afterwards as it was."""
+    """Its map under the causal mask is eager attention's; looking changes nothing."""
     model, tokenizer = student_of(zoo, family)
     ids = torch.from_numpy(Encoder(tokenizer, 100)(make_pairs(1))[0].ids)[None]
     stock, before = model.stock, model.stock.config._attn_implementation
@@ -774,7 +749,7 @@ def test_tap_shows_the_attention_of_the_student(zoo, family):
     assert len(layers) == (1 if family == "qwen3_5" else 3)  # of four, one attends
     with torch.no_grad():
         plain = stock(ids).logits
-        with AttentionTap(stock, layers) as tap:
+        with idistill.AttentionTap(stock, layers) as tap:
             close(stock(ids).logits, plain)
         assert stock.config._attn_implementation == before and torch.equal(stock(ids).logits, plain)
         stock.set_attn_implementation("eager")
@@ -895,9 +870,8 @@ def test_bad_model_is_named(zoo, argv, tmp_path, capsys, flag, family, fault, sa
 
 
 def test_a_teacher_whose_config_says_nothing_usual(zoo):
-    """XLNet's -1 positions mean that there is no limit. I-BERT's embeddings are no nn.Embedding:
-    it is a teacher or one line. BigBird turns from sparse to full attention for good on short
-    rows: the probe leaves it as it was."""
+    """XLNet's -1 positions mean no limit. I-BERT's embeddings are no nn.Embedding: a teacher or one
+    line. BigBird turns to full attention for good on short rows: the probe leaves it sparse."""
     assert load_teacher(zoo("xlnet", "bert")).room == 10**6
     with contextlib.suppress(UserError):
         assert load_teacher(zoo("ibert", "bert")).room == 127
@@ -1089,9 +1063,8 @@ STOPPED = "stopped and saved after"
     ],
 )
 def test_stopped_run_goes_on(whole_run, argv, tmp_path, trap, call, events, code, said):
-    """SIGTERM and Ctrl-C save, say how to go on, and exit with 0 and 130; a second Ctrl-C ends at
-    once; a disk that is full in the middle of a file is one line and exit code 2. None does harm:
-    the run goes on bit for bit."""
+    """SIGTERM and Ctrl-C save and say how to go on; a second Ctrl-C ends at once; a disk that is
+    full in the middle of a file is one line. None does harm: the run goes on bit for bit."""
     out, log = tmp_path / "run", tmp_path / "log"
     assert ended(start(child, argv(out), log, trap, call, events)) == code
     text = log.read_text()
@@ -1131,8 +1104,7 @@ def test_damaged_checkpoint_is_named(whole_run, argv, tmp_path, monkeypatch, cap
 
 
 def test_output_directory_is_protected(zoo, argv, tmp_path, capsys):
-    """Unwritable, foreign, in use, an earlier run, other flags or pairs on --resume, an input
-    inside: one line, and nothing there is touched."""
+    """What cannot serve is refused in one line, and nothing there is touched."""
     out, foreign, moved = (tmp_path / name for name in ("run", "foreign", "moved"))
     data = write_pairs(tmp_path / "d.jsonl", make_pairs(20))
     flags = dict(method="bt", teacher=None, max_steps=2, data=data)
@@ -1183,17 +1155,12 @@ def test_composite_decoder_resumes(zoo, argv, tmp_path):
     assert_same_run(run, trained(argv, copy, **flags, resume=True))
 
 
-# -------------------------------------------------------------------- the same run in other ways
-
-
 def test_other_ways_to_the_same_step(argv, tmp_path):
-    """Micro-batches of unequal size, recomputed activations, two causal rows a pair: other ways to
-    compute what is one and the same."""
+    """Micro-batches of unequal size, recomputed activations, two causal rows a pair."""
     common = dict(batch_size=7, max_steps=2, teacher_epochs=0, align_layers="all")
     plain = trained(argv, tmp_path / "plain", **common)
-    ways = {"packed": dict(grad_accum=3, gradient_checkpointing=True)}
-    ways["siamese"] = dict(encoding="siamese", gradient_checkpointing=True)
-    for name, flags in ways.items():
+    for name, micro_batches in (("packed", 3), ("siamese", 1)):
+        flags = dict(encoding=name, grad_accum=micro_batches, gradient_checkpointing=True)
         assert_close_run(plain, trained(argv, tmp_path / name, **common, **flags))
 
 
@@ -1240,8 +1207,7 @@ def test_several_processes_are_one(zoo, argv, tmp_path):
     ],
 )
 def test_a_process_that_stops_or_dies_ends_all(argv, tmp_path, event, codes, said):
-    """A signal to one of them stops all after the same step; a death is one line that says how to
-    go on; none hangs."""
+    """A signal to one of them stops both after the same step; a death is one line; none hangs."""
     flags = dict(method="bt", teacher=None, max_steps=4)
     runs = [argv(tmp_path / "run", **flags)]
     found, (first, _) = two_processes(tmp_path / "log", runs, "line", 2, (event,))
@@ -1276,8 +1242,7 @@ def test_torchrun_as_a_user_types_it(argv, tmp_path):
     ],
 )
 def test_variants_run(zoo, argv, tmp_path, monkeypatch, terms, change):
-    """Every logged number is finite, and the terms that the flags ask for are at work. A plain
-    reward model loads no teacher."""
+    """All numbers are finite, the terms that the flags ask for at work; BT loads no teacher."""
     change = {k: zoo(v) if k in ("model", "teacher") and v else v for k, v in change.items()}
     if not terms:
         monkeypatch.setattr(idistill, "load_teacher", lambda *_: pytest.fail("a teacher is loaded"))
@@ -1473,8 +1438,7 @@ def test_a_tokenizer_may_know_more_than_its_model(zoo, argv, tmp_path, capsys):
 
 
 def test_maps_of_a_pair_are_those_of_training(whole_run):
-    """Strings or messages, folders or models: one and the same; the models are afterwards as they
-    were, and give maps of their own again."""
+    """Strings or messages, folders or models: one and the same; the models stay as they were."""
     student, teacher = (str(whole_run[0] / name) for name in ("student", "teacher"))
     texts = ["How do I bake good bread?", "Knead the dough", "sorry, ask a baker"]
     words, segments, S, T = maps_of_pair(Path(student), teacher, *texts)
