@@ -177,7 +177,7 @@ ENCODERS = {
     "roberta": ("RobertaConfig", BASE),
     "distilbert": ("DistilBertConfig", dict(dim=32, n_layers=3, n_heads=4, hidden_dim=64)),
     "modernbert": ("ModernBertConfig", dict(BASE, local_attention=8, global_attn_every_n_layers=2)),
-    "deberta": ("DebertaV2Config", dict(BASE, relative_attention=True, pos_att_type=["c2p"])),
+    "deberta": ("DebertaV2Config", dict(BASE, relative_attention=True, pos_att_type="c2p|p2c")),
     "mpnet": ("MPNetConfig", BASE),
     "t5": ("T5Config", dict(d_model=32, d_kv=8, d_ff=64, num_layers=3, num_heads=4)),
 }
@@ -209,7 +209,7 @@ def zoo(tmp_path_factory):
         make_tokenizer(kind, to)
         tokenizer = AutoTokenizer.from_pretrained(to)
         name, sizes = (DECODERS | ENCODERS | UNUSUAL)[family]
-        special = [f"{name}_token_id" for name in ("pad", "bos", "eos", "cls", "sep")]
+        special = [f"{token}_token_id" for token in ("pad", "bos", "eos", "cls", "sep")]
         own = {"vocab_size": len(tokenizer), **{k: getattr(tokenizer, k) for k in special}}
         # weights larger than the usual 0.02, so that maps and scores are far from constant
         own["init_std" if family == "opt" else "initializer_range"] = 0.2
@@ -1221,7 +1221,7 @@ def test_torchrun_as_a_user_types_it(argv, tmp_path):
     done = shell(*torchrun, *argv(tmp_path / "run", max_steps=2))
     assert done.returncode == 0 and done.stdout.count("reward model:") == 1, done.stderr
     wrong = shell(*torchrun, *argv(tmp_path / "wrong", lr=-1))
-    assert wrong.returncode and wrong.stderr.count("error: --lr") == 1
+    assert wrong.returncode and wrong.stderr.count("from 0, is -1.0\n") == 1
 
 
 # -------------------------------------------------------------------------- variants, the demo
