@@ -8,6 +8,7 @@ the three command lines as a user types them. Everything is tiny, random, offlin
 import contextlib
 import copy
 import dataclasses
+import functools
 import gzip
 import itertools
 import json
@@ -15,9 +16,11 @@ import math
 import multiprocessing
 import os
 import re
+import resource
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -30,37 +33,20 @@ os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from tokenizers import (
-    Tokenizer,
-    decoders,
-    models,
-    normalizers,
-    pre_tokenizers,
-    processors,
-    trainers,
-)
-from transformers import (
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-    AutoTokenizer,
-)
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from tokenizers import models, pre_tokenizers, processors, trainers
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import data_prep
 import eval as evaluation
 import idistill
 from data_prep import Encoder, Example, Formatter, Pair, UserError
 from idistill import (
-    AttentionTap,
-    Config,
-    InteractionTeacher,
     RewardModel,
     alignment_loss,
-    attention_map,
     block_masks,
     bt_loss,
     load_student,
@@ -68,17 +54,16 @@ from idistill import (
     maps_of_pair,
     pool_words,
     save_stock,
-    score_pairs,
     student_batch,
     teacher_batch,
     teacher_verdicts,
     total_loss,
-    tree_mask,
 )
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))  # the models are tiny
 idistill.quiet()
 ROOT = Path(idistill.__file__).resolve().parent
+LIMIT = 600  # seconds; what takes longer hangs
 no_amp = contextlib.nullcontext
 with warnings.catch_warnings():  # a mark of our own; a pytest.ini would be one file more
     warnings.simplefilter("ignore")
@@ -112,7 +97,7 @@ def differ(got, expected, rtol: float = 1e-2) -> bool:
     return False
 
 
-# ---------------------------------------------------------------------------- tokenizers and models
+# --------------------------------------------------------------------- tokenizers, models and pairs
 
 SENTENCES = [
     "How do I bake good bread at home?",
@@ -126,68 +111,52 @@ CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+IM_START, IM_END, END_OF_TEXT = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
+PAD_IS_END = dict(eos_token=IM_END, pad_token=IM_END, unk_token=END_OF_TEXT)
 SPECIAL = {  # kind of tokenizer -> its special tokens
-    "chat": {  # ChatML, and pad = eos
-        "eos_token": "<|im_end|>",
-        "pad_token": "<|im_end|>",
-        "unk_token": "<|endoftext|>",
-        "additional_special_tokens": ["<|im_start|>"],
-    },
-    "bos": {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<unk>"},
-    "nopad": {"eos_token": "<|endoftext|>"},
+    "chat": dict(PAD_IS_END, additional_special_tokens=[IM_START]),
+    "bos": dict(bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<unk>"),
+    "nopad": dict(eos_token=END_OF_TEXT),
     "bert": {f"{k}_token": f"[{k.upper()}]" for k in ("pad", "unk", "cls", "sep", "mask")},
 }
 
 
 def make_tokenizer(kind: str, to: Path) -> None:
     """A tokenizer of SPECIAL, WordPiece for "bert", byte-level BPE for the others, trained here."""
-    special = SPECIAL[kind]
-    names = []
-    for value in special.values():
-        names += value if isinstance(value, list) else [value]
-    options = dict(vocab_size=500, special_tokens=list(dict.fromkeys(names)), show_progress=False)
+    special, byte_level = SPECIAL[kind], pre_tokenizers.ByteLevel(add_prefix_space=False)
+    names = list(dict.fromkeys(np.hstack(list(special.values())).tolist()))
+    options = dict(vocab_size=500, special_tokens=names, show_progress=False)
     if kind == "bert":
-        inner = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-        inner.normalizer = normalizers.BertNormalizer()
+        inner = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))
+        inner.normalizer = tokenizers.normalizers.BertNormalizer()
         inner.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
         trainer = trainers.WordPieceTrainer(**options)
     else:
-        inner = Tokenizer(models.BPE())
-        inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        inner.decoder = decoders.ByteLevel()
-        alphabet = pre_tokenizers.ByteLevel.alphabet()
-        trainer = trainers.BpeTrainer(initial_alphabet=alphabet, **options)
+        inner = tokenizers.Tokenizer(models.BPE())
+        inner.pre_tokenizer, inner.decoder = byte_level, tokenizers.decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(initial_alphabet=byte_level.alphabet(), **options)
     inner.train_from_iterator(SENTENCES * 3, trainer)
+    ends = [(name, inner.token_to_id(name)) for name in names]
     if kind == "bert":
-        ends = [(f"[{k}]", inner.token_to_id(f"[{k}]")) for k in ("SEP", "CLS")]
-        inner.post_processor = processors.BertProcessing(*ends)
+        inner.post_processor = processors.BertProcessing(ends[3], ends[2])
     if kind == "bos":
-        begin = ("<s>", inner.token_to_id("<s>"))
-        inner.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[begin])
+        inner.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=ends[:1])
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, **special)
     tokenizer.chat_template = CHATML if kind == "chat" else None
     tokenizer.save_pretrained(to)
 
 
-BASE = dict(
-    hidden_size=32,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    intermediate_size=64,
-    max_position_embeddings=128,
-)
+BASE = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=64)
+BASE |= dict(max_position_embeddings=128)
 GROUPED = dict(BASE, num_key_value_heads=2)
 HEADS_OF_8 = dict(GROUPED, head_dim=8)
-LINEAR = dict(
-    linear_num_key_heads=2, linear_num_value_heads=2, linear_key_head_dim=8, linear_value_head_dim=8
-)
-DIM = dict(dim=32, n_layers=3, n_heads=4, hidden_dim=64)
-XL = dict(d_model=32, n_head=4, d_inner=64)
-VISION = dict(hidden_size=16, num_attention_heads=2, intermediate_size=16, image_size=28)
-VISION |= dict(patch_size=14)
+LINEAR = {f"linear_num_{k}_heads": 2 for k in ("key", "value")}
+LINEAR |= {f"linear_{k}_head_dim": 8 for k in ("key", "value")}
+VISION = dict(hidden_size=16, num_attention_heads=2, num_heads=2, intermediate_size=16, depth=1)
+VISION |= dict(num_hidden_layers=1, image_size=28, patch_size=14, out_hidden_size=32)
+RECURRENT = dict(HEADS_OF_8, **LINEAR, num_hidden_layers=4)
 EXPERTS = dict(num_local_experts=2, num_experts_per_tok=1)
-SIZES = {  # family -> (config class, its sizes)
-    # decoders
+DECODERS = {  # family -> (config class, its sizes)
     "llama": ("LlamaConfig", GROUPED),
     "qwen2": ("Qwen2Config", GROUPED),
     "qwen3": ("Qwen3Config", HEADS_OF_8),
@@ -199,44 +168,32 @@ SIZES = {  # family -> (config class, its sizes)
     "gemma": ("GemmaConfig", HEADS_OF_8),
     "gemma2": ("Gemma2Config", HEADS_OF_8),
     "gemma3": ("Gemma3TextConfig", HEADS_OF_8),
+    # composite ones: their text part reads, the part for pictures never gets a gradient
+    "gemma3_vision": ("Gemma3Config", dict(text_config=HEADS_OF_8, vision_config=VISION)),
+    "qwen3_5": ("Qwen3_5Config", dict(text_config=RECURRENT, vision_config=VISION)),
+}
+ENCODERS = {
+    "bert": ("BertConfig", BASE),
+    "roberta": ("RobertaConfig", BASE),
+    "distilbert": ("DistilBertConfig", dict(dim=32, n_layers=3, n_heads=4, hidden_dim=64)),
+    "modernbert": ("ModernBertConfig", dict(BASE, local_attention=8, global_attn_every_n_layers=2)),
+    "deberta": ("DebertaV2Config", dict(BASE, relative_attention=True, pos_att_type="c2p|p2c")),
+    "mpnet": ("MPNetConfig", BASE),
+    "t5": ("T5Config", dict(d_model=32, d_kv=8, d_ff=64, num_layers=3, num_heads=4)),
+}
+UNUSUAL = {  # refused, or with something about them that few have
     "falcon": ("FalconConfig", dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4)),
     "gpt_oss": ("GptOssConfig", dict(HEADS_OF_8, **EXPERTS)),
     "phimoe": ("PhimoeConfig", dict(GROUPED, **EXPERTS)),
-    "ctrl": ("CTRLConfig", dict(n_embd=32, n_layer=2, n_head=4, dff=64, n_positions=128)),
     "mamba": ("MambaConfig", dict(hidden_size=32, num_hidden_layers=2)),
-    # composite ones: their text part reads, the part for pictures never gets a gradient
-    "gemma3_vision": (
-        "Gemma3Config",
-        dict(text_config=HEADS_OF_8, vision_config=dict(VISION, num_hidden_layers=1)),
-    ),
-    "qwen3_5": (
-        "Qwen3_5Config",
-        dict(
-            text_config=dict(HEADS_OF_8, **LINEAR, num_hidden_layers=4),
-            vision_config=dict(VISION, depth=1, num_heads=2, out_hidden_size=32),
-        ),
-    ),
-    # encoders
-    "bert": ("BertConfig", BASE),
-    "roberta": ("RobertaConfig", BASE),
-    "distilbert": ("DistilBertConfig", dict(DIM, max_position_embeddings=128)),
-    "modernbert": ("ModernBertConfig", dict(BASE, local_attention=8, global_attn_every_n_layers=2)),
-    "deberta": (
-        "DebertaV2Config",
-        dict(BASE, relative_attention=True, pos_att_type=["p2c", "c2p"]),
-    ),
-    "mpnet": ("MPNetConfig", BASE),
-    "t5": ("T5Config", dict(d_model=32, d_kv=8, d_ff=64, num_layers=3, num_heads=4)),
     "squeezebert": ("SqueezeBertConfig", dict(BASE, embedding_size=32)),
     "longformer": ("LongformerConfig", dict(BASE, attention_window=[16] * 3)),
     "big_bird": ("BigBirdConfig", dict(BASE, block_size=4, num_random_blocks=1)),
-    "funnel": ("FunnelConfig", dict(XL, d_head=8, block_sizes=[1, 1], block_repeats=[1, 1])),
-    "xlnet": ("XLNetConfig", dict(XL, n_layer=2)),
+    "xlnet": ("XLNetConfig", dict(d_model=32, n_head=4, d_inner=64, n_layer=2)),
     "fnet": ("FNetConfig", BASE),
     "ibert": ("IBertConfig", BASE),
     "bros": ("BrosConfig", BASE),
 }
-ENCODERS = ["bert", "roberta", "distilbert", "modernbert", "deberta", "mpnet", "t5"]
 
 
 @pytest.fixture(scope="session")
@@ -251,11 +208,9 @@ def zoo(tmp_path_factory):
             return str(to)
         make_tokenizer(kind, to)
         tokenizer = AutoTokenizer.from_pretrained(to)
-        name, sizes = SIZES[family]
-        own = {k: getattr(tokenizer, k) for k in ("pad_token_id", "bos_token_id", "eos_token_id")}
-        own["vocab_size"] = len(tokenizer)
-        if family == "modernbert":
-            own |= dict(cls_token_id=tokenizer.cls_token_id, sep_token_id=tokenizer.sep_token_id)
+        name, sizes = (DECODERS | ENCODERS | UNUSUAL)[family]
+        special = [f"{token}_token_id" for token in ("pad", "bos", "eos", "cls", "sep")]
+        own = {"vocab_size": len(tokenizer), **{k: getattr(tokenizer, k) for k in special}}
         # weights larger than the usual 0.02, so that maps and scores are far from constant
         own["init_std" if family == "opt" else "initializer_range"] = 0.2
         if "text_config" in sizes:
@@ -268,23 +223,20 @@ def zoo(tmp_path_factory):
     return get
 
 
-def student_of(zoo, family="llama", kind="chat", encoding="packed", **config):
+def student_of(zoo, family="llama", kind="chat", encoding="packed"):
     """(RewardModel, tokenizer) of a tiny student."""
-    stock, tokenizer = load_student(zoo(family, kind, **config))
+    stock, tokenizer = load_student(zoo(family, kind))
     return idistill.ENCODINGS[encoding](stock.eval()), tokenizer
 
 
-def teacher_of(zoo, family="bert", **config) -> InteractionTeacher:
+def teacher_of(zoo, family="bert") -> idistill.InteractionTeacher:
     """A tiny frozen teacher."""
-    return load_teacher(zoo(family, **config)).eval().requires_grad_(False)
+    return load_teacher(zoo(family)).eval().requires_grad_(False)
 
 
 def rewards_of(model: RewardModel, examples: list[Example]) -> np.ndarray:
     """Rewards (N, 2), in batches of four."""
-    return score_pairs(model, examples, 4, "cpu", no_amp)
-
-
-# -------------------------------------------------------------------------------------------- pairs
+    return idistill.score_pairs(model, examples, 4, "cpu", no_amp)
 
 
 def user(text: str) -> list[dict]:
@@ -339,8 +291,7 @@ def refused(capsys, program, argv, *mentions) -> None:
 
 @pytest.fixture(scope="session")
 def argv(zoo, tmp_path_factory):
-    """argv(out, flag=value ...) -> the flags of a tiny run; None = no such flag, True = a
-    switch."""
+    """argv(out, flag=value ...) -> a tiny run's flags; None = no such flag, True = a switch."""
     root = tmp_path_factory.mktemp("data")
     base = dict(model=zoo("llama"), teacher=zoo("bert"), max_length=100, batch_size=5, lr=1e-3)
     base |= dict(dtype="fp32", log_every=1, eval_every=4, save_every=3, device="cpu")
@@ -355,12 +306,28 @@ def argv(zoo, tmp_path_factory):
     return get
 
 
-def shell(*command, timeout: float = 150, **environment) -> subprocess.CompletedProcess:
+def shell(*command) -> subprocess.CompletedProcess:
     """A command as a user types it in the repository's folder: python, then file and flags."""
-    env = {"OMP_NUM_THREADS": "1", **os.environ, **environment}
-    argv = [sys.executable, *map(str, command)]
-    options = dict(capture_output=True, text=True, cwd=ROOT, env=env, timeout=timeout)
-    return subprocess.run(argv, **options)
+    env = {"OMP_NUM_THREADS": "1", **os.environ}
+    options = dict(capture_output=True, text=True, cwd=ROOT, env=env, timeout=LIMIT)
+    return subprocess.run([sys.executable, *map(str, command)], **options)
+
+
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload([__name__])
+
+
+def start(function, *args):
+    """A process, forked from one that has imported this file already."""
+    process = FORKS.Process(target=function, args=args, daemon=True)
+    process.start()
+    return process
+
+
+def ended(process) -> int:
+    """The exit code of a process, minus the signal that killed it."""
+    process.join(LIMIT)
+    return process.exitcode
 
 
 @pytest.fixture(scope="session")
@@ -380,21 +347,15 @@ def whole_run(argv, tmp_path_factory):
 
 
 def example_by_hand() -> Example:
-    """x = 10 11 12, y_c = 20 21, y_r = 30 31 32; the last token of each is markup, of no word.
-
-    The words: one of x with two tokens, one of y_c with one, one of y_r with two. The teacher's
-    tokenizer cuts them into three, one and two tokens, without markup.
-    """
+    """One word in x, y_c and y_r each, which ends with markup: for the student two, one and two
+    tokens, for the teacher three, one and two, and no markup."""
+    teachers = {0: [50, 51, 52], 1: [60], 2: [70, 71]}
     return Example(
         ids=np.array([10, 11, 12, 20, 21, 30, 31, 32]),
         seg=np.array([0, 0, 0, 1, 1, 2, 2, 2]),
         word=np.array([0, 0, -1, 1, -1, 2, 2, -1]),
         word_seg=np.array([0, 1, 2]),
-        runs=[
-            (np.array([50, 51, 52]), np.array([0, 0, 0])),
-            (np.array([60]), np.array([1])),
-            (np.array([70, 71]), np.array([2, 2])),
-        ],
+        runs=[(np.array(ids), np.array([w] * len(ids))) for w, ids in teachers.items()],
         texts=["bread", "good", "sorry"],
         pair=Pair("bread", "good", "sorry"),
     )
@@ -402,7 +363,7 @@ def example_by_hand() -> Example:
 
 def test_tree_mask_against_loops():
     seg = torch.tensor([[0, 0, 1, 1, 2, 2, 2], [0, 1, 1, 2, 3, 3, 3], [1, 1, 2, 2, 3, 3, 3]])
-    mask = tree_mask(seg)
+    mask = idistill.tree_mask(seg)
     assert mask.shape == (3, 1, 7, 7) and mask.dtype == torch.bool
     assert mask.any(-1).all()  # a row of padding sees something, or its softmax would be NaN
     for b, i, j in itertools.product(range(3), range(7), range(7)):
@@ -412,8 +373,7 @@ def test_tree_mask_against_loops():
 
 
 def test_packed_row_by_hand():
-    """Positions of y_r restart at |x|; rewards are read at the last tokens; padding is at the
-    right."""
+    """Positions of y_r restart at |x|; r_c, r_r are read at the last tokens; padding is right."""
     whole = example_by_hand()
     part = {name: getattr(whole, name)[3:7] for name in ("ids", "seg", "word")}
     batch = student_batch([whole, dataclasses.replace(whole, **part)], pad_id=9)
@@ -458,138 +418,114 @@ def test_teacher_row_by_hand(swap, room, ids, seg, word):
 # -------------------------------------------------------------------------------------- maps (E3)
 
 
-def naive_map(query: np.ndarray, key: np.ndarray, scale: float, visible: np.ndarray) -> np.ndarray:
-    """(E3) by loops: (H, n, d), (H_kv, n, d), (n, n) -> (n, n), mean over heads."""
-    H, n, _ = query.shape
-    total = np.zeros((n, n))
+def naive_map(Q, K, scale: float, visible) -> torch.Tensor:
+    """(E3), mean over heads: Q (H, n, d), K (H_kv, n, d), visible (n, n) -> (n, n)."""
+    H, n, _ = Q.shape
+    S = torch.zeros(n, n, dtype=Q.dtype)
     for h, i in itertools.product(range(H), range(n)):
-        shared = key[h // (H // len(key))]  # grouped queries share a key head
-        weights = [math.exp(scale * query[h, i] @ shared[j]) * visible[i, j] for j in range(n)]
-        total[i] += np.array(weights) / sum(weights)
-    return total / H
+        keys = K[h // (H // len(K))]  # grouped queries share a key head
+        weights = (scale * keys @ Q[h, i]).exp() * visible[i]
+        S[i] += weights / weights.sum() / H
+    return S
 
 
-@pytest.mark.parametrize("is_long", [False, True])
-def test_simulated_map_against_loops(monkeypatch, is_long):
-    """Long rows, one head at a time under checkpoint: the same values and gradients, and no head's
-    map is kept for the backward pass."""
-    rng = np.random.default_rng(0)
-    Q, K = rng.normal(size=(2, 4, 7, 5)), rng.normal(size=(2, 2, 7, 5))
-    padding = np.ones((2, 1, 1, 7), dtype=bool)
+@pytest.mark.parametrize("long_row", [1024, 1])
+def test_simulated_map_against_loops(monkeypatch, long_row):
+    """Values and gradients, causal and padded; of long rows no head's map is kept for backward."""
+    monkeypatch.setattr(idistill, "LONG_ROW", long_row)
+    draw = functools.partial(torch.randn, generator=torch.manual_seed(0), dtype=torch.float64)
+    padding = torch.ones(2, 1, 1, 7, dtype=torch.bool)
     padding[1, ..., 5:] = False
-    for visible in (np.tri(7, dtype=bool)[None, None], padding):
-        weight = torch.from_numpy(rng.normal(size=(2, 7, 7)))
-        found, kept = [], []
-        for length in (1024, 1) if is_long else (1024,):
-            monkeypatch.setattr(idistill, "LONG_ROW", length)
-            q, k = (torch.from_numpy(x).requires_grad_() for x in (Q, K))
-            kept.clear()
-            hooks = (lambda t: kept.append(t.numel()) or t, lambda t: t)  # noqa: B023
-            with torch.autograd.graph.saved_tensors_hooks(*hooks):
-                S = attention_map(q, k, 0.3, torch.from_numpy(visible))
-            found.append([S, *torch.autograd.grad((S * weight).sum(), (q, k))])
-        for b in range(2):
-            shown = np.broadcast_to(visible, (2, 1, 7, 7))[b, 0]
-            close(S[b], naive_map(Q[b], K[b], 0.3, shown), 1e-5)
-        if is_long:
-            assert max(kept, default=0) < 2 * 7 * 7
-            for long, short in zip(*found):
-                close(long, short, 1e-5)
+    for visible in (torch.ones(1, 1, 7, 7, dtype=torch.bool).tril(), padding):
+        q, k = draw(2, 4, 7, 5).requires_grad_(), draw(2, 2, 7, 5).requires_grad_()
+        kept, weight = [], draw(2, 7, 7)
+        hooks = (lambda t: kept.append(t.numel()) or t, lambda t: t)  # noqa: B023
+        with torch.autograd.graph.saved_tensors_hooks(*hooks):
+            S = idistill.attention_map(q, k, 0.3, visible)
+        shown = visible.expand(2, 1, 7, 7)[:, 0]
+        slow_S = torch.stack([naive_map(q[b], k[b], 0.3, shown[b]) for b in range(2)])
+        close(S, slow_S, 1e-5)
+        gradients = [torch.autograd.grad((A * weight).sum(), (q, k)) for A in (S, slow_S)]
+        for gradient, slow_gradient in zip(*gradients):
+            close(gradient, slow_gradient, 1e-5)
+        assert long_row > 7 or max(kept, default=0) < 2 * 7 * 7
 
 
-@pytest.mark.parametrize("encoding", ["packed", "siamese"])
-def test_the_mask_is_lifted_in_the_map_alone(zoo, encoding):
-    """y_c sees y_r in the map, nobody sees padding, rows are distributions; rewards stay those of
-    rows that never met. Both encodings show one map."""
-    model, tokenizer = student_of(zoo, encoding=encoding)
-    examples = Encoder(tokenizer, 100)(make_pairs(4))
-    batch = student_batch(examples, tokenizer.pad_token_id)
-    rewards, maps = model(batch, layers=(0, -1))
-    packed, others = student_of(zoo)[0](batch, layers=(0, 2))
-    close(rewards, packed)
-    close(model(batch)[0], rewards)  # also where no map is asked for
-    is_token = batch["seg"] != 3
-    for S, other in zip(maps, others, strict=True):
-        close(S[is_token], other[is_token])
-        close(S.sum(-1), torch.ones_like(batch["ids"]))
-        assert S.transpose(1, 2)[~is_token].abs().max() == 0
-        assert S[0][batch["seg"][0] == 1][:, batch["seg"][0] == 2].min() > 0
-    alone = student_batch(examples[:1], tokenizer.pad_token_id)
-    n = alone["ids"].shape[1]
-    close(model(alone, layers=(-1,))[1][0][0], maps[1][0, :n, :n])
+def test_the_mask_is_lifted_in_the_map_alone(zoo):
+    """y_c sees y_r in the map, nobody sees padding; another y_r changes its rows, but not r_c."""
+    model, tokenizer = student_of(zoo)
+    pairs = [Pair("hi", "good bread", "sorry"), Pair("hi", "good bread", "ask a baker")]
+    batch = student_batch(Encoder(tokenizer, 100)(pairs), tokenizer.pad_token_id)
+    rewards, (S,) = model(batch, layers=(-1,))
+    in_x, in_c, in_r, in_padding = (batch["seg"][0] == s for s in range(4))
+    close(S.sum(-1), torch.ones(S.shape[:2]))
+    assert S[0, in_c][:, in_r].min() > 0 and S[0, :, in_padding].max() == 0
+    assert differ(S[0, in_c][:, in_x], S[1, in_c][:, in_x])
+    close(rewards[0, 0], rewards[1, 0])
 
 
 # ---------------------------------------------------------------- words, blocks, alignment (E5, E6)
 
 
+def naive_words(token_map, word, W: int) -> torch.Tensor:
+    """(E5): token map (n, n), word of each token (n,) -> (W, W)."""
+    A = torch.zeros(W, W, dtype=token_map.dtype)
+    for i, j in itertools.product(range(W), range(W)):
+        rows = [token_map[q][word == j].sum() for q in range(len(word)) if word[q] == i]
+        A[i, j] = sum(rows) / max(1, len(rows))
+    return A
+
+
+def naive_blocks(word_seg, support: str = "full") -> torch.Tensor:
+    """Segments of the words (W,) -> intra and inter (2, W, W)."""
+    W = len(word_seg)
+    intra, inter = blocks = torch.zeros(2, W, W, dtype=torch.bool)
+    for i, j in itertools.product(range(W), range(W)):
+        pair = {int(word_seg[i]), int(word_seg[j])}
+        is_allowed = support == "full" or j <= i
+        intra[i, j] = -1 not in pair and pair != {1, 2} and is_allowed
+        inter[i, j] = pair == {1, 2} and support == "full"
+    return blocks
+
+
+def naive_alignment(T, S, block, kind: str = "kl") -> torch.Tensor:
+    """(E6): word maps and block (W, W) -> the loss of one pair."""
+    rows = []
+    for t, s, inside in zip(T, S, block):
+        if inside.any() and t[inside].sum() > 0:
+            t, s = t[inside] / t[inside].sum(), s[inside] / s[inside].sum()
+            known = t > 0
+            kl = (t[known] * (t[known] / s[known]).log()).sum()
+            rows.append(kl if kind == "kl" else ((t - s) ** 2).sum())
+        elif inside.any():  # the teacher says nothing: no pull
+            rows.append(torch.zeros(()))
+    return sum(rows, torch.zeros(())) / max(1, len(rows))
+
+
 def test_pool_words_against_loops():
     rng = np.random.default_rng(0)
-    token_map = rng.dirichlet(np.ones(9), (2, 9))
-    word = np.array([[0, 0, 1, 2, 2, 2, 3, 4, 4], [-1, 0, 0, -1, 2, 2, 3, 3, -1]])
-    got = pool_words(torch.from_numpy(token_map), torch.from_numpy(word), 5)
-    expected = np.zeros((2, 5, 5))
-    for b, i, j in itertools.product(range(2), range(5), range(5)):
-        rows = [token_map[b, q, word[b] == j].sum() for q in range(9) if word[b, q] == i]
-        expected[b, i, j] = np.mean(rows) if rows else 0
-    close(got, expected, 1e-9)
+    token_map = torch.from_numpy(rng.dirichlet(np.ones(9), (2, 9)))
+    word = torch.tensor([[0, 0, 1, 2, 2, 2, 3, 4, 4], [-1, 0, 0, -1, 2, 2, 3, 3, -1]])
+    got = pool_words(token_map, word, 5)
+    close(got, torch.stack([naive_words(token_map[b], word[b], 5) for b in range(2)]), 1e-9)
     close(got[0].sum(-1), np.ones(5), 1e-9)  # every token of row 0 has a word: nothing is lost
 
 
-@pytest.mark.parametrize("support", ["full", "causal"])
-def test_block_masks_against_loops(support):
-    word_seg = torch.tensor([[0, 0, 1, 1, 2, 2], [0, -1, 1, -1, 2, -1]])
-    intra, inter = block_masks(word_seg, support)
-    for b, i, j in itertools.product(range(2), range(6), range(6)):
-        pair = {int(word_seg[b, i]), int(word_seg[b, j])}
-        is_seen, is_earlier = -1 not in pair, j <= i
-        expected = is_seen and pair != {1, 2} and (support == "full" or is_earlier)
-        assert intra[b, i, j] == expected
-        assert inter[b, i, j] == (pair == {1, 2} and support == "full")
+WORD_SEG = torch.tensor([[0, 0, 1, 1, 2, 2], [0, 0, 1, 1, 2, -1], [0, -1, 1, -1, 2, -1], [-1] * 6])
 
 
-def naive_alignment(T: np.ndarray, S: np.ndarray, block: np.ndarray, kind: str = "kl") -> float:
-    """(E6) by loops for one pair: word maps and block (W, W)."""
-    rows = []
-    for t, s, inside in zip(T, S, block):
-        if not inside.any():
-            continue
-        if t[inside].sum() == 0:  # the teacher says nothing: no pull
-            rows.append(0.0)
-            continue
-        t, s = t[inside] / t[inside].sum(), s[inside] / s[inside].sum()
-        known = t > 0
-        kl = (t[known] * np.log(t[known] / s[known])).sum()
-        rows.append(kl if kind == "kl" else ((t - s) ** 2).sum())
-    return float(np.mean(rows)) if rows else 0.0
-
-
-@pytest.mark.parametrize("kind", ["kl", "mse"])
-def test_alignment_loss_against_loops(kind):
-    """Also of an empty block, of a word the teacher gives nothing, of a row it leaves empty (local
-    attention): zero, with a finite gradient, and no pull on that row."""
-    rng = np.random.default_rng(2)
-    T, S = rng.dirichlet(np.ones(6), (2, 3, 6))
-    T[1, 3, :2] = 0
-    T[1, 0] = 0
-    word_seg = torch.tensor([[0, 0, 1, 1, 2, -1], [0, 0, 1, 1, 2, 2], [-1] * 6])
-    student_map = torch.from_numpy(S).requires_grad_()
-    total = 0
-    for block in block_masks(word_seg):
-        got = alignment_loss(torch.from_numpy(T), student_map, block, kind)
-        close(got, [naive_alignment(*x, kind) for x in zip(T, S, block.numpy())], 1e-5)
-        assert got[2] == 0
-        equal = alignment_loss(torch.from_numpy(T), torch.from_numpy(T), block, kind)
-        assert equal.abs().max() < 1e-6
-        total = total + got.sum()
-    total.backward()
-    assert student_map.grad.isfinite().all()
-    assert student_map.grad[1, 0].abs().max() == 0 and student_map.grad[1, 1].abs().max() > 0
+def word_maps() -> tuple[torch.Tensor, torch.Tensor]:
+    """Random word maps S and T, two layers each (2, 4, 6, 6). In the second pair the teacher gives
+    a word nothing, and leaves a row empty (local attention)."""
+    S, T = torch.from_numpy(np.random.default_rng(2).dirichlet(np.ones(6), (2, 2, 4, 6)))
+    T[:, 1, 3, :2] = 0
+    T[:, 1, 0] = 0
+    return S, T
 
 
 @pytest.mark.parametrize("gap", [3.0, 30.0, 60.0])
 def test_gradient_is_alive_at_any_logit_gap(gap):
-    """d KL(T || softmax(z)) / dz = S - T, however little the student gives to a word that
-    matters."""
+    """d KL(T || softmax(z)) / dz = S - T, however little the student gives to a word."""
     z = torch.tensor([[[0.0, -gap], [0.0, 0.0]]], requires_grad=True)
     T = torch.tensor([[[0.0, 1.0], [0.5, 0.5]]])
     alignment_loss(T, z.softmax(-1), torch.ones(1, 2, 2, dtype=torch.bool)).sum().backward()
@@ -597,37 +533,30 @@ def test_gradient_is_alive_at_any_logit_gap(gap):
 
 
 def test_targets_by_hand():
-    """uniform: every word alike. column: each row is the mean row. shuffled: rows change places
-    inside their segment, by the pair's own seed, whatever its company."""
-    rng = np.random.default_rng(3)
-    T = torch.from_numpy(rng.dirichlet(np.ones(7), (2, 7)))
-    T[0, 0] = 0  # a row that the teacher leaves empty counts for no mean
-    word_seg = torch.tensor([[0, 0, 0, 1, 1, 2, 2], [0, 0, 1, 1, 1, 2, -1]])
-    targets = idistill.ALIGN_TARGETS
-    for block in block_masks(word_seg):
-        assert targets["teacher"](T, block, word_seg, ()) is T
-        close(targets["uniform"](None, block, word_seg, ()), block.double())
-        column = targets["column"](T, block, word_seg, ())
-        for b in range(2):
-            rows = [t * inside for t, inside in zip(T[b], block[b])]
-            mean = torch.stack([row / row.sum() for row in rows if row.sum() > 0]).mean(0)
-            close(column[b], mean.expand(7, 7), 1e-5)
-    shuffled = targets["shuffled"](T, None, word_seg, [[5, 0, 1], [5, 0, 2]])
-    again = targets["shuffled"](T[1:], None, word_seg[1:], [[5, 0, 2]])
-    assert torch.equal(again[0], shuffled[1]) and not torch.equal(shuffled, T)
-    for b, s in itertools.product(range(2), (-1, 0, 1, 2)):
-        mine = word_seg[b] == s
+    """uniform: every word alike. column: each row is the mean row, of those that are not empty.
+    shuffled: rows change places inside their segment, by the pair's own seed."""
+    T, targets = word_maps()[1][0], idistill.ALIGN_TARGETS
+    for block in block_masks(WORD_SEG):
+        assert targets["teacher"](T, block, WORD_SEG, ()) is T
+        close(targets["uniform"](None, block, WORD_SEG, ()), block.double())
+        column = targets["column"](T, block, WORD_SEG, ())
+        for b in range(3):
+            rows = [row / row.sum() for row in T[b] * block[b] if row.sum() > 0]
+            mean = torch.stack(rows or [torch.zeros(6)]).mean(0)
+            close(column[b], mean.expand(6, 6), 1e-5)
+    seeds = [[5, 0, b] for b in range(4)]
+    shuffled = targets["shuffled"](T, None, WORD_SEG, seeds)
+    again = targets["shuffled"](T[1:], None, WORD_SEG[1:], seeds[1:])
+    assert torch.equal(again, shuffled[1:]) and not torch.equal(shuffled, T)
+    for b, s in itertools.product(range(4), (-1, 0, 1, 2)):
+        mine = WORD_SEG[b] == s
         assert sorted(shuffled[b, mine].tolist()) == sorted(T[b, mine].tolist())
 
 
-# --------------------------------------------------------------------------- preference losses (E2)
+# ----------------------------------------------------------- preference losses, total loss (E2, E7)
 
-REWARDS = [(0.3, -0.4), (-1.5, 2.0), (0.0, 0.0), (4.0, 3.5)]
+REWARDS = torch.tensor([(0.3, -0.4), (-1.5, 2.0), (0.0, 0.0), (4.0, 3.5)], dtype=torch.float64)
 STRENGTH = [1.2, -0.7, 0.0, -2.5]
-
-
-def minus_log_sigmoid(x: float) -> float:
-    return math.log(1 + math.exp(-x))
 
 
 @pytest.mark.parametrize("kind", idistill.PREFERENCE_LOSSES)
@@ -638,127 +567,67 @@ def test_preference_losses_by_hand(kind, margin, signed):
     """One pair at a time. With the label flipped r_r - r_c is to exceed the margin, or minus it
     where the margin belongs to the label (strength)."""
     e, expected = 0.2, []
-    for (r_c, r_r), m, strength in zip(REWARDS, margin, STRENGTH):
-        as_labelled = minus_log_sigmoid(r_c - r_r - m)
-        as_flipped = minus_log_sigmoid(r_r - r_c + (m if signed else -m))
+    for (r_c, r_r), m, strength in zip(REWARDS.tolist(), margin, STRENGTH):
+        as_labelled = np.logaddexp(0, -(r_c - r_r - m))  # -log sigmoid
+        as_flipped = np.logaddexp(0, -(r_r - r_c + (m if signed else -m)))
         smooth = (1 - e) * as_labelled + e * as_flipped
         robust = ((1 - e) * as_labelled - e * as_flipped) / (1 - 2 * e)
         soft = smooth if strength < 0 else as_labelled
         expected.append(dict(bt=as_labelled, smooth=smooth, soft=soft, robust=robust)[kind])
-    rewards = torch.tensor(REWARDS, dtype=torch.float64)
     options = dict(preference_loss=kind, flip_rate=e, signed=signed)
     options |= dict(margin=torch.tensor(margin), strength=torch.tensor(STRENGTH))
-    close(idistill.pair_loss(rewards, **options), expected, 1e-6)
-    plain = idistill.pair_loss(rewards, preference_loss=kind, flip_rate=0.0)
-    close(plain, bt_loss(*rewards.T), 1e-9)  # without noise all are BT
+    close(idistill.pair_loss(REWARDS, **options), expected, 1e-6)
+    plain = idistill.pair_loss(REWARDS, preference_loss=kind, flip_rate=0.0)
+    close(plain, bt_loss(*REWARDS.T), 1e-9)  # without noise all are BT
 
 
 @pytest.mark.parametrize("e", [0.1, 0.49])
 def test_robust_loss_is_unbiased(e):
-    """Its mean over labels that are flipped with probability e is the clean BT loss; smooth's is
-    not."""
-    rewards = torch.randn(20, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    for kind, is_unbiased in (("robust", True), ("smooth", False)):
-        as_labelled, as_flipped = (
-            idistill.pair_loss(r, preference_loss=kind, flip_rate=e)
-            for r in (rewards, rewards.flip(1))
-        )
-        mean = (1 - e) * as_labelled + e * as_flipped
-        assert differ(mean, bt_loss(*rewards.T), 1e-6) != is_unbiased
+    """Its mean over labels that are flipped with probability e is the clean BT loss."""
+    clean, flipped = (idistill.pair_loss(r, "robust", e) for r in (REWARDS, REWARDS.flip(1)))
+    close((1 - e) * clean + e * flipped, bt_loss(*REWARDS.T), 1e-6)
 
 
-# ---------------------------------------------------------------------------------- total loss (E7)
-
-
-def random_maps(B: int, W: int, layers: int, seed: int = 4):
-    """Rewards (B, 2) and `layers` student's and teacher's word maps."""
-    rng = np.random.default_rng(seed)
-    S, T = (list(torch.from_numpy(rng.dirichlet(np.ones(W), (layers, B, W)))) for _ in "ST")
-    return torch.from_numpy(rng.normal(size=(B, 2))), S, T
-
-
-def test_total_loss_is_the_sum():
-    """L = BT + lambda_intra intra + lambda_inter inter (+ score, centring), layers by their
-    mean."""
-    rewards, S, T = random_maps(3, 6, layers=2)
-    word_seg = torch.tensor([[0, 0, 1, 1, 2, 2], [0, 1, 1, 2, 2, -1], [0, 0, 0, 1, 2, -1]])
-    verdict = torch.tensor([0.5, -1.0, 2.0])
-    weights = dict(lambda_intra=0.3, lambda_inter=2.0, lambda_score=0.7, center_rewards=0.1)
-    terms = total_loss(rewards, S, T, word_seg, verdict, **weights)
-    intra, inter = (
-        [
-            np.mean(
-                [
-                    naive_alignment(t[b].numpy(), s[b].numpy(), block[b].numpy())
-                    for s, t in zip(S, T)
-                ]
-            )
-            for b in range(3)
-        ]
-        for block in block_masks(word_seg)
-    )
-    difference = rewards[:, 0] - rewards[:, 1]
-    expected = dict(bt=bt_loss(*rewards.T), intra=intra, inter=inter)
-    expected |= dict(score=(difference - verdict) ** 2, center=rewards.sum(1) ** 2)
+@pytest.mark.parametrize("kind", ["kl", "mse"])
+@pytest.mark.parametrize("support", ["full", "causal"])
+def test_total_loss_against_loops(kind, support):
+    """(E7), layers by their mean. Rows that the teacher leaves empty add zero and pull nothing."""
+    S, T = word_maps()
+    S.requires_grad_()
+    verdict = torch.tensor([0.5, -1.0, 2.0, 0.0])
+    options = dict(lambda_intra=0.3, lambda_inter=2.0, lambda_score=0.7, center_rewards=0.1)
+    options |= dict(align_loss=kind, align_support=support)
+    terms = total_loss(REWARDS, list(S), list(T), WORD_SEG, verdict, **options)
+    L_intra, L_inter = torch.zeros(2, 4)
+    for b, layer in itertools.product(range(4), range(2)):
+        intra, inter = naive_blocks(WORD_SEG[b], support)
+        L_intra[b] += naive_alignment(T[layer, b], S[layer, b].detach(), intra, kind) / 2
+        L_inter[b] += naive_alignment(T[layer, b], S[layer, b].detach(), inter, kind) / 2
+    r_c, r_r = REWARDS.T
+    L_BT, L_score, L_center = bt_loss(r_c, r_r), (r_c - r_r - verdict) ** 2, (r_c + r_r) ** 2
+    L = L_BT + 0.3 * L_intra + 2 * L_inter + 0.7 * L_score + 0.1 * L_center
+    expected = dict(bt=L_BT, intra=L_intra, inter=L_inter, score=L_score, center=L_center, loss=L)
     for name, values in expected.items():
         close(terms[name], values, 1e-5)
-    total = 0.3 * np.array(intra) + 2 * np.array(inter)
-    total += (expected["bt"] + 0.7 * expected["score"] + 0.1 * expected["center"]).numpy()
-    close(terms["loss"], total, 1e-5)
-    plain = total_loss(rewards, [], [], word_seg)  # lambda = 0: no maps, the plain reward model
-    assert torch.equal(plain["loss"], bt_loss(*rewards.T))
-
-
-def test_a_loss_of_ones_own_is_one_entry(monkeypatch):
-    """What a reader swaps is a table: Jensen-Shannon in place of KL, a hinge in place of BT."""
-
-    def jensen_shannon(T, S):
-        middle = (T + S) / 2
-        return (idistill.kl_rows(T, middle) + idistill.kl_rows(S, middle)) / 2
-
-    monkeypatch.setitem(idistill.ALIGN_LOSSES, "js", jensen_shannon)
-    hinge = lambda margin, flipped, flip_rate, strength: (1 - margin).clamp_min(0)  # noqa: E731
-    monkeypatch.setitem(idistill.PREFERENCE_LOSSES, "hinge", hinge)
-    rewards, S, T = random_maps(2, 4, layers=1)
-    word_seg = torch.tensor([[0, 0, 1, 2], [0, 1, 1, 2]])
-    one = total_loss(rewards, S, T, word_seg, align_loss="js", preference_loss="hinge")
-    other = total_loss(rewards, T, S, word_seg, align_loss="js")
-    close(one["intra"], other["intra"], 1e-5)  # symmetric, which KL is not
-    close(one["bt"], (1 - (rewards[:, 0] - rewards[:, 1])).clamp_min(0))
-
-
-@pytest.mark.parametrize("target", idistill.ALIGN_TARGETS)
-def test_words_that_one_model_does_not_see_are_left_out(target):
-    """The loss is that of the maps without these words' rows and columns."""
-    rewards, S, T = random_maps(1, 7, layers=1)
-    word_seg = torch.tensor([[0, -1, 0, 1, 1, -1, 2]])
-    seen = word_seg[0] >= 0
-    options = dict(align_target=target, seeds=[[1]])
-    whole = total_loss(rewards, S, T, word_seg, **options)
-    S, T = ([A[0][:, seen][:, :, seen]] for A in (S, T))
-    for name, value in total_loss(rewards, S, T, word_seg[:, seen], **options).items():
-        close(whole[name], value, 1e-5)
+    terms["loss"].sum().backward()
+    assert S.grad.isfinite().all() and S.grad[:, 1, 0].abs().max() == 0
+    assert S.grad[:, 1, 1].abs().max() > 0
+    for name in ("intra", "inter"):  # a student that has the teacher's maps
+        assert total_loss(REWARDS, list(T), list(T), WORD_SEG)[name].abs().max() < 1e-6
 
 
 # ----------------------------------------------------------- the whole method, one pair by one pair
 
 
 def naive_read(stock, ids: torch.Tensor):
-    """One plain causal row (n,) in a stock model: its reward, last layer's Q, K (H, n, d) and
-    scale."""
-    seen = []
-
-    def attention(module, query, key, value, mask, **kwargs):
-        seen.append((query[0], key[0], kwargs["scaling"]))
-        return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
-
-    transformers.AttentionInterface.register("by_hand", attention)
-    transformers.masking_utils.AttentionMaskInterface.register("by_hand", sdpa_mask)
-    stock.set_attn_implementation("by_hand")
-    return stock(ids[None]).logits[0, 0], *seen[-1]
+    """One plain causal row (n,): its reward, and Q, K (H, n, d) and scale of the last layer."""
+    with idistill.AttentionTap(stock, (-1,)) as tap:
+        reward = stock(ids[None]).logits[0, 0]
+    query, key, scale, _ = tap.kept[-1]
+    return reward, query[0], key[0], scale
 
 
-def naive_terms(stock, teacher: InteractionTeacher, example: Example, swap: bool):
+def naive_terms(stock, teacher: idistill.InteractionTeacher, example: Example, swap: bool) -> list:
     """L_BT, L_intra and L_inter of one pair in float64, straight from the equations."""
     # (E1) two ordinary rows, which share no computation
     x, y_c, y_r = (torch.from_numpy(example.ids[example.seg == s]) for s in (0, 1, 2))
@@ -766,113 +635,69 @@ def naive_terms(stock, teacher: InteractionTeacher, example: Example, swap: bool
     r_r, q_r, k_r, _ = naive_read(stock, torch.cat([x, y_r]))
     # (E3) every query sees every key
     Q, K = torch.cat([q_c, q_r[:, len(x) :]], 1), torch.cat([k_c, k_r[:, len(x) :]], 1)
-    K = K.repeat_interleave(len(Q) // len(K), dim=0)
-    S = (Q @ K.transpose(1, 2) * scale).softmax(-1).mean(0)
-    # (E4)
+    n = Q.shape[1]
+    S = naive_map(Q, K, scale, torch.ones(n, n))
+    # (E4) the oldest of x go where the row is too long
     cls, sep = teacher.tokenizer.cls_token_id, teacher.tokenizer.sep_token_id
-    ids, word = [cls], [-1]
     (x_ids, x_word), *responses = example.runs
-    lost = max(0, 4 + sum(len(run) for run, _ in example.runs) - teacher.room)  # the oldest of x
-    is_cut = np.isin(x_word, x_word[:lost])
-    runs = [(x_ids[lost:], np.where(is_cut, -1, x_word)[lost:]), *responses]
-    for k in (0, 2, 1) if swap else (0, 1, 2):
-        ids += [*runs[k][0], sep]
-        word += [*runs[k][1], -1]
+    lost = max(0, 4 + sum(len(ids) for ids, _ in example.runs) - teacher.room)
+    x_word = np.where(np.isin(x_word, x_word[:lost]), -1, x_word)  # a word that is cut is no word
+    ids, word = [cls], [-1]
+    for run in [(x_ids[lost:], x_word[lost:]), *responses[:: -1 if swap else 1]]:
+        ids += [*run[0], sep]
+        word += [*run[1], -1]
     teacher.stock.set_attn_implementation("eager")
     T = teacher.stock(torch.tensor([ids]), output_attentions=True).attentions[-1][0].mean(0)
-    # (E5)
-    words = sorted(set(word) & set(example.word) - {-1})  # those that both models see
-
-    def pooled(token_map, word_of_token):
-        places = {w: [i for i, other in enumerate(word_of_token) if other == w] for w in words}
-        rows = [token_map[places[i]][:, places[j]].sum(1).mean() for i in words for j in words]
-        return torch.stack(rows).view(len(words), len(words))
-
-    S, T = pooled(S, example.word), pooled(T, word)
-    # (E6)
-    terms = [-torch.nn.functional.logsigmoid(r_c - r_r)]
-    for is_inter in (False, True):
-        rows = []
-        for i, word_i in enumerate(words):
-            s_i = example.word_seg[word_i]
-            inside = [
-                j
-                for j, word_j in enumerate(words)
-                if ({s_i, example.word_seg[word_j]} == {1, 2}) == is_inter
-            ]
-            if inside:
-                t, s = T[i, inside] / T[i, inside].sum(), S[i, inside] / S[i, inside].sum()
-                rows.append((t * (t / s).log()).sum())
-        terms.append(torch.stack(rows).mean())
-    return terms
+    # (E5) over the words that both models see
+    W = len(example.word_seg)
+    S = naive_words(S, torch.from_numpy(example.word), W)
+    T = naive_words(T, torch.tensor(word), W)
+    word_seg = [
+        s if w in word and w in example.word else -1 for w, s in enumerate(example.word_seg)
+    ]
+    # (E2), (E6)
+    return [bt_loss(r_c, r_r), *(naive_alignment(T, S, block) for block in naive_blocks(word_seg))]
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_the_whole_method_against_one_pair_at_a_time(zoo, family):
-    """Values and gradients of L: a padded, packed batch in float32 against plain rows in
-    float64."""
-    model, tokenizer = student_of(zoo, family)
+@pytest.mark.parametrize(
+    "family, encoding", [("llama", "packed"), ("llama", "siamese"), ("gpt2", "packed")]
+)
+def test_the_whole_method_against_one_pair_at_a_time(zoo, family, encoding):
+    """Values and gradients of L: a padded batch in float32 against plain rows in float64."""
+    model, tokenizer = student_of(zoo, family, encoding=encoding)
     teacher = teacher_of(zoo, "modernbert")
     examples = Encoder(tokenizer, 100, "truncate", teacher.tokenizer)(make_pairs(3))
     longest = max(sum(len(ids) for ids, _ in example.runs) for example in examples)
     teacher.room = longest + 2  # at least one pair loses its first words
-    swap = np.array([True, False, True])
+    swap, layers = np.array([True, False, True]), ((-1,), (-1,))
     batch = student_batch(examples, tokenizer.pad_token_id)
     rows = teacher_batch(examples, swap, teacher.tokenizer, teacher.room)
-    rewards, _, S, T, word_seg = idistill.interaction_maps(
-        model, teacher, batch, rows, ((-1,), (-1,))
-    )
+    rewards, _, S, T, word_seg = idistill.interaction_maps(model, teacher, batch, rows, layers)
     terms = total_loss(rewards, S, T, word_seg, lambda_intra=0.5, lambda_inter=2.0)
     terms["loss"].mean().backward()
     gradients = {n: p.grad for n, p in model.stock.named_parameters() if p.grad is not None}
 
-    stock = copy.deepcopy(model.stock).double()
+    stock, stock_teacher = (copy.deepcopy(m.stock).double() for m in (model, teacher))
     stock.zero_grad()
-    stock_teacher = copy.deepcopy(teacher.stock).double()
-    precise = InteractionTeacher(stock_teacher, teacher.tokenizer, teacher.room)
-    naive = [naive_terms(stock, precise, *x) for x in zip(examples, swap)]
-    for name, values in zip(("bt", "intra", "inter"), zip(*naive)):
+    precise = idistill.InteractionTeacher(stock_teacher, teacher.tokenizer, teacher.room)
+    bt, intra, inter = zip(*(naive_terms(stock, precise, *x) for x in zip(examples, swap)))
+    loss = sum(bt) + 0.5 * sum(intra) + 2 * sum(inter)
+    (loss / 3).backward()
+    for name, values in dict(bt=bt, intra=intra, inter=inter).items():
         close(terms[name], torch.stack(values))
-    loss = torch.stack([bt + 0.5 * intra + 2 * inter for bt, intra, inter in naive])
-    close(terms["loss"], loss)
-    loss.mean().backward()
+    close(terms["loss"].sum(), loss)
     for name, parameter in stock.named_parameters():
         if parameter.grad is not None:
             close(gradients.pop(name), parameter.grad, 1e-3)
     assert not gradients
 
 
-def test_alignment_reaches_queries_and_keys_of_its_layer(zoo):
-    """And all that is before them; what comes after them, values included, learns from BT alone."""
-    model, tokenizer = student_of(zoo)
-    examples = Encoder(tokenizer, 100)(make_pairs(4))
-    batch = student_batch(examples, tokenizer.pad_token_id)
-    rewards, S = model(batch, layers=(1,))
-    maps = [pool_words(S[0], batch["word"], batch["word_seg"].shape[1])]
-    terms = total_loss(rewards, maps, [None], batch["word_seg"], align_target="uniform")
-    (terms["intra"] + terms["inter"]).sum().backward()
-    first, tapped, last = model.stock.model.layers
-    for weight in (first.self_attn.v_proj.weight, first.mlp.up_proj.weight):
-        assert weight.grad.abs().max() > 1e-6
-    for weight in (tapped.self_attn.q_proj.weight, tapped.self_attn.k_proj.weight):
-        assert weight.grad.isfinite().all() and weight.grad.abs().max() > 1e-6
-    for weight in (
-        tapped.self_attn.v_proj.weight,
-        last.mlp.up_proj.weight,
-        model.stock.score.weight,
-    ):
-        assert weight.grad is None
-
-
 # ==================================================================================================
 # Models: found by trying each, no list of names
 # ==================================================================================================
 
-DECODERS = (
-    "llama qwen2 qwen3 mistral phi3 gpt2 gpt_neox opt gemma gemma2 gemma3 gemma3_vision qwen3_5"
-)
-SIAMESE = {"gemma2": "eager attention takes no tree mask", "qwen3_5": "it has recurrent layers"}
-STUDENTS = [(family, "chat") for family in DECODERS.split()]
+SIAMESE = ("gemma2", "qwen3_5")  # eager attention takes no tree mask; recurrent layers
+STUDENTS = [(family, "chat") for family in DECODERS]
 STUDENTS += [("llama", "bos"), ("llama", "nopad"), ("gpt2", "nopad"), ("gemma3_vision", "bos")]
 
 
@@ -881,7 +706,7 @@ def test_packed_siamese_and_stock_scores_agree(zoo, tmp_path, family, kind):
     """What is trained is what users score: the saved directory in the stock class, alone and
     padded, with a pad token that is not the end token in every config."""
     model, tokenizer = student_of(zoo, family, kind)
-    siamese = idistill.ENCODINGS["siamese"](model.stock)
+    siamese = idistill.SiameseRewardModel(model.stock)
     examples = Encoder(tokenizer, 100)(make_pairs(5))
     idistill.probe_student(siamese, family)
     scores = rewards_of(siamese, examples)
@@ -892,6 +717,10 @@ def test_packed_siamese_and_stock_scores_agree(zoo, tmp_path, family, kind):
     else:
         idistill.probe_student(model, family)
         close(rewards_of(model, examples), scores, 1e-3)
+        batch = student_batch(examples, tokenizer.pad_token_id)
+        (_, maps), (_, others) = (m(batch, layers=(0, -1)) for m in (model, siamese))
+        for S, other in zip(maps, others):
+            close(S[batch["seg"] != 3], other[batch["seg"] != 3], 1e-3)
 
     save_stock(model.stock, tokenizer, tmp_path / "student")
     stock = AutoModelForSequenceClassification.from_pretrained(tmp_path / "student").eval()
@@ -900,9 +729,8 @@ def test_packed_siamese_and_stock_scores_agree(zoo, tmp_path, family, kind):
     pads = {config.pad_token_id for config in idistill.configs_of(stock.config)[:2]}
     assert pads - {None} == {again.pad_token_id} and again.pad_token_id != again.eos_token_id
     formatter, plain = Formatter(again), dict(add_special_tokens=False, return_tensors="pt")
-    texts = [
-        formatter(e.pair.prompt, y) for e in examples for y in (e.pair.chosen, e.pair.rejected)
-    ]
+    sides = [(e.pair.prompt, y) for e in examples for y in (e.pair.chosen, e.pair.rejected)]
+    texts = list(itertools.starmap(formatter, sides))
     with torch.no_grad():
         alone = [stock(again(text, **plain)["input_ids"]).logits.item() for text in texts]
         rows = again(texts, padding=True, **plain)
@@ -911,10 +739,9 @@ def test_packed_siamese_and_stock_scores_agree(zoo, tmp_path, family, kind):
     close(padded, scores.ravel(), 1e-3)
 
 
-@pytest.mark.parametrize("family", [f for f in DECODERS.split() if f != "gemma2"])
+@pytest.mark.parametrize("family", [f for f in DECODERS if f != "gemma2"])
 def test_tap_shows_the_attention_of_the_student(zoo, family):
-    """Its map under the causal mask is that of eager attention; nothing changes by looking, and the
-    model is afterwards as it was."""
+    """Its map under the causal mask is eager attention's; looking changes nothing."""
     model, tokenizer = student_of(zoo, family)
     ids = torch.from_numpy(Encoder(tokenizer, 100)(make_pairs(1))[0].ids)[None]
     stock, before = model.stock, model.stock.config._attn_implementation
@@ -922,35 +749,32 @@ def test_tap_shows_the_attention_of_the_student(zoo, family):
     assert len(layers) == (1 if family == "qwen3_5" else 3)  # of four, one attends
     with torch.no_grad():
         plain = stock(ids).logits
-        with AttentionTap(stock, layers) as tap:
+        with idistill.AttentionTap(stock, layers) as tap:
             close(stock(ids).logits, plain)
         assert stock.config._attn_implementation == before and torch.equal(stock(ids).logits, plain)
         stock.set_attn_implementation("eager")
         maps = stock.base_model(ids, output_attentions=True).attentions
     causal = torch.ones(1, 1, ids.shape[1], ids.shape[1], dtype=torch.bool).tril()
     for layer, expected in zip(layers, [A for A in maps if A is not None], strict=True):
-        close(attention_map(*tap.kept[layer][:3], causal), expected.mean(1), 1e-3)
+        close(idistill.attention_map(*tap.kept[layer][:3], causal), expected.mean(1), 1e-3)
 
 
 @pytest.mark.parametrize("family", ENCODERS)
 def test_teacher_maps_are_those_of_eager_attention(zoo, capsys, family):
     """Also padded, and in ModernBERT's local layers, whose padding must not reach the words as NaN.
-    The verdict is for chosen in both orders."""
+    The verdict is for chosen in both orders: exchanged responses change its sign alone."""
     teacher = teacher_of(zoo, family)
     assert ("in eager attention (slower)" in capsys.readouterr().out) == teacher.eager
     # a position bias is in neither Q nor K
     assert teacher.eager == (family in ("deberta", "mpnet", "t5"))
     pairs = make_pairs(3) + [Pair("short", "good " * 25, "sorry")]
-    examples = Encoder(student_of(zoo)[1], 100, "truncate", teacher.tokenizer)(pairs)
-    swap = np.array([True, False, True, False])
+    encoder = Encoder(student_of(zoo)[1], 100, "truncate", teacher.tokenizer)
+    examples, swap = encoder(pairs), np.array([True, False, True, False])
     batch = teacher_batch(examples, swap, teacher.tokenizer, teacher.room)
     verdict, maps = teacher(batch, layers=(1, 0, -1))
-    again, none = teacher(batch)
-    close(again, verdict)
-    assert none == []
-    options = dict(num_labels=1, attn_implementation="eager")
-    eager = AutoModelForTokenClassification.from_pretrained(zoo(family), **options).eval()
-    eager.load_state_dict(teacher.stock.state_dict())
+    close(teacher(batch)[0], verdict)
+    eager = copy.deepcopy(teacher.stock)
+    eager.set_attn_implementation("eager")
     with torch.no_grad():
         out = eager(batch["ids"], attention_mask=batch["mask"], output_attentions=True)
     is_token = batch["mask"].bool()
@@ -960,26 +784,14 @@ def test_teacher_maps_are_those_of_eager_attention(zoo, capsys, family):
     for b, scalars in enumerate(out.logits[..., 0]):
         over_c, over_r = (scalars[batch["seg"][b] == s].mean() for s in (1, 2))
         close(verdict[b], over_c - over_r, 1e-3)
-
-
-def test_verdicts_turn_with_the_pair(zoo):
-    """The mean of both orders: exchanged responses change the sign alone."""
-    teacher = teacher_of(zoo)
-    encoder = Encoder(student_of(zoo)[1], 100, "truncate", teacher.tokenizer)
-    pairs = make_pairs(5)
-    turned = [Pair(p.prompt, p.rejected, p.chosen) for p in pairs]
-    there, back = (teacher_verdicts(teacher, encoder(p), 2, "cpu", no_amp) for p in (pairs, turned))
-    close(there, -back)
-    assert np.abs(there).max() > 0.01
-
-
-def test_room_is_what_the_teacher_can_number(zoo):
-    """MPNet and RoBERTa count positions from pad + 1."""
-    for family in ("mpnet", "roberta", "bert"):
-        teacher = teacher_of(zoo, family)
+    if family in ("bert", "roberta", "mpnet"):  # the last two count positions from pad + 1
         teacher.stock(torch.full((1, teacher.room), 7))
         with pytest.raises((IndexError, RuntimeError)):
             teacher.stock(torch.full((1, teacher.room + 1), 7))
+    turned = encoder([Pair(p.prompt, p.rejected, p.chosen) for p in pairs])
+    there, back = (teacher_verdicts(teacher, e, 2, "cpu", no_amp) for e in (examples, turned))
+    close(there, -back)
+    assert np.abs(there).max() > 0.01
 
 
 # ---------------------------------------------------------------------- what a model is refused for
@@ -989,107 +801,77 @@ def edit(path: Path, **change) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
 
 
-def configured(**change):
-    """-> a function that changes config.json in a folder."""
-    return lambda folder: edit(folder / "config.json", **change)
+def spoil(folder: Path, fault) -> None:
+    """Makes a model directory wrong: by other entries of its config, or a fault that has a name."""
+    config, weights = folder / "config.json", folder / "model.safetensors"
+    if isinstance(fault, dict):
+        return edit(config, **fault)
+    tensors = load_file(weights)
+    if fault == "not finite":
+        tensors = {name: t * (math.nan if "layer" in name else 1) for name, t in tensors.items()}
+    elif fault == "a layer lacks":
+        tensors = {name: t for name, t in tensors.items() if ".1." not in name}
+    elif fault == "a head of another name":
+        tensors["value_head.weight"] = torch.ones(1, 32)
+    save_file(tensors, weights, {"format": "pt"})
+    if fault == "torn":
+        weights.write_bytes(weights.read_bytes()[:5000])
+    elif fault == "no pad":
+        edit(folder / "tokenizer_config.json", pad_token=None)
+    elif fault == "adapter":
+        os.replace(config, folder / "adapter_config.json")
+    elif fault == "no tokenizer":
+        shutil.rmtree(folder)
+        folder.mkdir()
 
 
-def weighted(change):
-    """-> a function that makes change(tensors) of model.safetensors in a folder."""
-
-    def apply(folder: Path) -> None:
-        path = folder / "model.safetensors"
-        save_file(change(load_file(path)), path, {"format": "pt"})
-
-    return apply
-
-
-def file_of(name: str, text: str | None):
-    """-> a function that writes a file into a folder, or deletes it."""
-    return lambda folder: (folder / name).write_text(text) if text else (folder / name).unlink()
-
-
-def poison(tensors: dict) -> dict:
-    next(t for name, t in tensors.items() if "layer" in name)[0] = math.nan
-    return tensors
-
-
-def without_a_layer(tensors: dict) -> dict:
-    return {name: t for name, t in tensors.items() if ".1." not in name}
-
-
-def with_value_head(tensors: dict) -> dict:
-    return {**tensors, "value_head.weight": torch.ones(1, 32)}
-
-
-def two_labels(folder: Path) -> None:
-    AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2).save_pretrained(folder)
-
-
-def adapter(folder: Path) -> None:
-    os.replace(folder / "config.json", folder / "adapter_config.json")
-    (folder / "model.safetensors").unlink()
+TWO_LABELS = dict(architectures=["LlamaForSequenceClassification"])
+TWO_LABELS |= dict(id2label={"0": "a", "1": "b"}, label2id={"a": 0, "b": 1})
+OWN_CODE = dict(model_type="own", auto_map={"AutoConfig": "own.C"})
+BAD_MODELS = [  # flag, family, its fault: what is done to the folder or its config, what is said
+    ("model", "bert", "", ["BertForSequenceClassification", "--teacher"]),
+    ("model", "mamba", "", ["no sequence-classification class for mamba"]),
+    ("model", "falcon", "", ["FalconForSequenceClassification", "--method bt"]),
+    ("model", "gemma2", "", ["--method bt"]),  # capped logits
+    ("model", "gpt_oss", "", ["GptOssFor", "--method bt"]),  # a sink
+    ("model", "gemma3", dict(use_bidirectional_attention=True), ["not causal"]),
+    ("model", "mistral", dict(sliding_window=16), ["--encoding siamese", "--max-length 16"]),
+    ("model", "llama", dict(max_position_embeddings=50), ["50 positions", "--max-length 50"]),
+    ("model", "llama", dict(vocab_size=300), ["cannot be loaded"]),
+    ("model", "llama", OWN_CODE, ["cannot be loaded"]),
+    ("model", "llama", "torn", ["cannot be loaded"]),
+    ("model", "llama", "not finite", ["not finite"]),
+    ("model", "llama", "a layer lacks", ["lack 9 tensors", "layers.1."]),
+    ("model", "llama", "a head of another name", ["value_head.weight", "score.weight"]),
+    ("model", "llama", TWO_LABELS, ["has 2 labels"]),
+    ("model", "llama", "adapter", ["a peft adapter"]),
+    ("model", "llama", "no tokenizer", ["no tokenizer"]),
+    ("teacher", "gpt2", "", ["causal"]),
+    ("teacher", "mamba", "", ["no token-classification class"]),
+    ("teacher", "bert", "a layer lacks", ["lack 16 tensors", "layer.1."]),
+    ("teacher", "bert", "not finite", ["not finite"]),
+    ("teacher", "bert", "no pad", ["no pad"]),
+    ("teacher", "squeezebert", "", ["SqueezeBert", "probabilities"]),  # its maps are scores
+    ("teacher", "longformer", "", ["Longformer", "probabilities"]),  # its maps are bands
+    ("teacher", "fnet", "", ["FNet"]),  # no maps
+    ("teacher", "bros", "", ["bbox"]),  # an error of its own
+]
 
 
-OWN_CODE = configured(model_type="own", auto_map={"AutoConfig": "own.C"})
-BAD_STUDENTS = {  # what is wrong -> (family, what is done to its folder, flags, what is said)
-    "encoder": ("bert", None, {}, ["BertForSequenceClassification", "--teacher"]),
-    "no attention": ("mamba", None, {}, ["no sequence-classification class for mamba"]),
-    "recurrent layers": ("qwen3_5", None, {}, ["--encoding siamese"]),
-    "eager only": ("gemma2", None, {}, ["--method bt"]),
-    "capped logits": ("gemma2", None, dict(encoding="siamese"), ["--method bt"]),
-    "own attention": ("falcon", None, {}, ["FalconForSequenceClassification", "--method bt"]),
-    "sink": ("gpt_oss", None, dict(encoding="siamese"), ["GptOssFor", "--method bt"]),
-    "head not called score": ("ctrl", None, {}, ["CTRLForSequenceClassification"]),
-    "not causal": ("gemma3", configured(use_bidirectional_attention=True), {}, ["not causal"]),
-    "not finite": ("llama", weighted(poison), {}, ["not finite"]),
-    "a layer lacks": ("llama", weighted(without_a_layer), {}, ["lack 9 tensors", "layers.1."]),
-    "two labels": ("llama", two_labels, {}, ["has 2 labels"]),
-    "another head": ("llama", weighted(with_value_head), {}, ["value_head.weight", "score.weight"]),
-    "adapter": ("llama", adapter, {}, ["a peft adapter"]),
-    "window": ("mistral", configured(sliding_window=16), {}, ["--max-length 16"]),
-    "too short": ("llama", None, dict(max_length=4000), ["128 positions", "--max-length 128"]),
-    "vocabulary": ("llama", configured(vocab_size=300), {}, ["cannot be loaded"]),
-    "torn file": ("llama", file_of("model.safetensors", "x" * 5000), {}, ["cannot be loaded"]),
-    "no weights": ("llama", file_of("model.safetensors", None), {}, ["cannot be loaded"]),
-    "config no JSON": ("llama", file_of("config.json", "{"), {}, ["cannot be loaded"]),
-    "no tokenizer": ("llama", lambda d: [p.unlink() for p in d.iterdir()], {}, ["no tokenizer"]),
-    "own code": ("llama", OWN_CODE, {}, ["cannot be loaded"]),
-}
-BAD_TEACHERS = {
-    "decoder": ("gpt2", None, {}, ["causal"]),
-    "no attention": ("mamba", None, {}, ["no token-classification class"]),
-    "a layer lacks": ("bert", weighted(without_a_layer), {}, ["lack 16 tensors", "layer.1."]),
-    "not finite": ("bert", weighted(poison), {}, ["not finite"]),
-    "no pad": ("bert", lambda d: edit(d / "tokenizer_config.json", pad_token=None), {}, ["no pad"]),
-    "maps are scores": ("squeezebert", None, {}, ["SqueezeBert", "probabilities"]),
-    "maps are bands": ("longformer", None, {}, ["Longformer", "probabilities"]),
-    "maps of pooled rows": ("funnel", None, {}, ["Funnel"]),
-    "no maps": ("fnet", None, {}, ["FNet"]),
-    "an error of its own": ("bros", None, {}, ["bbox"]),
-}
-BAD_MODELS = [("model", name) for name in BAD_STUDENTS]
-BAD_MODELS += [("teacher", name) for name in BAD_TEACHERS]
-
-
-@pytest.mark.parametrize("flag, name", BAD_MODELS)
-def test_bad_model_is_named(zoo, argv, tmp_path, capsys, flag, name):
+@pytest.mark.parametrize("flag, family, fault, said", BAD_MODELS)
+def test_bad_model_is_named(zoo, argv, tmp_path, capsys, flag, family, fault, said):
     """One line with the folder and the reason, before any training."""
-    bad = BAD_STUDENTS if flag == "model" else BAD_TEACHERS
-    family, change, flags, said = bad[name]
-    folder = tmp_path / "m"
-    shutil.copytree(zoo(family, "" if flag == "model" else "bert"), folder)
-    if change is not None:
-        change(folder)
-    args = argv(tmp_path / "run", **{flag: folder}, **flags)
-    refused(capsys, idistill.main, args, folder, *said)
+    folder, is_siamese = tmp_path / "m", family in ("gemma2", "gpt_oss")
+    shutil.copytree(zoo(family, "chat" if flag == "model" else "bert"), folder)
+    spoil(folder, fault)
+    flags = {flag: folder, "encoding": "siamese" if is_siamese else "packed"}
+    refused(capsys, idistill.main, argv(tmp_path / "run", **flags), folder, *said)
     assert not (tmp_path / "run/metrics.jsonl").exists()
 
 
 def test_a_teacher_whose_config_says_nothing_usual(zoo):
-    """XLNet's -1 positions mean that there is no limit. I-BERT's embeddings are no nn.Embedding:
-    it is a teacher or one line. BigBird turns from sparse to full attention for good on short
-    rows: the probe leaves it as it was."""
+    """XLNet's -1 positions mean no limit. I-BERT's embeddings are no nn.Embedding: a teacher or one
+    line. BigBird turns to full attention for good on short rows: the probe leaves it sparse."""
     assert load_teacher(zoo("xlnet", "bert")).room == 10**6
     with contextlib.suppress(UserError):
         assert load_teacher(zoo("ibert", "bert")).room == 127
@@ -1098,10 +880,9 @@ def test_a_teacher_whose_config_says_nothing_usual(zoo):
 
 
 def test_what_changes_its_meaning_is_said(zoo, capsys):
-    """Routers that draw noise in training are made quiet; LongRoPE beyond its window is a
-    warning."""
+    """Routers that draw noise in training are made quiet; LongRoPE beyond its window is a warning;
+    a new head comes from the seed."""
     stock, _ = load_student(zoo("phimoe", router_jitter_noise=0.1, input_jitter_noise=0.2))
-    assert stock.config.router_jitter_noise == stock.config.input_jitter_noise == 0
     ids = torch.tensor([[7, 8, 9]])
     close(stock.train()(ids).logits, stock.eval()(ids).logits)
     assert "noise" in capsys.readouterr().out
@@ -1110,9 +891,6 @@ def test_what_changes_its_meaning_is_said(zoo, capsys):
     for length, is_said in ((64, False), (100, True)):
         load_student(zoo("phi3", **sizes), max_length=length)
         assert ("--max-length 64" in capsys.readouterr().out) == is_said
-
-
-def test_a_new_head_comes_from_the_seed(zoo):
     one, same, other = (load_student(zoo("llama"), seed=seed)[0].score.weight for seed in (3, 3, 4))
     assert torch.equal(one, same) and not torch.equal(one, other)
 
@@ -1141,62 +919,55 @@ def read_json(path: Path) -> dict:
     return json.loads(path.read_text())
 
 
-def remove_newest(run: Path) -> Path:
-    """Takes the newest checkpoint away, as if the run had been killed before it."""
-    newest = max((run / "checkpoints").iterdir())
+def trained(argv, out: Path, **flags) -> Path:
+    """The folder of a run that ended well, in this process."""
+    assert code_of(idistill.main, *argv(out, **flags)) == 0
+    return out
+
+
+def without_newest(run: Path, to: Path, stem: str) -> Path:
+    """A copy of a run as if it had been killed before its newest checkpoint."""
+    shutil.copytree(run, to)
+    newest = max((to / "checkpoints").iterdir())
+    assert newest.stem == stem
     newest.unlink()
-    return newest
+    return to
 
 
 def assert_same_run(a: Path, b: Path) -> None:
     """Bit for bit the same weights, metrics and results, and nothing half-written left."""
-    for name in ("student", "teacher"):
-        assert (a / name).exists() == (b / name).exists()
-        if (a / name).exists():
-            assert weights_of(a, name) == weights_of(b, name)
     assert lines_of(a) == lines_of(b)
     one, other = (read_json(run / "results.json") for run in (a, b))
     assert {**one, "seconds": 0} == {**other, "seconds": 0}
     files, others = ({path.relative_to(run) for path in run.rglob("*")} for run in (a, b))
     assert files == others
+    for name in files:
+        assert name.suffix != ".safetensors" or (a / name).read_bytes() == (b / name).read_bytes()
 
 
-def assert_close_run(a: Path, b: Path, rtol: float = 2e-3) -> None:
+def assert_close_run(a: Path, b: Path) -> None:
     """The same numbers in every line of the log, up to rounding."""
-    for one, other in zip(lines_of(a), lines_of(b), strict=True):
-        assert one.keys() == other.keys()
-        for name, value in one.items():
-            if isinstance(value, float):
-                assert math.isclose(value, other[name], rel_tol=rtol, abs_tol=rtol), (
-                    name,
-                    one,
-                    other,
-                )
+    for one, other in zip(lines_of(a)[1:], lines_of(b)[1:], strict=True):
+        assert one.pop("phase") == other.pop("phase")
+        assert one == pytest.approx(other, rel=2e-3, abs=2e-3)
 
 
 def test_run_leaves_what_is_documented(whole_run):
     out, stdout = whole_run
     results, config = read_json(out / "results.json"), read_json(out / "config.json")
     assert set(results["sets"]) == {"validation", "eval_data"}
-    assert results["sets"]["eval_data"]["pairs"] == 6
-    for row in results["sets"].values():
-        assert all(0 <= row[name] <= 1 for name in ("student", "teacher", "longer"))
+    assert all(
+        {"pairs", "student", "teacher", "longer"} <= set(row) for row in results["sets"].values()
+    )
     assert config["flags"]["batch_size"] == 5 and {"torch", "transformers"} <= {*config["versions"]}
     assert "majority" in stdout and "eval_data" in stdout and "30 pairs (training)" in stdout
-    steps = steps_of(out)
-    assert [line["step"] for line in steps] == list(range(1, 7))
-    terms = {"bt", "intra", "inter", "accuracy", "margin", "reward_mean", "grad_norm"}
-    assert all(terms <= set(line) for line in steps)
-    for step, line in enumerate(steps, 1):  # linear over one step, then cosine; unrounded
-        after = (step - 1) / 6
-        assert line["lr"] == pytest.approx(
-            1e-3 * (0.5 + 0.5 * math.cos(math.pi * after)), rel=1e-12
-        )
-        parts = line["bt"] + line["intra"] + line["inter"]
-        assert line["loss"] == pytest.approx(parts, rel=1e-5)
-    assert sum("val_accuracy" in line for line in lines_of(out)) == 4
+    for k, line in enumerate(steps_of(out)):
+        rate = 1e-3 * (0.5 + 0.5 * math.cos(math.pi * k / 6))  # linear over one step, then cosine
+        assert line["step"] == k + 1 and line["lr"] == pytest.approx(rate, rel=1e-12)
+        assert line["loss"] == pytest.approx(line["bt"] + line["intra"] + line["inter"], rel=1e-5)
+    assert k + 1 == 6 and sum("val_accuracy" in line for line in lines_of(out)) == 4
     student = AutoModelForSequenceClassification.from_pretrained(out / "student")
-    teacher = AutoModelForTokenClassification.from_pretrained(out / "teacher")
+    teacher = transformers.AutoModelForTokenClassification.from_pretrained(out / "teacher")
     assert student.config.num_labels == teacher.config.num_labels == 1
     examples = Encoder(load_student(str(out / "student"))[1], 100)(make_pairs(6, seed=3))
     margins = np.subtract(*rewards_of(RewardModel(student.eval()), examples).T)
@@ -1213,33 +984,7 @@ def test_same_seed_same_run(whole_run, argv, tmp_path):
     assert steps_of(tmp_path / "b")[0]["loss"] != steps_of(tmp_path / "a")[0]["loss"]
 
 
-# ----------------------------------------------------------------------- stopped, killed, gone on
-
-
-@pytest.mark.parametrize("phase, step", [("teacher", 2), ("student", 1), ("student", 6)])
-def test_stopped_run_goes_on(whole_run, argv, tmp_path, monkeypatch, capsys, phase, step):
-    """SIGTERM after any step saves, says how to go on, and exits with 0; --resume is bit for
-    bit."""
-    log, out = idistill.Run.log, tmp_path / "run"
-
-    def log_and_stop(run, **line):
-        log(run, **line)
-        if (line["phase"], line["step"]) == (phase, step) and "loss" in line:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    args = argv(out)
-    with monkeypatch.context() as patch:
-        patch.setattr(idistill.Run, "log", log_and_stop)
-        patch.setattr(sys, "argv", ["idistill.py", *args])
-        assert code_of(idistill.main, *args) == 0
-    assert not (out / "results.json").exists()
-    said = capsys.readouterr().out
-    assert f"stopped and saved after {phase} step {step} of" in said
-    command = shlex.split(said.strip().splitlines()[-1])
-    assert command[:2] == ["python", "idistill.py"] and command[-1] == "--resume"
-    assert code_of(idistill.main, *command[2:]) == 0
-    assert_same_run(whole_run[0], out)
-
+# ------------------------------------------------- killed, stopped, gone on; the folder of a run
 
 TRAPS = {  # moments of a run: the function that is called there
     "checkpoint": (torch, "save"),
@@ -1252,26 +997,20 @@ TRAPS = {  # moments of a run: the function that is called there
 }
 
 
-def child(args: list[str], log: str, trap: str = "", call: int = 1, events: tuple = ()) -> None:
+def child(args: list[str], log: Path, trap: str = "", call: int = 1, events: tuple = ()) -> None:
     """idistill.main in a process of its own, which meets an event (a signal, or a disk that is
     full) at each call of the trap from number `call` on."""
     sys.stdout = sys.stderr = open(log, "a", buffering=1)  # noqa: SIM115
     sys.argv = ["idistill.py", *args]
-    signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # ignored in the background of a script
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a script's background ignores it
     left, calls = list(events), itertools.count(1)
 
     def trapped(*args, **kwargs):
-        if next(calls) >= call and left:
-            event = left.pop(0)
-            if event == "full":
-                import resource
-
-                limit = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
-                resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limit))
-            else:
-                os.kill(os.getpid(), event)
+        event = left.pop(0) if next(calls) >= call and left else None
+        if event == "full":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+        elif event:
+            os.kill(os.getpid(), event)
         return original(*args, **kwargs)
 
     if trap:
@@ -1280,166 +1019,127 @@ def child(args: list[str], log: str, trap: str = "", call: int = 1, events: tupl
     idistill.main(args)
 
 
-@pytest.fixture(scope="session")
-def children():
-    """children(function, *args) -> the exit code (minus the signal that killed it) in a process
-    forked from one that has imported this file already; after=seconds kills it."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
+def moments_by_chance(seed: int) -> list[tuple]:
+    """Calls of traps, or seconds."""
+    rng = np.random.default_rng(seed)
+    traps = rng.choice(["", "", *TRAPS], 5).tolist()
+    return [(trap, int(rng.integers(1, 15)) if trap else rng.uniform(0.05, 3)) for trap in traps]
 
-    def run(function, *args, after=None) -> int:
-        process = context.Process(target=function, args=args)
-        process.start()
-        if after is not None:
-            time.sleep(after)
+
+MOMENTS = [(3, [("flush", 4), ("rename", 5), ("validation", 2)])]
+MOMENTS += [pytest.param(0, moments_by_chance(seed), marks=slow) for seed in range(8)]
+
+
+@pytest.mark.parametrize("kills, moments", MOMENTS)
+def test_killed_run_ends_as_if_it_never_was(whole_run, argv, tmp_path, kills, moments):
+    """SIGKILL inside a checkpoint, between two renames, in the middle of a validation; slow: at
+    moments drawn by chance. Resumed after each, the run ends bit for bit."""
+    args, log, codes = argv(tmp_path / "run", resume=True), tmp_path / "log", []
+    for trap, when in moments:
+        process = start(child, args, log, trap, when, (signal.SIGKILL,))
+        if not trap:
+            time.sleep(when)
             process.kill()
-        process.join(300)
-        return process.exitcode
-
-    return run
-
-
-def kill_again_and_again(children, args: list[str], out: Path, kills: list) -> int:
-    """Starts a run, kills it, resumes it, kills it ... at (trap, call) each, or ("", seconds);
-    then goes on to its end. Returns how often it was killed."""
-    killed, log = 0, f"{out}.log"
-    for trap, when in kills:
-        resume = ["--resume"] if out.exists() else []
-        if trap:
-            code = children(child, args + resume, log, trap, when, (signal.SIGKILL,))
-        else:
-            code = children(child, args + resume, log, after=when)
-        assert code in (0, -signal.SIGKILL), Path(log).read_text()
-        killed += code != 0
-    assert children(child, [*args, "--resume"], log) == 0, Path(log).read_text()
-    return killed
+        codes.append(ended(process))
+    codes.append(ended(start(child, args, log)))
+    assert set(codes) <= {0, -signal.SIGKILL} and codes[-1] == 0, log.read_text()
+    assert codes.count(-signal.SIGKILL) >= kills
+    assert_same_run(whole_run[0], tmp_path / "run")
 
 
-def test_killed_run_ends_as_if_it_never_was(children, whole_run, argv, tmp_path):
-    """SIGKILL inside a checkpoint, between two renames, in the middle of a validation."""
-    out, kills = tmp_path / "run", [("flush", 4), ("rename", 5), ("validation", 2)]
-    assert kill_again_and_again(children, argv(out), out, kills) == 3
-    assert_same_run(whole_run[0], out)
-
-
-@slow
-def test_thirty_kills(children, whole_run, argv, tmp_path):
-    rng, killed = np.random.default_rng(0), 0
-    for number in itertools.count():
-        out, kills = tmp_path / f"run{number}", []
-        for trap in rng.choice(["", "", *TRAPS], 5).tolist():
-            kills.append((trap, int(rng.integers(1, 15)) if trap else rng.uniform(0.05, 3)))
-        killed += kill_again_and_again(children, argv(out), out, kills)
-        assert_same_run(whole_run[0], out)
-        if killed >= 30:
-            return
+STOPPED = "stopped and saved after"
 
 
 @pytest.mark.parametrize(
     "trap, call, events, code, said",
     [
-        ("line", 11, (signal.SIGINT,), 130, "stopped and saved after student step 2 of 6"),
+        ("line", 3, (signal.SIGTERM,), 0, f"{STOPPED} teacher step 2 of 6"),
+        ("line", 16, (signal.SIGTERM,), 0, f"{STOPPED} student step 6 of 6"),
+        ("line", 11, (signal.SIGINT,), 130, f"{STOPPED} student step 2 of 6"),
         ("line", 5, (signal.SIGINT, signal.SIGINT), -signal.SIGINT, "once more ends at once"),
         ("load", 1, (signal.SIGINT,), 130, "stopped"),
         ("checkpoint", 4, ("full",), 2, "error: "),
         ("validation", 2, ("full",), 2, "error: "),
     ],
 )
-def test_ctrl_c_and_a_full_disk(
-    children, whole_run, argv, tmp_path, trap, call, events, code, said
-):
-    """Ctrl-C saves and exits with 130, a second one ends at once; a disk that is full in the
-    middle of a file is one line and exit code 2. None does harm: the run goes on bit for bit."""
+def test_stopped_run_goes_on(whole_run, argv, tmp_path, trap, call, events, code, said):
+    """SIGTERM and Ctrl-C save and say how to go on; a second Ctrl-C ends at once; a disk that is
+    full in the middle of a file is one line. None does harm: the run goes on bit for bit."""
     out, log = tmp_path / "run", tmp_path / "log"
-    assert children(child, argv(out), str(log), trap, call, events) == code
+    assert ended(start(child, argv(out), log, trap, call, events)) == code
     text = log.read_text()
     assert said in text and "Traceback" not in text and not (out / "results.json").exists()
+    if STOPPED in said:
+        again = shlex.join(["python", "idistill.py", *argv(out, resume=True)])
+        assert text.endswith(again + "\n")
     if "full" in events:
-        last = text.splitlines()[-1]
-        assert last.startswith("error: ") and re.search("File too large|os error 27", last)
-    assert code_of(idistill.main, *argv(out, resume=True)) == 0
-    assert_same_run(whole_run[0], out)
+        assert re.search(r"\nerror: .*(File too large|os error 27).*\n$", text)
+    assert_same_run(whole_run[0], trained(argv, out, resume=True))
 
 
 class Bomb:
-    """Unpickled as pickle would have it, it makes a folder."""
-
-    def __init__(self, path):
-        self.path = str(path)
-
     def __reduce__(self):
-        return os.mkdir, (self.path,)
+        return os.mkdir, ("boom",)  # what unpickling it would do
 
 
 @pytest.mark.parametrize("damage", ["cut", "zeros", "one bit", "code"])
-def test_damaged_checkpoint_is_named_and_the_one_before_serves(
-    whole_run, argv, tmp_path, capsys, damage
-):
-    """No code that came with it runs."""
-    out = tmp_path / "run"
-    shutil.copytree(whole_run[0], out)
+def test_damaged_checkpoint_is_named(whole_run, argv, tmp_path, monkeypatch, capsys, damage):
+    """The one before serves, and no code that came with it runs."""
+    monkeypatch.chdir(tmp_path)
+    out = shutil.copytree(whole_run[0], tmp_path / "run")
     newest = max((out / "checkpoints").iterdir())
     whole = newest.read_bytes()
-    middle = len(whole) // 2
-    flipped = whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :]
+    flipped, middle = bytearray(whole), len(whole) // 2
+    flipped[middle] ^= 1
     damaged = {"cut": whole[:middle], "zeros": bytes(len(whole)), "one bit": flipped}
-    if damage == "code":
-        torch.save({"model": Bomb(tmp_path / "boom")}, newest)
-    else:
+    torch.save({"model": Bomb()}, newest)
+    if damage != "code":
         newest.write_bytes(damaged[damage])
-    if damage in ("cut", "code"):
-        assert code_of(idistill.main, *argv(out, resume=True)) == 0
-        assert_same_run(whole_run[0], out)
+    if damage == "cut":
+        assert_same_run(whole_run[0], trained(argv, out, resume=True))
     else:  # the same way from here
         with idistill.Run(idistill.parse_flags(argv(out, resume=True))) as run:
             assert run.saved[:2] == ("student", 3)
     assert str(newest) in capsys.readouterr().err and not (tmp_path / "boom").exists()
 
 
-# ------------------------------------------------------------------------------ the folder of a run
-
-
 def test_output_directory_is_protected(zoo, argv, tmp_path, capsys):
-    """Unwritable, foreign, in use, an earlier run, other flags or pairs on --resume, an input
-    inside: one line, and nothing there is touched."""
-    out, data = tmp_path / "run", write_pairs(tmp_path / "d.jsonl", make_pairs(20))
+    """What cannot serve is refused in one line, and nothing there is touched."""
+    out, foreign, moved = (tmp_path / name for name in ("run", "foreign", "moved"))
+    data = write_pairs(tmp_path / "d.jsonl", make_pairs(20))
     flags = dict(method="bt", teacher=None, max_steps=2, data=data)
-    main = idistill.main
-    (tmp_path / "file").write_text("")
-    refused(capsys, main, argv(tmp_path / "file/run", **flags), "file/run")
-    foreign = tmp_path / "foreign"
+
+    def no(folder: Path, *said, **change) -> None:
+        refused(capsys, idistill.main, argv(folder, **{**flags, **change}), *said)
+
+    no(Path(data) / "run", "d.jsonl/run")
     shutil.copytree(zoo("llama"), foreign)  # a model's folder has a config.json too
     files = {path: path.read_bytes() for path in foreign.iterdir()}
     for switch in ({}, dict(resume=True), dict(overwrite=True)):
-        refused(capsys, main, argv(foreign, **flags, **switch), foreign, "no earlier run")
+        no(foreign, foreign, "no earlier run", **switch)
     assert {path: path.read_bytes() for path in foreign.iterdir()} == files
 
-    assert code_of(main, *argv(out, **flags, resume=True)) == 0
+    trained(argv, out, **flags, resume=True)
     assert "no checkpoint to resume from" in capsys.readouterr().out
     before = weights_of(out)
-    refused(capsys, main, argv(out, **flags), "--resume", "--overwrite")
-    changed = argv(out, **{**flags, "lr": 0.5}, resume=True)
-    refused(capsys, main, changed, "--lr was 0.001, is 0.5")
-    write_pairs(tmp_path / "d.jsonl", make_pairs(20, seed=5))
-    refused(capsys, main, argv(out, **flags, resume=True), "d.jsonl changed")
-    write_pairs(tmp_path / "d.jsonl", make_pairs(20))
-    inside = argv(out, **{**flags, "model": out / "student"}, overwrite=True)
-    refused(capsys, main, inside, "student, an input")
-    refused(capsys, main, argv(out, **{**flags, "model": "nowhere/m"}, overwrite=True), "nowhere/m")
+    no(out, "--resume", "--overwrite")
+    no(out, "--lr was 0.001, is 0.5", lr=0.5, resume=True)
+    write_pairs(Path(data), make_pairs(20, seed=5))
+    no(out, "d.jsonl changed", resume=True)
+    write_pairs(Path(data), make_pairs(20))
+    no(out, "student, an input", model=out / "student", overwrite=True)
+    no(out, "nowhere/m", model="nowhere/m", overwrite=True)
     with idistill.Run(idistill.parse_flags(argv(out, **flags, overwrite=True))):
-        refused(capsys, main, argv(out, **flags, overwrite=True), "in use")
+        no(out, "in use", overwrite=True)
     assert weights_of(out) == before
 
     # flags that change no step may differ, and those that an earlier version did not have may lack
-    config = read_json(out / "config.json")
-    del config["flags"]["align_target"]
-    (out / "config.json").write_text(json.dumps(config))
-    assert code_of(main, *argv(out, **{**flags, "eval_data": data}, log_every=2, resume=True)) == 0
-    shutil.copytree(out, tmp_path / "moved")
-    shutil.rmtree(tmp_path / "moved/checkpoints")
-    refused(capsys, main, argv(tmp_path / "moved", **flags, resume=True), "nothing to resume")
-    assert code_of(main, *argv(out, **{**flags, "seed": 1}, overwrite=True)) == 0
-    assert weights_of(out) != before
+    config = (out / "config.json").read_text()
+    (out / "config.json").write_text(re.sub(r' *"align_target".*\n', "", config))
+    trained(argv, out, **{**flags, "eval_data": data}, log_every=2, resume=True)
+    shutil.copytree(out, moved, ignore=shutil.ignore_patterns("checkpoints"))
+    no(moved, "nothing to resume", resume=True)
+    assert weights_of(trained(argv, out, **flags, seed=1, overwrite=True)) != before
 
 
 def test_composite_decoder_resumes(zoo, argv, tmp_path):
@@ -1448,40 +1148,37 @@ def test_composite_decoder_resumes(zoo, argv, tmp_path):
     turned = [Pair(p.prompt, p.rejected, p.chosen) for p in make_pairs(7, seed=2)]
     flags = dict(model=zoo("gemma3_vision"), align_target="uniform", teacher=None, max_steps=4)
     flags |= dict(val_data=write_pairs(tmp_path / "v.jsonl", turned), eval_every=1, lr=0.01)
-    assert code_of(idistill.main, *argv(tmp_path / "a", **flags)) == 0
-    values = [line["val_loss"] for line in lines_of(tmp_path / "a") if "val_loss" in line]
+    run = trained(argv, tmp_path / "a", **flags)
+    values = [line["val_loss"] for line in lines_of(run) if "val_loss" in line]
     assert min(values) == values[0] and values[-1] > values[0] + 0.1
-    shutil.copytree(tmp_path / "a", tmp_path / "b")
-    assert remove_newest(tmp_path / "b").stem == "2-student-00000004"
-    assert code_of(idistill.main, *argv(tmp_path / "b", **flags, resume=True)) == 0
-    assert_same_run(tmp_path / "a", tmp_path / "b")
-    stock, _ = load_student(str(tmp_path / "a/student"))
-    assert type(stock).__name__ == "Gemma3ForSequenceClassification"
-
-
-# -------------------------------------------------------------------- the same run in other ways
+    copy = without_newest(run, tmp_path / "b", "2-student-00000004")
+    assert_same_run(run, trained(argv, copy, **flags, resume=True))
 
 
 def test_other_ways_to_the_same_step(argv, tmp_path):
-    """Micro-batches of unequal size, recomputed activations, two causal rows a pair: other ways to
-    compute what is one and the same."""
-    common = dict(batch_size=7, max_steps=3, teacher_epochs=0, align_layers="all")
-    ways = {
-        "plain": {},
-        "micro-batches": dict(grad_accum=3),
-        "recomputed": dict(gradient_checkpointing=True),
-        "siamese": dict(encoding="siamese"),
-        "siamese, recomputed": dict(encoding="siamese", gradient_checkpointing=True),
-    }
-    for name, flags in ways.items():
-        assert code_of(idistill.main, *argv(tmp_path / name, **common, **flags)) == 0
-        assert_close_run(tmp_path / "plain", tmp_path / name)
+    """Micro-batches of unequal size, recomputed activations, two causal rows a pair."""
+    common = dict(batch_size=7, max_steps=2, teacher_epochs=0, align_layers="all")
+    plain = trained(argv, tmp_path / "plain", **common)
+    for name, micro_batches in (("packed", 3), ("siamese", 1)):
+        flags = dict(encoding=name, grad_accum=micro_batches, gradient_checkpointing=True)
+        assert_close_run(plain, trained(argv, tmp_path / name, **common, **flags))
 
 
-def torchrun(code: str, *args: str, processes: int = 2) -> subprocess.CompletedProcess:
-    """Python code under torchrun on the CPU (gloo), with its arguments as sys.argv[1:]."""
-    options = ["-m", "torch.distributed.run", "--nproc-per-node", processes, "--standalone"]
-    return shell(*options, "--no-python", sys.executable, "-c", code, *args)
+def one_of_two(rank: int, port: int, log: str, runs: list[list[str]], *event) -> None:
+    """What torchrun starts twice: runs, one after the other. The second process meets the event."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    idistill.RANK, idistill.WORLD = rank, 2
+    for args in runs:
+        child(args, f"{log}{rank}", *(event if rank else ()))
+
+
+def two_processes(log: Path, runs: list[list[str]], *event) -> tuple[list[int], list[str]]:
+    """Exit codes and texts of two processes that run as one."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    both = [start(one_of_two, rank, port, str(log), runs, *event) for rank in (0, 1)]
+    return list(map(ended, both)), [Path(f"{log}{rank}").read_text() for rank in (0, 1)]
 
 
 def test_several_processes_are_one(zoo, argv, tmp_path):
@@ -1489,87 +1186,74 @@ def test_several_processes_are_one(zoo, argv, tmp_path):
     batch too small to share; a sharded run goes on in one process."""
     common = dict(teacher=zoo("modernbert"), max_steps=5, batch_size=7, val_data=None)
     common |= dict(teacher_epochs=0.4)
-    assert code_of(idistill.main, *argv(tmp_path / "one", **common)) == 0
-    ways = {
-        "parallel": dict(grad_accum=2),
-        "sharded": dict(fsdp=True, gradient_checkpointing=True, grad_accum=2),
-    }
-    runs = [json.dumps(argv(tmp_path / name, **common, **way)) for name, way in ways.items()]
-    code = "import json, sys, idistill\nfor run in sys.argv[1:]: idistill.main(json.loads(run))"
-    done = torchrun(code, *runs)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("reward model:") == 2  # the first process alone speaks
-    for name in ways:
-        assert_close_run(tmp_path / "one", tmp_path / name)
-    assert remove_newest(tmp_path / "sharded").stem == "2-student-00000005"
-    assert code_of(idistill.main, *argv(tmp_path / "sharded", **common, resume=True)) == 0
-    assert_close_run(tmp_path / "one", tmp_path / "sharded")
-
-
-@slow
-def test_a_process_that_stops_or_dies_ends_all(argv, tmp_path):
-    """A signal to one of them stops all after the same step; a death is one line that says how to
-    go on; none hangs."""
-    start = "import os, signal, sys, idistill\nlog = idistill.Run.log\ndef meet(run, **line):\n"
-    start += "    if idistill.RANK and line.get('step') == 2 and 'loss' in line: "
-    end = "\n    log(run, **line)\nidistill.Run.log = meet\nidistill.main(sys.argv[1:])"
-    flags = dict(method="bt", teacher=None, max_steps=4)
-    stop = torchrun(
-        start + "os.kill(os.getpid(), signal.SIGTERM)" + end, *argv(tmp_path / "a", **flags)
-    )
-    assert "stopped and saved after student step 2 of 4" in stop.stdout, stop.stderr
-    assert code_of(idistill.main, *argv(tmp_path / "a", **flags, resume=True)) == 0
-    death = torchrun(start + "os._exit(9)" + end, *argv(tmp_path / "b", **flags))
-    assert death.returncode and "process 0 of 2 lost another" in death.stderr
-    wrong = torchrun(
-        "import sys, idistill\nidistill.main(sys.argv[1:])", *argv(tmp_path / "c", lr=-1)
-    )
-    assert wrong.returncode and wrong.stderr.count("error: --lr") == 1
-
-
-# ------------------------------------------------------------------------------------ variants
+    one, parallel, sharded = (tmp_path / name for name in ("one", "parallel", "sharded"))
+    trained(argv, one, **common)
+    common |= dict(grad_accum=2)
+    sharding = dict(fsdp=True, gradient_checkpointing=True)
+    runs = [argv(parallel, **common), argv(sharded, **common, **sharding)]
+    codes, (first, second) = two_processes(tmp_path / "log", runs)
+    assert codes == [0, 0] and first.count("reward model:") == 2, first + second
+    assert not second  # the first process alone speaks
+    again = without_newest(sharded, tmp_path / "again", "2-student-00000005")
+    for run in (parallel, sharded, trained(argv, again, **common, resume=True)):
+        assert_close_run(one, run)
 
 
 @pytest.mark.parametrize(
-    "change, terms",
+    "event, codes, said",
     [
-        (dict(align_target="uniform", teacher=None), {"intra", "inter"}),
-        (
-            dict(align_target="shuffled", align_layers="-1:-1,0:1", align_loss="mse"),
-            {"intra", "inter"},
-        ),
-        (dict(align_target="column", align_support="causal"), {"intra"}),
-        (
-            dict(teacher="modernbert", center_rewards=0.1, dtype="bf16"),
-            {"intra", "inter", "center"},
-        ),
-        (dict(teacher="deberta", overlong="drop", lambda_inter=0), {"intra", "inter"}),
-        (dict(lambda_score=1, lambda_intra=0, lambda_inter=0), {"score"}),
-        (dict(model="qwen3_5", encoding="siamese", align_layers="all"), {"intra", "inter"}),
-        (dict(model="gemma2", encoding="siamese", method="bt", teacher=None), set()),
+        (signal.SIGTERM, [0, 0], "stopped and saved after student step 2 of 4"),
+        (signal.SIGKILL, [2, -9], "error: process 0 of 2 lost another one"),
     ],
 )
-def test_variants_run(zoo, argv, tmp_path, change, terms):
-    """Every logged number is finite, and the terms that the flags ask for are at work."""
+def test_a_process_that_stops_or_dies_ends_all(argv, tmp_path, event, codes, said):
+    """A signal to one of them stops both after the same step; a death is one line; none hangs."""
+    flags = dict(method="bt", teacher=None, max_steps=4)
+    runs = [argv(tmp_path / "run", **flags)]
+    found, (first, _) = two_processes(tmp_path / "log", runs, "line", 2, (event,))
+    assert found == codes and said in first, first
+
+
+@slow
+def test_torchrun_as_a_user_types_it(argv, tmp_path):
+    """Two processes give one table, or one error."""
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", 2, "--standalone", "idistill.py"]
+    done = shell(*torchrun, *argv(tmp_path / "run", max_steps=2))
+    assert done.returncode == 0 and done.stdout.count("reward model:") == 1, done.stderr
+    wrong = shell(*torchrun, *argv(tmp_path / "wrong", lr=-1))
+    assert wrong.returncode and wrong.stderr.count("from 0, is -1.0\n") == 1
+
+
+# -------------------------------------------------------------------------- variants, the demo
+
+
+@pytest.mark.parametrize(
+    "terms, change",
+    [
+        ("intra inter", dict(align_target="uniform", teacher=None)),
+        ("intra inter", dict(align_target="shuffled", align_layers="-1:-1,0:1", align_loss="mse")),
+        ("intra", dict(align_target="column", align_support="causal")),
+        ("intra inter center", dict(teacher="modernbert", center_rewards=0.1, dtype="bf16")),
+        ("intra inter", dict(teacher="deberta", overlong="drop", lambda_inter=0)),
+        ("score", dict(lambda_score=1, lambda_intra=0, lambda_inter=0)),
+        ("intra inter", dict(model="qwen3_5", encoding="siamese", align_layers="all")),
+        ("", dict(model="gemma2", encoding="siamese", method="bt")),
+        ("", dict(method="bt", label_noise=0.3, preference_loss="robust")),
+    ],
+)
+def test_variants_run(zoo, argv, tmp_path, monkeypatch, terms, change):
+    """All numbers are finite, the terms that the flags ask for at work; BT loads no teacher."""
     change = {k: zoo(v) if k in ("model", "teacher") and v else v for k, v in change.items()}
-    assert (
-        code_of(idistill.main, *argv(tmp_path / "run", max_steps=2, teacher_epochs=0, **change))
-        == 0
-    )
-    for line in steps_of(tmp_path / "run"):
+    if not terms:
+        monkeypatch.setattr(idistill, "load_teacher", lambda *_: pytest.fail("a teacher is loaded"))
+    run = trained(argv, tmp_path, max_steps=2, teacher_epochs=0, **change)
+    is_noisy = "labels flipped by --label-noise" in lines_of(run)[0]["data"]
+    assert is_noisy == ("label_noise" in change)
+    for line in steps_of(run):
         assert all(math.isfinite(v) for v in line.values() if isinstance(v, float))
-        assert {k for k in ("intra", "inter", "score", "center") if line.get(k)} >= terms
+        assert {k for k in ("intra", "inter", "score", "center") if line[k]} >= {*terms.split()}
         assert change.get("align_support") != "causal" or not line["inter"]
-
-
-def test_plain_reward_model_loads_no_teacher(argv, tmp_path, monkeypatch):
-    monkeypatch.setattr(idistill, "load_teacher", lambda *_: pytest.fail("a teacher was loaded"))
-    assert code_of(idistill.main, *argv(tmp_path / "bt", method="bt", max_steps=2)) == 0
-    assert not (tmp_path / "bt/teacher").exists()
-    for line in steps_of(tmp_path / "bt"):
-        assert line["loss"] == line["bt"]
-    refused_score = argv(tmp_path / "x", method="bt", lambda_score=1)
-    assert code_of(idistill.main, *refused_score) == 2
+        assert terms or line["loss"] == line["bt"]
 
 
 def test_layers_by_name():
@@ -1584,108 +1268,63 @@ def test_layers_by_name():
             parse(wrong, 12, 6)
 
 
-def test_label_noise_and_its_remedies(argv, tmp_path, monkeypatch):
-    """Flips, margins and strengths reach the loss: r is the log's mean reward difference, so one
-    step of one batch can be computed by hand. Held-out labels stay; a resumed run flips the
-    same."""
-    pairs = make_pairs(20)
-    for k, pair in enumerate(pairs):
-        pair.strength, pair.margin = 0.1 * (k % 4) - 0.15, 0.5
-    data = write_pairs(tmp_path / "d.jsonl", pairs)
-    flags = dict(method="bt", teacher=None, data=data, val_data=None, batch_size=20, max_steps=4)
-    flags |= dict(label_noise=0.3, preference_loss="soft", flip_rate=0.3, margin_field="strength")
-    seen, original = [], idistill.read_splits
-
-    def read_splits(*args, **kwargs):
-        seen.append(original(*args, **kwargs))
-        return seen[-1]
-
-    monkeypatch.setattr(idistill, "read_splits", read_splits)
-    assert code_of(idistill.main, *argv(tmp_path / "a", **flags)) == 0
-    shutil.copytree(tmp_path / "a", tmp_path / "b")
-    remove_newest(tmp_path / "b")
-    assert code_of(idistill.main, *argv(tmp_path / "b", **flags, resume=True)) == 0
-    assert_same_run(tmp_path / "a", tmp_path / "b")
-    (trained, held, _), (again, *_) = seen
-    assert trained == again and all(pair in pairs for pair in held["validation"])
-    flipped = [p.chosen.startswith("sorry") for p in trained]
-    assert 0 < sum(flipped) < len(flipped)
-    assert lines_of(tmp_path / "a")[0]["data"]["labels flipped by --label-noise"] == sum(flipped)
-
-    stock, tokenizer = load_student(argv("x")[0].removeprefix("--model="))
-    expected = []
-    rewards = rewards_of(RewardModel(stock.eval()), Encoder(tokenizer, 100)(trained))
-    for (r_c, r_r), pair in zip(rewards.tolist(), trained):
-        rate = 0.3 if pair.strength < 0 else 0.0
-        as_labelled = minus_log_sigmoid(r_c - r_r - pair.strength)
-        as_flipped = minus_log_sigmoid(r_r - r_c + pair.strength)
-        expected.append((1 - rate) * as_labelled + rate * as_flipped)
-    assert steps_of(tmp_path / "a")[0]["bt"] == pytest.approx(np.mean(expected), rel=1e-4)
+def test_margins_and_strengths_reach_the_loss(zoo):
+    model, tokenizer = student_of(zoo)
+    pairs = [dataclasses.replace(p, strength=0.4 * k - 0.5) for k, p in enumerate(make_pairs(4))]
+    flags = dict(method="bt", preference_loss="soft", flip_rate=0.3, margin_field="strength")
+    examples, cfg = Encoder(tokenizer, 100)(pairs), idistill.Config(**flags)
+    terms = idistill.distillation_terms(model, None, examples, None, ((), ()), (), cfg)
+    strength = torch.tensor([p.strength for p in pairs])
+    options = dict(margin=strength, strength=strength, signed=True)
+    close(terms["bt"], idistill.pair_loss(terms["rewards"], "soft", 0.3, **options))
 
 
-def test_non_finite_step_is_named_and_harms_nothing(argv, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_non_finite_step_is_named_and_harms_nothing(argv, tmp_path, capsys, monkeypatch, what):
     """The run ends in one line with step and pairs; the checkpoint before it stays as good."""
     original, flags = idistill.total_loss, dict(align_target="uniform", teacher=None, max_steps=4)
-    assert code_of(idistill.main, *argv(tmp_path / "whole", **flags)) == 0
-    for what in ("loss", "gradient"):
-        calls = itertools.count(1)
+    whole, calls = trained(argv, tmp_path / "whole", **flags), itertools.count(1)
 
-        def broken(rewards, *args, calls=calls, what=what, **kwargs):
-            terms = original(rewards, *args, **kwargs)
-            if next(calls) == 4:
-                zero = (rewards - rewards).sum().sqrt()  # its slope is infinity times 0
-                terms["loss"] = terms["loss"] + (math.nan if what == "loss" else zero)
-            return terms
+    def broken(rewards, *args, **kwargs):
+        terms = original(rewards, *args, **kwargs)
+        if next(calls) == 4:
+            zero = (rewards - rewards).sum().sqrt()  # its slope is infinity times 0
+            terms["loss"] = terms["loss"] + (math.nan if what == "loss" else zero)
+        return terms
 
-        out = tmp_path / what
-        with monkeypatch.context() as patch:
-            patch.setattr(idistill, "total_loss", broken)
-            said = ("student step 4: not finite", "the pairs", "--dtype fp32")
-            refused(capsys, idistill.main, argv(out, **flags), *said)
-        assert "NaN" not in (out / "metrics.jsonl").read_text()  # which is no JSON
-    assert code_of(idistill.main, *argv(out, **flags, resume=True)) == 0
-    assert_same_run(tmp_path / "whole", out)
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(idistill, "total_loss", broken)
+        said = ("student step 4: not finite", "the pairs", "--dtype fp32")
+        refused(capsys, idistill.main, argv(out, **flags), *said)
+    assert "NaN" not in (out / "metrics.jsonl").read_text()  # which is no JSON
+    assert_same_run(whole, trained(argv, out, **flags, resume=True))
 
 
-def test_bf16_ranks_as_fp32_does(zoo):
-    """Reward heads, margins and maps are in fp32: rewards are no bf16 numbers, which tie often."""
+def test_rewards_and_maps_are_in_fp32(zoo):
+    """Also under bf16 autocast: rewards in bf16 tie often."""
     model, tokenizer = student_of(zoo)
-    examples = Encoder(tokenizer, 100)(make_pairs(40, seed=8))
-    bf16 = lambda: torch.autocast("cpu", dtype=torch.bfloat16)  # noqa: E731
-    precise, rough = (score_pairs(model, examples, 8, "cpu", amp) for amp in (no_amp, bf16))
-    margins, others = np.subtract(*precise.T), np.subtract(*rough.T)
-    is_clear = np.abs(margins) > 0.1 * np.abs(margins).mean()
-    assert (np.sign(margins) == np.sign(others))[is_clear].all() and differ(margins, others, 1e-6)
-    assert differ(torch.from_numpy(rough).bfloat16().float(), rough, 1e-6)
-    with bf16():
-        S = model(student_batch(examples[:2], tokenizer.pad_token_id), layers=(-1,))[1][0]
-    assert S.dtype == torch.float32
+    batch = student_batch(Encoder(tokenizer, 100)(make_pairs(4)), tokenizer.pad_token_id)
+    plain, _ = model(batch)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rewards, (S,) = model(batch, layers=(-1,))
+    close(rewards, plain, 0.1)
+    assert differ(rewards, plain, 1e-6) and differ(rewards.bfloat16().float(), rewards, 1e-6)
     close(S.sum(-1), torch.ones(S.shape[:2]), 1e-5)
 
 
-# ------------------------------------------------------------------------------------- the demo
-
-
-@pytest.fixture
-def small_demo(monkeypatch, tmp_path):
-    """The demo's own code on a hundredth of its pairs, in a folder of its own."""
-    whole = data_prep.synthetic_pairs
-    monkeypatch.setattr(data_prep, "synthetic_pairs", lambda n, *rest: whole(n // 100, *rest))
-    monkeypatch.chdir(tmp_path)
-    for name, value in dict(epochs=1.0, teacher_epochs=1.0, max_steps=2).items():
-        monkeypatch.setitem(idistill.DEMO, name, value)
-
-
-def test_demo_and_ablations_in_one_table(small_demo, tmp_path, capsys):
+def test_demo_and_ablations_in_one_table(monkeypatch, tmp_path, capsys):
     """An ablation makes the demo where there is none; the next one reuses its teacher and adds a
     row. `python idistill.py` then is a demo of its own: an earlier one is never overwritten."""
-    main, here = idistill.main, tmp_path / "runs/demo/seed0"
+    whole, main, here = data_prep.synthetic_pairs, idistill.main, tmp_path / "runs/demo/seed0"
+    monkeypatch.setattr(data_prep, "synthetic_pairs", lambda n, *rest: whole(n // 100, *rest))
+    monkeypatch.chdir(tmp_path)
+    for name, value in dict(teacher_epochs=0.2, max_steps=2).items():
+        monkeypatch.setitem(idistill.DEMO, name, value)
     assert code_of(main, "--align-loss", "mse") == 0
     table = read_json(here / "demo.json")
     arms = dict.fromkeys(["teacher", "BT", "ID", "ID, uniform target"], 3)
     assert {name: len(row) for name, row in table.items()} == arms
-    for folder in ("bt", "id", "uniform"):
-        AutoModelForSequenceClassification.from_pretrained(here / folder / "student")
     demo_teacher = weights_of(here / "id", "teacher")
     capsys.readouterr()
     assert code_of(main, "--lambda-inter", "0", "--lr", "0.01", "--seed", "0") == 0
@@ -1694,14 +1333,13 @@ def test_demo_and_ablations_in_one_table(small_demo, tmp_path, capsys):
     for name in [*table, *rows]:
         assert re.search(rf"^{re.escape(name)}  +\d", out, re.MULTILINE), name
     assert weights_of(here / "id", "teacher") == demo_teacher
-    trained = [line for path in (here / "ablations").iterdir() for line in lines_of(path)]
-    assert trained and not any(line["phase"] == "teacher" for line in trained)
+    lines = [line for path in (here / "ablations").iterdir() for line in lines_of(path)]
+    assert lines and not any(line["phase"] == "teacher" for line in lines)
 
     assert code_of(main) == 0
     assert read_json(tmp_path / "runs/demo-2/seed0/demo.json") == table
     command = shlex.split(re.search(r"python (eval\.py .*)", capsys.readouterr().out)[1])
     assert all(Path(word).exists() for word in command if "runs/" in word)
-    refused(capsys, main, ["--data", "d.jsonl"], "--model")
     refused(capsys, main, ["--align-loss", "mse", "--resume"], "--model")
 
 
@@ -1709,156 +1347,128 @@ def test_demo_and_ablations_in_one_table(small_demo, tmp_path, capsys):
 
 
 def test_help_is_grouped(capsys):
-    """As Config is; the flags of the method stand together, each with what it does."""
+    """As Config is, and each flag says what it does."""
     assert code_of(idistill.main, "--help") == 0
     text = capsys.readouterr().out
-    groups = "input and output:|method:|baselines:|optimiser:|evaluation and logging:|system:"
-    places = [text.index(f"\n{name}") for name in groups.split("|")]
+    groups = ("input and output", "method", "baselines", "optimiser", "evaluation and logging")
+    places = [text.index(f"\n{name}:") for name in (*groups, "system")]
     assert places == sorted(places)
-    method = text[places[1] : places[2]]
-    for flag in ("method", "lambda-intra", "lambda-inter", "align-loss", "align-target"):
-        assert f"--{flag} " in method
-    for field in dataclasses.fields(Config):
-        assert "--" + field.name.replace("_", "-") in text
-        assert len(field.metadata["help"]) > 10
+    for field in dataclasses.fields(idistill.Config):
+        assert idistill.option_of(field.name) in text and len(field.metadata["help"]) > 10
 
 
-def test_model_alone_says_at_once_what_cannot_be_fetched(zoo, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("model", ["", "HuggingFaceTB/SmolLM2-135M-Instruct"])
+def test_model_alone_says_at_once_what_cannot_be_fetched(zoo, tmp_path, monkeypatch, capsys, model):
     """A whole run with defaults, which are printed; huggingface_hub is told to be offline here."""
     monkeypatch.chdir(tmp_path)
-    for model in (zoo("llama"), "HuggingFaceTB/SmolLM2-135M-Instruct"):
-        began = time.monotonic()
-        assert code_of(idistill.main, "--model", model) == 2
-        out, err = capsys.readouterr()
-        assert time.monotonic() - began < 20
-        assert err.startswith("error: Anthropic/hh-rlhf: ") and err.count("\n") == 1
-        assert "offline" in err and "local files" in err
-        for flag in ("--teacher answerdotai/ModernBERT-base", "--data ", "--output-dir runs/"):
-            assert f"default: {flag}" in out
+    began = time.monotonic()
+    assert code_of(idistill.main, "--model", model or zoo("llama")) == 2
+    out, err = capsys.readouterr()
+    assert time.monotonic() - began < 20
+    assert err.startswith("error: Anthropic/hh-rlhf: ") and err.count("\n") == 1
+    assert "offline" in err and "local files" in err
+    for flag in ("--teacher answerdotai/ModernBERT-base", "--data ", "--output-dir runs/"):
+        assert f"default: {flag}" in out
     assert not list(tmp_path.rglob("*.jsonl"))
 
 
-def test_a_mistake_is_all_that_a_process_says(children, tmp_path):
+def test_a_mistake_is_all_that_a_process_says(tmp_path):
     args = ["--model=nowhere/m", "--data=d", f"--output-dir={tmp_path}/run", "--lr=-1"]
-    assert children(child, args, str(tmp_path / "log")) == 2
+    assert ended(start(child, args, tmp_path / "log")) == 2
     said = (tmp_path / "log").read_text()
     assert said == "error: --lr must be a finite number from 0, is -1.0\n"
     assert [path.name for path in tmp_path.iterdir()] == ["log"]
 
 
-@pytest.mark.parametrize(
-    "change, said",
-    [
-        (dict(data="nowhere.jsonl"), "nowhere.jsonl"),
-        (dict(model="nowhere/m"), "nowhere/m"),
-        (dict(teacher="nowhere/t"), "nowhere/t"),
-        (dict(model=None), "--model"),
-        (dict(lr=-1), "--lr"),
-        (dict(lr="fast"), "--lr"),
-        (dict(batch_size=0), "--batch-size"),
-        (dict(lambda_intra="nan"), "--lambda-intra"),
-        (dict(device="warp"), "--device"),
-        (dict(warmup=20), "--warmup"),
-        (dict(val_fraction=5), "--val-fraction"),
-        (dict(clip=0), "--clip"),
-        (dict(epochs=0), "--epochs"),
-        (dict(seed=-1), "--seed"),
-        (dict(flip_rate=0.5), "--flip-rate"),
-        (dict(label_noise=1.5), "--label-noise"),
-        (dict(align_target="teachers"), "--align-target"),
-        (dict(align_loss="l1"), "--align-loss"),
-        (dict(unheard_of=1), "--unheard-of"),
-        (dict(align_layers="9:0"), "--align-layers"),
-        (dict(max_length=5), "--max-length 5"),
-        (dict(method="bt", lambda_score=1), "--lambda-score"),
-        (dict(preference_loss="soft"), "strength"),
-        (dict(margin_field="margin"), "--margin-field margin"),
-        (dict(flip_negative_strength=True), "30 of 30 pairs lack the field strength"),
-    ],
-)
-def test_bad_flag_is_named(argv, tmp_path, capsys, change, said):
-    refused(capsys, idistill.main, argv(**{"out": tmp_path / "run", **change}), said)
+def test_a_number_out_of_its_reach_is_named(argv, tmp_path, capsys):
+    """Every flag that is a number: below its least, above its most, no number at all."""
+    for field in dataclasses.fields(idistill.Config):
+        low, high = field.metadata["low"], field.metadata["high"]
+        if type(field.default) in (int, float):
+            for wrong in (int(low) - 1, "nan" if math.isinf(high) else int(high) + 1, "much"):
+                flags = argv(tmp_path / "run", **{field.name: wrong})
+                refused(capsys, idistill.main, flags, idistill.option_of(field.name))
+
+
+ROW = {"prompt": "hi", "chosen": "yes", "rejected": "no"}
+BAD_FLAGS = [  # what is said, flags (data may be rows)
+    ("nowhere.jsonl", dict(data="nowhere.jsonl")),
+    ("nowhere/m", dict(model="nowhere/m")),
+    ("nowhere/t", dict(teacher="nowhere/t")),
+    ("--model is needed", dict(model=None)),
+    ("--device", dict(device="warp")),
+    ("--epochs", dict(epochs=0)),
+    ("--align-target", dict(align_target="teachers")),
+    ("--unheard-of", dict(unheard_of=1)),
+    ("--align-layers", dict(align_layers="9:0")),
+    ("--max-length 5", dict(max_length=5)),
+    ("--lambda-score", dict(method="bt", lambda_score=1)),
+    ("30 of 30 pairs lack the field strength", dict(preference_loss="soft")),
+    ("--margin-field margin", dict(margin_field="margin")),
+    ("--flip-negative-strength", dict(flip_negative_strength=True)),
+    ("d.jsonl, line 2", dict(data=[ROW, {"prompt": "hi", "chosen": "yes"}])),
+    ("empty", dict(data=[{**ROW, "rejected": " "}] * 3)),
+    ("both are needed", dict(data=[ROW], val_data=None)),
+]
+
+
+@pytest.mark.parametrize("said, change", BAD_FLAGS)
+def test_bad_flag_is_named(argv, tmp_path, capsys, said, change):
+    """Before any training; bad pairs by file and line."""
+    if isinstance(change.get("data"), list):
+        change = {**change, "data": write_pairs(tmp_path / "d.jsonl", change["data"])}
+    refused(capsys, idistill.main, argv(tmp_path / "run", **change), said)
     assert not (tmp_path / "run/metrics.jsonl").exists()
 
 
-def test_bad_pairs_are_named(argv, tmp_path, capsys):
-    """File and line; nothing is left; ids that the model has no embeddings for."""
-    good = {"prompt": "hi", "chosen": "yes", "rejected": "no"}
-    files = {
-        "line 2": [good, {"prompt": "hi", "chosen": "yes"}],
-        "empty": [{**good, "rejected": " "}] * 3,
-        "both are needed": [good],
-    }
-    for said, rows in files.items():
-        data = write_pairs(tmp_path / "d.jsonl", rows)
-        args = argv(tmp_path / "run", data=data, val_data=None)
-        refused(capsys, idistill.main, args, "d.jsonl" if said != "both are needed" else "", said)
-    assert not (tmp_path / "run/metrics.jsonl").exists()
-
-
-def test_ids_beyond_the_embeddings(zoo, argv, tmp_path, capsys):
-    """A tokenizer may know more tokens than its model, as long as the pairs do not use them."""
-    folder = tmp_path / "m"
-    shutil.copytree(zoo("llama"), folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.add_tokens(["<image>"])
-    tokenizer.save_pretrained(folder)
-    flags = dict(method="bt", teacher=None, max_steps=1, model=folder)
-    assert code_of(idistill.main, *argv(tmp_path / "run", **flags)) == 0
-    pairs = [*make_pairs(9), Pair("look <image>", "good", "sorry")]
-    data = write_pairs(tmp_path / "d.jsonl", pairs)
-    refused(capsys, idistill.main, argv(tmp_path / "other", **flags, data=data), folder, "token id")
+def test_a_tokenizer_may_know_more_than_its_model(zoo, argv, tmp_path, capsys):
+    """As long as no pair uses it."""
+    flags = dict(method="bt", teacher=None, max_steps=1)
+    flags["model"] = shutil.copytree(zoo("llama"), tmp_path / "m")
+    for token in ("<image>", "good"):
+        tokenizer = AutoTokenizer.from_pretrained(flags["model"])
+        tokenizer.add_tokens([token])
+        tokenizer.save_pretrained(flags["model"])
+        if token == "<image>":
+            trained(argv, tmp_path / "run", **flags)
+    refused(capsys, idistill.main, argv(tmp_path / "other", **flags), flags["model"], "token id")
 
 
 # ------------------------------------------------------------------------------- the notebook door
 
 
-def test_maps_of_a_pair_are_those_of_training(whole_run, zoo):
-    """Strings or messages, folders or models: one and the same; the models are afterwards as they
-    were, and give maps of their own again."""
-    out, _ = whole_run
-    prompt, chosen, rejected = "How do I bake good bread?", "Knead the dough", "sorry, ask a baker"
-    args = (out / "student", str(out / "teacher"), prompt, chosen, rejected)
-    words, segments, S, T = maps_of_pair(*args)
-    texts = [prompt, chosen, rejected]
+def test_maps_of_a_pair_are_those_of_training(whole_run):
+    """Strings or messages, folders or models: one and the same; the models stay as they were."""
+    student, teacher = (str(whole_run[0] / name) for name in ("student", "teacher"))
+    texts = ["How do I bake good bread?", "Knead the dough", "sorry, ask a baker"]
+    words, segments, S, T = maps_of_pair(Path(student), teacher, *texts)
     assert words == [word for text in texts for word in text.split()]
     assert segments.tolist() == [s for s, text in enumerate(texts) for _ in text.split()]
     W = len(words)
-    assert S.shape == T.shape == (1, W, W)
-    for A in (S, T):
-        assert (A >= 0).all() and (A.sum(-1) <= 1 + 1e-5).all() and A.std() > 0
-
-    stock, tokenizer = load_student(str(out / "student"))
-    teacher = load_teacher(str(out / "teacher"))
-    example = Encoder(tokenizer, 128, "truncate", teacher.tokenizer)(
-        [Pair(prompt, chosen, rejected)]
-    )
+    stock, tokenizer = load_student(student)
+    teacher = load_teacher(teacher)
+    example = Encoder(tokenizer, 128, "truncate", teacher.tokenizer)([Pair(*texts)])
     batch = student_batch(example, tokenizer.pad_token_id)
     rows = teacher_batch(example, np.array([False]), teacher.tokenizer, teacher.room)
-    close(S[0], pool_words(RewardModel(stock)(batch, (-1,))[1][0], batch["word"], W)[0])
-    close(T[0], pool_words(teacher(rows, (-1,))[1][0], rows["word"], W)[0])
+    close(S, pool_words(RewardModel(stock)(batch, (-1,))[1][0], batch["word"], W))
+    close(T, pool_words(teacher(rows, (-1,))[1][0], rows["word"], W))
 
     stock.train()
-    messages = user(prompt)
-    with torch.no_grad():
-        _, _, all_S, all_T = maps_of_pair(stock, teacher, messages, chosen, rejected, (0, -2, -1))
-    assert all_S.shape == all_T.shape == (3, W, W) and stock.training
-    close(all_S[-1], S[0])
-    close(all_T[-1], T[0])
-    assert differ(all_S[0], all_S[1])
     stock.set_attn_implementation("eager")
-    shown = stock(batch["ids"], output_attentions=True).attentions
-    assert len(shown) == 3 and shown[-1] is not None
-    again = maps_of_pair(stock, teacher, messages, chosen, rejected)
-    close(again[2], S)
-    assert stock.config._attn_implementation == "eager"
+    turns = (user(texts[0]), *texts[1:])
+    _, _, all_S, all_T = maps_of_pair(stock, teacher, *turns, layers=(0, -2, -1))
+    assert all_S.shape == all_T.shape == (3, W, W) and differ(all_S[0], all_S[1])
+    close(all_S[-1:], S)
+    close(all_T[-1:], T)
+    assert stock.training and stock.config._attn_implementation == "eager"
+    assert stock(batch["ids"], output_attentions=True).attentions[-1] is not None
     with pytest.raises(UserError):
-        maps_of_pair(stock, teacher, prompt, chosen, rejected, layers=(7,))
+        maps_of_pair(stock, teacher, *texts, layers=(7,))
 
 
 def test_maps_of_a_pair_that_cannot_be_read(zoo):
     """Nothing comes back silently empty or wrong."""
-    student, teacher = zoo("llama"), zoo("bert")
+    student, teacher, pair = zoo("llama"), zoo("bert"), ("hi", "good bread", "sorry")
     with pytest.raises(UserError, match="no word"):
         maps_of_pair(student, teacher, "", " ", " ")
     with pytest.raises(UserError, match="positions"):
@@ -1867,12 +1477,11 @@ def test_maps_of_a_pair_that_cannot_be_read(zoo):
     words, *_ = maps_of_pair(student, short, "a b", "c d", "e f g h")
     assert "a" not in words and len(words) < 8  # a short teacher sees fewer
     with pytest.raises(UserError):
-        maps_of_pair(zoo("gemma2"), teacher, "hi", "good bread", "sorry")  # capped logits
+        maps_of_pair(zoo("gemma2"), teacher, *pair)  # capped logits
     model, tokenizer = student_of(zoo, "qwen3_5", encoding="siamese")  # recurrent layers
-    batch = student_batch(Encoder(tokenizer, 100)([Pair("hi", "good bread", "sorry")]), 0)
+    batch = student_batch(Encoder(tokenizer, 100)([Pair(*pair)]), 0)
     S = pool_words(model(batch, (-1,))[1][0], batch["word"], 4)
-    with contextlib.suppress(UserError):  # refused or right
-        close(maps_of_pair(zoo("qwen3_5"), teacher, "hi", "good bread", "sorry")[2], S)
+    close(maps_of_pair(zoo("qwen3_5"), teacher, *pair)[2], S)
 
 
 # ================================================================================================
