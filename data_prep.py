@@ -1158,7 +1158,8 @@ def synthetic_candidates(n: int, responses: int, agreement: float, seed: int) ->
 
 
 def write_demo_data(folder: str | Path, seed: int, overwrite: bool = False) -> None:
-    """The demo's files: pairs to train on, three held-out sets, candidates for best of n."""
+    """The demo's files: pairs to train on, three held-out sets, candidates for best of n; and the
+    tokenizer of student and teacher."""
     folder = Path(folder)
     agreements = {"train": 0.9, "in-distribution": 0.9, "cue-neutral": 0.5, "cue-reversed": 0.1}
     for k, (name, agreement) in enumerate(agreements.items()):
@@ -1167,10 +1168,11 @@ def write_demo_data(folder: str | Path, seed: int, overwrite: bool = False) -> N
         write_pairs(folder / f"{name}.jsonl", pairs, overwrite)
     candidates = synthetic_candidates(500, 16, 0.1, 77 + seed)
     write_pairs(folder / "candidates.jsonl", candidates, overwrite)
+    demo_tokenizer().save_pretrained(folder)
 
 
 def demo_tokenizer():
-    """A word-level tokenizer of the language, for student and teacher."""
+    """A word-level tokenizer of the language."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

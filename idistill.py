@@ -91,7 +91,6 @@ from data_prep import (
     Parser,
     UserError,
     bar,
-    demo_tokenizer,
     exit_codes,
     first_line,
     load_tokenizer,
@@ -355,7 +354,7 @@ class InteractionTeacher(nn.Module):
     """A stock bidirectional encoder for token classification with one label, over both responses.
 
     room: longest row in tokens. eager: its maps come from output_attentions, where the tap cannot
-    show them (DeBERTa); find_maps in part 3 tries which.
+    show them (DeBERTa); readable_maps in part 3 tries which.
     """
 
     def __init__(self, stock, tokenizer, room: int = 512, eager: bool = False):
@@ -1942,9 +1941,9 @@ DEMO_ARMS = {  # name -> folder, purpose, flags
 }
 
 
-def make_demo_models(to: Path, seed: int) -> None:
+def make_demo_models(here: Path, seed: int) -> None:
     """A word-level Llama and a word-level ModernBERT, untrained, as ordinary directories."""
-    tokenizer = demo_tokenizer()
+    tokenizer = load_tokenizer(str(here / "data"))
     size = dict(vocab_size=len(tokenizer), hidden_size=64, num_hidden_layers=2)
     size |= dict(num_attention_heads=4, intermediate_size=128, max_position_embeddings=256)
     size |= dict(pad_token_id=0, bos_token_id=2, eos_token_id=4, cls_token_id=2, sep_token_id=3)
@@ -1955,8 +1954,8 @@ def make_demo_models(to: Path, seed: int) -> None:
     config = transformers.ModernBertConfig(**size, **extra)
     teacher = transformers.ModernBertForTokenClassification(config)
     for model, name in ((student, "student"), (teacher, "teacher")):
-        model.save_pretrained(to / name)
-        tokenizer.save_pretrained(to / name)
+        model.save_pretrained(here / "models" / name)
+        tokenizer.save_pretrained(here / "models" / name)
 
 
 def demo_arm(cfg: Config, here: Path, folder: str, **flags) -> dict:
@@ -1980,7 +1979,7 @@ def demo_seed(cfg: Config, here: Path) -> dict[str, list[float]]:
     print(f"\nseed {cfg.seed}: pairs of a small language. A word at the beginning always decides;")
     print("in 90 % of the training pairs a closing cue goes with the label too.")
     write_demo_data(here / "data", cfg.seed, overwrite=True)
-    make_demo_models(here / "models", cfg.seed)
+    make_demo_models(here, cfg.seed)
     for name, (_, purpose, _) in DEMO_ARMS.items():
         print(f"--- {name}: {purpose}")
     # the arms without a teacher are trained in a process beside that of the method
