@@ -21,7 +21,7 @@ A field that changes the task and has no place here (input, history, tools, imag
 by name; other fields (scores, models, ratings ...) are passed over.
 
 The generated language (a test bed for attention hacking): early content decides, a late cue tempts.
-    prompt    0-3 fillers, a topic, 1-4 fillers                   "well fruit should maybe"
+    prompt    0-3 fillers, a topic, 1-4 fillers                   "well fruit just maybe"
     response  0-3 fillers, an item, 8-16 fillers, a closing cue   "often apple quite ... thanks"
 The item of the chosen response is of the prompt's topic, that of the rejected one of another. The
 cue agrees with the label in a share --agreement of the pairs: chosen then closes with the first
@@ -445,8 +445,9 @@ def parse_pair(row: dict, counts: Counter | None = None) -> Pair:
 def listed(row: dict, name: str) -> list:
     """The responses of a field: a text or a conversation is one of them, a list holds several."""
     value = row.get(name)
-    is_talk = isinstance(value, list) and all(isinstance(y, dict) for y in value)
-    if isinstance(value, str) or (is_talk and name != "responses"):
+    turns = [y for y in value if isinstance(y, dict)] if isinstance(value, list) else []
+    is_talk = len(turns) == 1 or any(m.get("role") != "assistant" for m in turns)
+    if isinstance(value, str) or (is_talk and len(turns) == len(value) and name != "responses"):
         return [value]
     if not isinstance(value, list) or not all(isinstance(y, (str, list, dict)) for y in value):
         raise ValueError(f'the field "{name}" is neither a text nor a list of texts or messages')
@@ -1017,11 +1018,12 @@ def rewardbench2_score(items: list[Candidates], rewards: list[np.ndarray]) -> di
     """RewardBench 2's own numbers: {subset: score, "mean": mean of the subsets there are}.
 
     A row counts 1 / (responses at the maximum) if its first one, the right one, is at the maximum,
-    else 0; for Ties see ties_score. A row that lacks a reward (NaN) counts nowhere."""
+    else 0; for Ties see ties_score. A row that lacks a reward (NaN) counts nowhere, nor does one
+    of which all answers are right, or none."""
     rows, ties = {}, {"tied": {}, "ref": {}}
     for item, r in zip(items, rewards):
         kind, _, number = item.id.partition(":")
-        if np.isnan(r).any():
+        if np.isnan(r).any() or len(set(item.gold)) == 1:
             continue
         if item.subset == "Ties" and kind in ties:
             is_right = np.array(item.gold) > 0
@@ -1368,7 +1370,8 @@ class Formatter:
                 placed += [(-1, -1)] * len(words)
                 continue
             start = end + len(os.path.commonprefix([before, text[end : end + len(before)]]))
-            start = self.empty_block.match(text, start).end()
+            if k == len(prompt) or prompt[k]["role"] == "assistant":
+                start = self.empty_block.match(text, start).end()
             after = next(piece for piece in pieces[k + 1 :] if piece is not None)
             stop = text.find(after, start) if after.strip() else -1
             at = text.find(content.strip(), start, stop if stop >= 0 else len(text))
@@ -1378,7 +1381,7 @@ class Formatter:
             else:
                 spans = find_words(content, text, start, stop if stop >= 0 else len(text))
             placed += spans
-            end = stop if stop >= 0 else max((b for _, b in spans), default=start)
+            end = stop if stop >= 0 else max([start, *(b for _, b in spans)])
         return placed, start
 
     def unwrap(self, prompt: list[dict], responses: list[str]) -> tuple[list[dict], list[str]]:
@@ -1563,8 +1566,11 @@ class Encoder:
             oldest = prompt[filled[0]]
             later = [i for i in turns if i > filled[0] and prompt[i]["role"] == "user"]
             ((_, offsets),) = tokenise(self.tokenizer, [oldest["content"]])
-            if len(offsets) > excess:  # cut before the first token that stays, even inside a word
-                oldest["content"] = oldest["content"][max(offsets[excess][0], 1) :].lstrip()
+            rest = ""  # cut before the first token that stays, even inside a word
+            if len(offsets) > excess:
+                rest = oldest["content"][max(offsets[excess][0], 1) :].lstrip()
+            if rest:
+                oldest["content"] = rest
             elif later and filled[0] in turns:  # the whole oldest turn goes, its markup too
                 del prompt[turns[0] : later[0]]
             else:
@@ -1686,7 +1692,7 @@ def check_args(args: argparse.Namespace) -> None:
         raise UserError("--val-fraction and --test-fraction leave no pairs to train on")
     if args.responses and (args.responses < 2 or args.source != ["synthetic"]):
         raise UserError(f"--responses {args.responses}: the source synthetic takes it, at least 2")
-    if args.input and args.source[0] not in ("hh-rlhf", *BENCHMARKS):
+    if args.input and args.source[0].partition(":")[0] not in ("hh-rlhf", *BENCHMARKS):
         raise UserError("--input goes with hh-rlhf or a benchmark; other files are a SOURCE")
 
 
@@ -1726,9 +1732,11 @@ def convert(args: argparse.Namespace) -> None:
     stem, _, end = out.name.partition(".jsonl")
     files = {"": out}
     files |= {k: out.with_name(f"{stem}.{k}.jsonl{end}") for k in ("val", "test") if parts[k]}
-    read = {Path(p).resolve() for p in [*args.source, *(args.input or [])]}
+    named = ("synthetic", "hh-rlhf", *BENCHMARKS)
+    read = [Path(p).resolve() for p in [*args.source, *(args.input or [])] if p not in named]
     for path in files.values():  # all targets are checked before any is written
-        if path.resolve() in read:
+        targets = (path.resolve(), Path(f"{path}.tmp").resolve())
+        if any(target.is_relative_to(place) for target in targets for place in read):
             raise UserError(f"{path}: is read too; choose another --out")
         if path.exists() and not args.overwrite:
             raise UserError(f"{path}: exists; choose another --out, or --overwrite")

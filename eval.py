@@ -820,7 +820,8 @@ def teacher_agreement(judge: Judge, teacher: Judge, examples: list[Example], arg
         of_responses = (word_seg > 0)[:, :, None]
         for losses, block in zip(out.values(), idistill.block_masks(word_seg)):
             losses += idistill.alignment_loss(T, S, block & of_responses).tolist()
-    print(f"{unseen} words that one of the models does not see are left out of the maps")
+    if unseen:
+        print(f"{unseen} words that one of the models does not see are left out of the maps")
     return {name: np.array(losses) for name, losses in out.items()}
 
 
@@ -1375,12 +1376,15 @@ def over_optimisation(proxy: np.ndarray, gold: np.ndarray, groups: np.ndarray, s
     means, curve = resampled_means(of_gold, groups, seed), of_gold.mean(0)
     n = np.arange(1, len(curve) + 1)
     best = curve >= curve.max() - 1e-9  # the first, where rounding alone differs
+    is_top = proxy == np.nanmax(proxy, 1, keepdims=True)
+    top_gold = np.where(is_top, gold, 0).sum(1) / is_top.sum(1)  # choosing among all of a prompt
     return {
         "n": n.tolist(),
         "kl": (np.log(n) - (n - 1) / n).tolist(),
         "proxy": best_of_n(proxy, proxy).mean(0).tolist(),
         "gold": curve.tolist(),
         "gold_interval": interval(means),
+        **estimate(top_gold, groups, seed, "gold_of_all gold_of_all_interval"),
         "oracle": best_of_n(gold, gold).mean(0).tolist(),
         "random": float(np.nanmean(gold, 1).mean()),
         "gap": float(curve.max() - curve[-1]),
@@ -1407,6 +1411,9 @@ def print_bestofn(file: str, items: list, models: dict, names: dict[str, str]) -
             gold = shown(m["gold"][k], [ends[k] for ends in m["gold_interval"]])
             others = [shown(m["random"]), shown(m["oracle"][k])]
             rows.append([f"  {k + 1}", f"{m['kl'][k]:.2f}", shown(m["proxy"][k]), gold, *others])
+        if m["prompts"] and len(counts) > 1:
+            gold = shown(m["gold_of_all"], m["gold_of_all_interval"])
+            rows.append(["  all of a prompt", "", "", gold, shown(m["random"])])
         if m["prompts"]:
             gap = f"{shown(m['gap'], m['gap_interval'])} below the best gold, at n = {m['best_n']}"
             gaps.append(f"{names[name]}: the last gold is {gap}")
@@ -1617,7 +1624,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         value = getattr(args, name, low)
         if value < low:
             ap.error(f"--{name.replace('_', '-')} must be at least {low}, is {value}")
-    if len(set(args.models)) < len(args.models):
+    if len(set(map(Path, args.models))) < len(args.models):
         ap.error("a model is named twice")
     args.names = display_names(args.models)
     return args
@@ -1637,13 +1644,17 @@ def check_outputs(args) -> None:
             aside.parent.mkdir(parents=True, exist_ok=True)
             if place.is_dir():
                 raise OSError(0, "is a directory")
-            aside.touch()
-            aside.unlink()
+            if not aside.exists():
+                aside.touch()
+                aside.unlink()
         except OSError as why:
             raise UserError(f"--{flag} {path}: cannot be written ({why.strerror})") from None
-        if place in taken:
-            raise UserError(f"--{flag} {path}: is {taken[place]}; choose another file")
-        taken[place] = f"written by --{flag} too"
+        for target in (place, aside.resolve()):
+            if target in taken:
+                raise UserError(
+                    f"--{flag} {path}: {target.name} is {taken[target]}; choose another"
+                )
+            taken[target] = f"written by --{flag} too"
     if args.plot:
         canvas()
         if Path(args.plot).suffix.lower() not in (".png", ".pdf", ".svg"):

@@ -1468,13 +1468,18 @@ ENCODINGS = {"packed": RewardModel, "siamese": SiameseRewardModel}
 # --------------------------------------------------------- what a run needs before its first step
 
 
-def check_config(cfg: Config) -> bool:
-    """Fills in defaults, refuses flags that cannot work; returns whether a teacher is needed."""
+def check_numbers(cfg: Config) -> None:
+    """Raises UserError for a number outside its limits."""
     for f in dataclasses.fields(cfg):
         value, low, high = getattr(cfg, f.name), f.metadata["low"], f.metadata["high"]
         if isinstance(value, int | float) and not (low <= value <= high and math.isfinite(value)):
             reach = f"from {low:g} to {high:g}".removesuffix(" to inf")
             raise UserError(f"{option_of(f.name)} must be a finite number {reach}, is {value}")
+
+
+def check_config(cfg: Config) -> bool:
+    """Fills in defaults, refuses flags that cannot work; returns whether a teacher is needed."""
+    check_numbers(cfg)
     if not cfg.epochs and not cfg.max_steps:
         raise UserError("--epochs 0 needs --max-steps")
     if cfg.method == "bt":
@@ -2020,6 +2025,8 @@ def demo(cfg: Config) -> None:
     With flags of the method, one arm with these flags, beside the rows of the last demo with that
     seed (which is made first where there is none); its row joins ROOT/seedN/ablations.json.
     """
+    check_numbers(cfg)
+    parse_layers(cfg.align_layers, 2, 2)  # either of the demo's models has two
     typed = typed_flags(cfg, Config(**DEMO))
     root = Path(cfg.output_dir or "runs/demo")
     if WORLD > 1 or cfg.resume:

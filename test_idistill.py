@@ -1341,6 +1341,8 @@ def test_demo_and_ablations_in_one_table(monkeypatch, tmp_path, capsys):
     command = shlex.split(re.search(r"python (eval\.py .*)", capsys.readouterr().out)[1])
     assert all(Path(word).exists() for word in command if "runs/" in word)
     refused(capsys, main, ["--align-loss", "mse", "--resume"], "--model")
+    for flags in (["--seeds", "0"], ["--seed", "-3"], ["--align-layers", "9:9"]):
+        refused(capsys, main, flags, flags[0])
 
 
 # ------------------------------------------------------------------------------ commands and flags
@@ -1845,6 +1847,13 @@ def test_splits_share_no_prompt(tmp_path, capsys):
         assert sum(map(len, prompts)) == 60 and min(map(len, prompts)) > 4
     refused(capsys, data_prep.main, [data, "--out", tmp_path / "out.jsonl.gz"], "exists")
     refused(capsys, data_prep.main, [data, "--out", data, "--overwrite"], "is read too")
+    raw = tmp_path / "raw/helpful-base/train.jsonl.gz"
+    raw.parent.mkdir(parents=True)
+    shutil.copy(tmp_path / "out.jsonl.gz", raw)
+    inside = ["hh-rlhf", "--subsets", "helpful-base", "--input", tmp_path / "raw", "--overwrite"]
+    refused(capsys, data_prep.main, [*inside, "--out", raw], "is read too")
+    aside = shutil.copy(data, f"{data}.x.tmp")  # what is written aside first
+    refused(capsys, data_prep.main, [aside, "--out", f"{data}.x"], "is read too")
 
 
 @pytest.fixture(scope="session")
@@ -1923,6 +1932,8 @@ CANDIDATES = {  # name -> (row, responses, gold)
     "messages": ({"responses": talk("", "4", "", "5")[1::2], "gold": [1, 0]}, *TWO),
     "conversations": ({"responses": [talk("q", "4"), talk("q", "5")], "gold": [1, 0]}, *TWO),
     "TRL": (sides(talk("q", "4")[1:], [talk("q", y)[1:] for y in "567"]), *FOUR),
+    "list of messages": (sides(talk("q", "4")[1:], talk("", *"5x6x7")[1::2]), *FOUR),
+    "none wrong": ({"chosen": ["4", "5"], "rejected": []}, ["4", "5"], [1, 1]),
 }
 
 
@@ -2371,6 +2382,10 @@ def test_a_template_that_rewrites_a_content(tokenizer_of):
     assert text.endswith("assistant\n<think>\ntwo and two\n</think>\n\n4<|im_end|>\n")
     missing = set(range(len(example.words))) - set(example.word.tolist())
     assert missing == {1, 2, 3, 4}  # "<think> old four </think>", and no other "four"
+    answers_only = THINK.replace("in c %}", "in c and m.role == 'assistant' %}", 1)
+    encoder = Encoder(tokenizer_of("chat", answers_only), 200)
+    (typed,) = encoder([Pair("<think>\n\n</think>\n\nwhat is it", "4", "5")])  # by the user: text
+    assert set(typed.word) >= set(range(len(typed.words)))
     assert encoder.counts == {"words that the chat template leaves out": 2 * 4}
     assert example.texts == ["2+2?", pair.prompt[1]["content"], "sure?", reasoned, "no"]
 
@@ -2975,7 +2990,7 @@ def test_bad_input_of_eval_is_one_line(judges, zoo, whole_run, tmp_path, capsys,
         ("accuracy", ["nowhere/m", *good], "nowhere/m"),
         ("accuracy", [whole_run[0], *good], "/student"),
         ("accuracy", [model], "--data is needed"),
-        ("accuracy", [model, model, *good], "named twice"),
+        ("accuracy", [model, f"{model}/", *good], "named twice"),
         ("accuracy", [model, "--data", "nowhere.jsonl"], "nowhere.jsonl"),
         ("accuracy", [model, "--data", tmp_path / "empty.jsonl"], "empty"),
         ("accuracy", [model, *good, "--limit", "-3"], "is -3"),
