@@ -2382,12 +2382,12 @@ def test_a_template_that_rewrites_a_content(tokenizer_of):
     assert text.endswith("assistant\n<think>\ntwo and two\n</think>\n\n4<|im_end|>\n")
     missing = set(range(len(example.words))) - set(example.word.tolist())
     assert missing == {1, 2, 3, 4}  # "<think> old four </think>", and no other "four"
+    assert encoder.counts == {"words that the chat template leaves out": 2 * 4}
+    assert example.texts == ["2+2?", pair.prompt[1]["content"], "sure?", reasoned, "no"]
     answers_only = THINK.replace("in c %}", "in c and m.role == 'assistant' %}", 1)
     encoder = Encoder(tokenizer_of("chat", answers_only), 200)
     (typed,) = encoder([Pair("<think>\n\n</think>\n\nwhat is it", "4", "5")])  # by the user: text
     assert set(typed.word) >= set(range(len(typed.words)))
-    assert encoder.counts == {"words that the chat template leaves out": 2 * 4}
-    assert example.texts == ["2+2?", pair.prompt[1]["content"], "sure?", reasoned, "no"]
 
 
 def test_answers_that_a_template_makes_one_are_counted(tokenizer_of):
