@@ -1276,7 +1276,7 @@ class Formatter:
         self.empty_block = re.compile("")
         if self.markup(PROBES[0])[1] is None:
             raise UserError(f"{tokenizer.name_or_path}: its chat template leaves the answers out")
-        self.empty_block = self.reasoning_block()
+        self.tags, self.empty_block = self.reasoning_block()
         self.known_markup.clear()  # anew, without such blocks
         self.control = re.compile(any_of(self.control_strings()))
         end = self.markup(PROBES[0])[-1]
@@ -1305,9 +1305,8 @@ class Formatter:
             marks = [f"\ue000{i}\ue001" for i in range(len(roles))]  # characters no template has
             text = ""
             with suppress(UserError):
-                text = self(
-                    [{"role": r, "content": m} for r, m in zip(roles[:-1], marks)], marks[-1]
-                )
+                prompt = [{"role": r, "content": m} for r, m in zip(roles[:-1], marks)]
+                text = self(prompt, marks[-1])
             kept = [mark for mark in marks if mark in text]
             pieces = [self.empty_block.sub("", s) for s in re.split("\ue000\\d+\ue001", text)]
             if re.findall("\ue000\\d+\ue001", text) != kept:
@@ -1320,22 +1319,22 @@ class Formatter:
         """The markup of some usual roles."""
         return [[piece or "" for piece in self.markup(roles)] for roles in PROBES]
 
-    def reasoning_block(self) -> re.Pattern:
-        """An empty block of reasoning, such as <think></think>, or nothing. Its tags are those that
-        the template looks for in contents, or writes as an empty block alone. Tags around a whole
-        content, as [INST] and [/INST], are none."""
+    def reasoning_block(self) -> tuple[set[str], re.Pattern]:
+        """The tags of reasoning, such as <think> and </think>; an empty block of them, or nothing.
+        They are those that the template looks for in contents, or writes as an empty block alone.
+        Tags around a whole content, as [INST] and [/INST], are none."""
         written = "\n.\n".join(piece for probe in self.probes() for piece in probe)
         closing = re.compile(r"</\w+>|\[/\w+\]")
         sought = rf"""['"]({closing.pattern})['"](?=\s+in\b|\s*[,)])"""
-        self.tags, blocks = set(), []
+        tags, blocks = set(), []
         for tag in {*closing.findall(written), *re.findall(sought, self.template)}:
             opening = tag.replace("/", "")
             block = re.escape(opening) + r"\s*" + re.escape(tag) + r"\n*"
             rest = re.sub(block, "", written)
             if tag != self.eos and opening not in rest and tag not in rest:
-                self.tags |= {opening, tag}
+                tags |= {opening, tag}
                 blocks.append(block)
-        return re.compile(f"(?:{'|'.join(blocks)})?")
+        return tags, re.compile(f"(?:{'|'.join(blocks)})?")
 
     def control_strings(self) -> set[str]:
         """Special tokens, other added tokens that the template writes, its marks such as [INST],
@@ -1374,12 +1373,13 @@ class Formatter:
                 start = self.empty_block.match(text, start).end()
             after = next(piece for piece in pieces[k + 1 :] if piece is not None)
             stop = text.find(after, start) if after.strip() else -1
-            at = text.find(content.strip(), start, stop if stop >= 0 else len(text))
+            limit = stop if stop >= 0 else len(text)
+            at = text.find(content.strip(), start, limit)
             if at >= 0:  # as it is, or stripped, as some templates do
                 shift = at - content.find(content.strip())
                 spans = [(a + shift, b + shift) for a, b in words]
             else:
-                spans = find_words(content, text, start, stop if stop >= 0 else len(text))
+                spans = find_words(content, text, start, limit)
             placed += spans
             end = stop if stop >= 0 else max([start, *(b for _, b in spans)])
         return placed, start

@@ -1220,7 +1220,8 @@ def sliding_window(config) -> int:
     is_used = getattr(config, "use_sliding_window", True) and kinds != {"full_attention"}
     window = (is_used and getattr(config, "sliding_window", None)) or 10**6
     # sparse attention picks its keys (DeepSeek-V3.2: index_topk) before the tree mask hides some
-    return min(window, (getattr(config, "index_topk", None) or 2 * 10**6) // 2)
+    picked = getattr(config, "index_topk", None)
+    return min(window, picked // 2) if picked else window
 
 
 def attempt(function, *args, **kwargs):
@@ -1938,6 +1939,7 @@ DEMO = dict(  # its flags; the teacher's recipe was chosen by validation accurac
     eval_every=400,
     log_every=20,
 )
+DEMO_LAYERS = 2  # of student and teacher
 DEMO_SETS = ("in-distribution", "cue-neutral", "cue-reversed")  # the cue is right in 90, 50, 10 %
 DEMO_ARMS = {  # name -> folder, purpose, flags
     "BT": ("bt", "the plain reward model", {"method": "bt"}),
@@ -1949,7 +1951,7 @@ DEMO_ARMS = {  # name -> folder, purpose, flags
 def make_demo_models(here: Path, seed: int) -> None:
     """A word-level Llama and a word-level ModernBERT, untrained, as ordinary directories."""
     tokenizer = load_tokenizer(str(here / "data"))
-    size = dict(vocab_size=len(tokenizer), hidden_size=64, num_hidden_layers=2)
+    size = dict(vocab_size=len(tokenizer), hidden_size=64, num_hidden_layers=DEMO_LAYERS)
     size |= dict(num_attention_heads=4, intermediate_size=128, max_position_embeddings=256)
     size |= dict(pad_token_id=0, bos_token_id=2, eos_token_id=4, cls_token_id=2, sep_token_id=3)
     torch.manual_seed(seed)
@@ -2026,7 +2028,7 @@ def demo(cfg: Config) -> None:
     seed (which is made first where there is none); its row joins ROOT/seedN/ablations.json.
     """
     check_numbers(cfg)
-    parse_layers(cfg.align_layers, 2, 2)  # either of the demo's models has two
+    parse_layers(cfg.align_layers, DEMO_LAYERS, DEMO_LAYERS)
     typed = typed_flags(cfg, Config(**DEMO))
     root = Path(cfg.output_dir or "runs/demo")
     if WORLD > 1 or cfg.resume:

@@ -19,7 +19,6 @@ import argparse
 import sys
 import warnings
 import weakref
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -125,12 +124,9 @@ def row_of(size: tuple[int, ...], tokens: int) -> list[float]:
         plain, method = (peak_of_step(stock, tokens, layers, amp) for layers in ((), (-1,)))
         stock.gradient_checkpointing_enable({"use_reentrant": False})
         checkpointed = peak_of_step(stock, tokens, (-1,), amp)
-        # FSDP2 gathers a layer in bf16 each time, so autocast keeps no copies of the weights
-        uncached = partial(torch.autocast, "cpu", torch.bfloat16, cache_enabled=False)
-        sharded = peak_of_step(stock, tokens, (-1,), uncached)
     gathered = 10 * P_l + 12 * (P - size[0] * P_l)
     one_gpu = [16 * P + method, 16 * P + checkpointed]
-    several = [16 * P / gpus + gathered + sharded for gpus in (8, 64)]
+    several = [16 * P / gpus + gathered + checkpointed for gpus in (8, 64)]
     return [16 * P, plain, method, checkpointed, *one_gpu, *several]
 
 

@@ -44,7 +44,17 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import idistill
-from data_prep import Encoder, Example, Parser, UserError, bar, exit_codes, read_pairs, written
+from data_prep import (
+    Encoder,
+    Example,
+    Parser,
+    UserError,
+    bar,
+    exit_codes,
+    first_line,
+    read_pairs,
+    written,
+)
 from idistill import Config, InteractionTeacher, RewardModel
 
 # ------------------------------------------------------------------------------ what all arms share
@@ -377,8 +387,8 @@ def measure_memory(args) -> dict[str, dict]:
                 try:
                     row = process.submit(two_steps, args, arm, tokens, pairs).result()
                 except RuntimeError as why:  # the process was killed, or torch found no memory
-                    first_line = str(why).splitlines()[0]
-                    raise UserError(f"--memory {tokens}:{pairs}, arm {arm}: {first_line}") from None
+                    where = f"--memory {tokens}:{pairs}, arm {arm}"
+                    raise UserError(f"{where}: {first_line(why)}") from None
             out[f"{arm} {tokens}"] = {"arm": arm, "tokens": tokens, "pairs": pairs, **row}
     return out
 
@@ -439,12 +449,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--pairs", type=positive, default=1088, help="of --data (default: 1088, 68 steps)")
     add("--steps", type=positive, default=5, help="of each arm a round (default: 5)")
     add("--rounds", type=positive, default=5, help="default: 5")
-    add(
-        "--max-length",
-        type=positive,
-        default=1024,
-        help="of the pairs (default: 1024)",
-    )
+    add("--max-length", type=positive, default=1024, help="of the pairs (default: 1024)")
     add("--dtype", choices=["auto", "fp32", "bf16"], default="auto")
     add("--device", default="auto")
     add("--cpu-seconds", action="store_true", help="of this process, in place of the wall clock")

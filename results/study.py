@@ -123,7 +123,7 @@ def gradient_norm(loss: torch.Tensor, model) -> float:
     weights = [w for w in model.parameters() if w.requires_grad]
     options = {"retain_graph": True, "allow_unused": True}
     gradients = torch.autograd.grad(loss.mean(), weights, **options)
-    return float(sum(g.square().sum() for g in gradients if g is not None) ** 0.5)
+    return float(torch.nn.utils.get_total_norm([g for g in gradients if g is not None]))
 
 
 def frozen(run: Path) -> dict:
@@ -371,10 +371,8 @@ def planted_run(out: Path, arm: str, agreement: int, seed: int, common: dict, da
         flags["data"].append(str(data / "clean.jsonl"))
         flags["max_steps"] = 160  # of 380 in an epoch, twice the steps of the others
     flags["val_data"] = [str(data / f"validation-{agreement}-{seed}.jsonl")]
-    if (out / "results.json").exists():
-        return
     planted_teacher(teacher, data, common)
-    if arm == "lexical":
+    if arm == "lexical" and not (out / "results.json").exists():
         register_lexical(flags, PLANTED / teacher)
     train(out, **flags, lr=PLANTED_LR, seed=seed)
 
