@@ -711,11 +711,11 @@ def test_packed_siamese_and_stock_scores_agree(zoo, tmp_path, family, kind):
     idistill.probe_student(siamese, family)
     scores = rewards_of(siamese, examples)
     assert scores.std() > 0.01
-    if family in SIAMESE:
-        with pytest.raises(UserError, match="--encoding siamese"):
-            idistill.probe_student(model, family)
-    else:
+    try:
         idistill.probe_student(model, family)
+    except UserError as why:  # transformers 5.17 still let Gemma 2 take the tree mask
+        assert family in SIAMESE and "--encoding siamese" in str(why)
+    else:
         close(rewards_of(model, examples), scores, 1e-3)
         batch = student_batch(examples, tokenizer.pad_token_id)
         (_, maps), (_, others) = (m(batch, layers=(0, -1)) for m in (model, siamese))
@@ -3305,7 +3305,8 @@ def test_word_maps_are_those_of_training(judges, whole_run):
     """The simulated map of the training pass; the teacher's map is the mean of both orders; their
     KL by stage is that of the alignment loss, and no stage moves where the teacher sees less."""
     name, pairs = judges(), make_pairs(5)
-    args = evaluation.parse_args(["attention", name, "--data", "x", "--dtype", "fp32"])
+    flags = ["--dtype", "fp32", "--device", "cpu"]
+    args = evaluation.parse_args(["attention", name, "--data", "x", *flags])
     teacher = evaluation.open_judge(str(whole_run[0] / "teacher"), args)
     judge = evaluation.open_decoder(name, args, teacher)
     examples = judge.encoder(pairs)

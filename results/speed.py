@@ -95,7 +95,15 @@ def set_up(args, examples_of) -> Setting:
     stock.to(device).train()
     teacher.to(device).eval().requires_grad_(False)
     clock = time.process_time if args.cpu_seconds else time.perf_counter
+    if device.type == "cuda":
+        clock = gpu_clock
     return Setting(RewardModel(stock), tokenizer, teacher, examples, device, amp, clock)
+
+
+def gpu_clock() -> float:
+    """Seconds, once the GPU has done all that it was given."""
+    torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def shrunk_student(name: str, hidden: int, layers: int):
@@ -193,8 +201,6 @@ def train(setting: Setting, arm: str, batches: list[np.ndarray], optimizer) -> f
         torch.nn.utils.clip_grad_norm_(setting.student.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    if setting.device.type == "cuda":
-        torch.cuda.synchronize()
     seconds = setting.clock() - started
     for model, implementation in zip(models, before):
         model.set_attn_implementation(implementation)

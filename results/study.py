@@ -3,6 +3,7 @@
 
     python results/study.py readings   # generated language: readings.json, readings.png
     python results/study.py planted    # real text, a shortcut planted in it: planted.json, .png
+    python results/study.py whole      # the same at full size, on a GPU: whole.json, .png
     python results/study.py gate       # does a gradient-weighted map know more? gate.json
 
 Each command can be stopped and started again: what is done is skipped. results/README.md says what
@@ -169,7 +170,7 @@ class Judge:
         return np.array([found.get(id(pair), np.nan) for pair in pairs])
 
 
-def open_judge(path: Path, max_length: int = 768, teacher: Path = TEACHER) -> Judge:
+def open_judge(path: Path, max_length: int, teacher: Path) -> Judge:
     """RUN/student or RUN/teacher; pairs are encoded for `teacher` too."""
     device, amp = idistill.set_up_device(idistill.Config(dtype="fp32"))
     if path.name == "teacher":
@@ -238,18 +239,64 @@ def table(header: list[str], rows: dict[str, list[str]]) -> None:
 
 # ----------------------------------------------------------------- planted: a shortcut in real text
 
-PLANTED = ROOT / "runs" / "planted"
 CLOSINGS = (" I hope this helps you out.", " Let me know how it goes.")  # 6 words, 7 tokens each
 SETS = ("none", "with", "against")
-# split -> its part of the training file in an order drawn by prompts, most tokens, most pairs
-SPLITS = {
-    "biased": (0, 2000, 90, 640),
-    "validation": (2000, 2300, 90, 64),
-    "clean": (2300, None, 120, 2400),
-    "double": (2300, None, 256, 4800),
+OTHER_SETS = {  # held out too, from other sources
+    "harmless": ["hh_harmless.test"],
+    "others": ["rmb_helpful.test", "llmbar_natural", "mt_bench_llmbar_layout"],
 }
-HELD_OUT_PAIRS = 240
-PLANTED_LR = 3e-4  # the choice of the first study, by validation on pairs of this source
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large a study of a planted shortcut is.
+
+    name: of its folder in runs/, its JSON and its picture; layers: of SmolLM2-135M.
+    flags: fields of Config, the same for all arms.
+    splits: name -> its part of the training file in an order drawn by prompts, most tokens, most
+    pairs; "held out" is of the test files.
+    """
+
+    name: str
+    layers: int
+    flags: dict
+    splits: dict
+    sets: tuple = SETS
+
+    @property
+    def dir(self) -> Path:
+        return ROOT / "runs" / self.name
+
+    def files(self, *names: str) -> list[str]:
+        return [str(self.dir / f"data/{name}.jsonl") for name in names]
+
+
+PLANTED = Size(
+    "planted",
+    3,
+    # the rate is the choice of the first study, by validation on pairs of this source
+    {"max_length": 256, "dtype": "fp32", "batch_size": 8, "lr": 3e-4},
+    {
+        "biased": (0, 2000, 90, 640),
+        "validation": (2000, 2300, 90, 64),
+        "clean": (2300, None, 120, 2400),
+        "double": (2300, None, 256, 4800),
+        "held out": (0, None, 90, 240),
+    },
+)
+WHOLE = Size(
+    "whole",
+    30,
+    {"max_length": 640, "batch_size": 16},  # bf16 on a GPU
+    {
+        "biased": (0, 3600, 512, 2400),
+        "validation": (3600, 4400, 512, 800),
+        "clean": (4400, None, 512, None),
+        "held out": (0, None, 512, 800),
+    },
+    (*SETS, *OTHER_SETS),
+)
+RATES = (3e-5, 1e-4, 3e-4)  # of whole: chosen by validation, BT and ID together, no sentence
 ARMS = {
     "BT": BT,
     "verdict": {**NO_MAP, "lambda_score": 1.0},
@@ -259,6 +306,15 @@ ARMS = {
     "uniform": {"align_target": "uniform"},
 }
 CONTROLS = {"lexical": {"align_target": "lexical"}, "shuffled": {"align_target": "shuffled"}}
+TARGET_ARMS = ("ID", "shuffled", "column", "lexical", "uniform")
+WEAKER = {  # lambda of every target, to be matched by validation
+    f"{arm}@{weight}": {
+        **(ARMS | CONTROLS)[arm],
+        "lambda_intra": float(weight),
+        "lambda_inter": float(weight),
+    }
+    for arm, weight in product(TARGET_ARMS, ("0.3", "0.1"))
+}
 EXTRAS = {  # seed 0; the first with all seeds
     "BT+clean": BT,
     "ID-biased-teacher": {},
@@ -275,7 +331,8 @@ TEACHERS = {  # folder -> its pairs, its validation pairs, its student's arm
     "teacher-double": ("double", "validation-none", "ID-double-teacher"),
 }
 MEASURES = ("occlusion_share", "attention_in_response", "kl_intra", "kl_inter")
-COMPARED = "ID BT, uniform BT, column BT, verdict BT, verdict+map verdict, BT+clean verdict"
+COMPARED = "ID BT, uniform BT, column BT, shuffled BT, lexical BT, ID uniform, ID column"
+COMPARED += ", verdict BT, verdict+map verdict, BT+clean verdict"
 LABELS = {
     "teacher": "teacher",
     "BT": "BT",
@@ -329,16 +386,20 @@ def short_pairs(path: Path, student: str, split=(0, None, 90, None)) -> list[Pai
     return [e.pair for e in examples if len(e.ids) <= most_tokens][:most_pairs]
 
 
-def planted_data(student: str) -> Path:
-    """Writes the splits: no prompt is in two of them; the held-out ones are of the test file."""
-    to = PLANTED / "data"
+def planted_data(size: Size, student: str) -> None:
+    """Writes the splits: no prompt is in two of them; the held-out ones are of the test files."""
+    to = size.dir / "data"
     if (to / "clean-90-0.jsonl").exists():  # the last one
-        return to
+        return
     to.mkdir(parents=True, exist_ok=True)
-    parts = {name: short_pairs(TRAIN_FILE, student, split) for name, split in SPLITS.items()}
-    held_out = short_pairs(TEST_FILE, student, (0, None, 90, HELD_OUT_PAIRS))
-    files = {"clean": parts["clean"], "double": parts["double"], "none": held_out}
-    files["validation-none"] = parts["validation"]
+    parts = {name: short_pairs(TRAIN_FILE, student, split) for name, split in size.splits.items()}
+    held_out = short_pairs(TEST_FILE, student, size.splits["held out"])
+    files = {name: parts[name] for name in ("clean", "double") if name in parts}
+    files |= {"none": held_out, "validation-none": parts["validation"]}
+    for name in set(size.sets) & set(OTHER_SETS):
+        paths = [TEST_FILE.with_name(f"{source}.jsonl.gz") for source in OTHER_SETS[name]]
+        few = (0, None, 512, 400)
+        files[name] = [pair for path in paths for pair in short_pairs(path, student, few)]
     files["with"] = [plant(pair, True) for pair in held_out]
     files["against"] = [plant(pair, False) for pair in held_out]
     for name, agreement, seed in product(("biased", "validation"), (0, 75, 90), SEEDS):
@@ -347,53 +408,73 @@ def planted_data(student: str) -> Path:
     for name, pairs in files.items():
         if not (to / f"{name}.jsonl").exists():
             write_pairs(to / f"{name}.jsonl", pairs)
-    return to
 
 
-def planted_teacher(name: str, data: Path, common: dict) -> None:
+def planted_teacher(size: Size, name: str, common: dict) -> None:
     """A frozen teacher for all seeds; the run's student takes one step and goes."""
     pairs, validation, _ = TEACHERS[name]
-    files = {
-        "data": [str(data / f"{pairs}.jsonl")],
-        "val_data": [str(data / f"{validation}.jsonl")],
-    }
+    files = {"data": size.files(pairs), "val_data": size.files(validation)}
     common = common | TEACHER_RECIPE | {"batch_size": 16, "eval_every": 75, "max_steps": 1}
-    out = train(PLANTED / name, **common, **files)
+    out = train(size.dir / name, **common, **files)
     shutil.rmtree(out / "student", ignore_errors=True)
 
 
-def planted_run(out: Path, arm: str, agreement: int, seed: int, common: dict, data: Path) -> None:
+def planted_run(size: Size, name: str, arm: str, agreement: int, seed: int, common: dict) -> None:
     """One arm of one seed."""
     teacher = next((name for name, (*_, own) in TEACHERS.items() if own == arm), "teacher")
-    flags = {**common, **frozen(PLANTED / teacher), **(ARMS | CONTROLS | EXTRAS)[arm]}
-    flags["data"] = [str(data / f"biased-{agreement}-{seed}.jsonl")]
+    flags = {**common, **frozen(size.dir / teacher), "seed": seed, **arm_flags(arm)}
+    flags["data"] = size.files(f"biased-{agreement}-{seed}")
     if arm == "BT+clean":
-        flags["data"].append(str(data / "clean.jsonl"))
-        flags["max_steps"] = 160  # of 380 in an epoch, twice the steps of the others
-    flags["val_data"] = [str(data / f"validation-{agreement}-{seed}.jsonl")]
-    planted_teacher(teacher, data, common)
-    if arm == "lexical" and not (out / "results.json").exists():
-        register_lexical(flags, PLANTED / teacher)
-    train(out, **flags, lr=PLANTED_LR, seed=seed)
+        flags["data"] += size.files("clean")
+        if size is PLANTED:
+            flags["max_steps"] = 160  # of 380 in an epoch, twice the steps of the others
+    flags["val_data"] = size.files(f"validation-{agreement}-{seed}")
+    if "lr" not in flags:
+        flags["lr"] = chosen_rate(size)
+    planted_teacher(size, teacher, common)
+    if flags.get("align_target") == "lexical" and not (size.dir / name / "results.json").exists():
+        register_lexical(flags, size.dir / teacher)
+    train(size.dir / name, **flags)
 
 
-def measure(run: Path, part: str, teacher: Path, held_out: dict[str, list[Pair]]) -> dict:
+def arm_flags(arm: str) -> dict:
+    """Fields of Config of an arm; "BT@lr1e-04" is one that chooses the rate."""
+    name, _, rate = arm.partition("@lr")
+    return {**(ARMS | CONTROLS | WEAKER | EXTRAS)[name], **({"lr": float(rate)} if rate else {})}
+
+
+def chosen_rate(size: Size) -> float:
+    """The rate of RATES whose BT and ID validate best together, without a sentence, seed 0."""
+    found = {rate: [validation(size.dir / name) for name in rate_runs(rate)] for rate in RATES}
+    return max(RATES, key=lambda rate: sum(found[rate]))
+
+
+def rate_runs(rate: float) -> list[str]:
+    return [f"{arm}@lr{rate:.0e}-0-0" for arm in ("BT", "ID")]
+
+
+def validation(run: Path) -> float:
+    return read_json(run / "results.json")["sets"]["validation"]["student"]
+
+
+def measure(size: Size, name: str, part: str, held_out: dict[str, list[Pair]]) -> dict:
     """Margins on the held-out sets and what the closing sentence does: RUN/measured.json.
 
     Args:
-        run, part: the run; its student or teacher.
-        teacher: whose map that of the student is compared with.
+        size, name, part: the run; its student or teacher.
         held_out: the pairs of each set.
     """
+    run, teacher = size.dir / name, size.dir / "teacher/teacher"
     path = run / "measured.json"
     if path.exists():
         return read_json(path)
-    judge = open_judge(run / part, 256, teacher)
+    judge = open_judge(run / part, size.flags["max_length"], teacher)
     out = {"margins": {name: judge.margins(pairs).tolist() for name, pairs in held_out.items()}}
     if run.name.endswith(("-0", "teacher")):  # the dear part, for one seed
         out["occlusion_share"] = [closing_occlusion(judge, pair) for pair in held_out["with"][:32]]
     if run.name.endswith("-0"):
-        out |= look_inside(judge, idistill.load_teacher(str(teacher)), held_out["with"][:64])
+        beside = idistill.load_teacher(str(teacher)).to(judge.device).eval()
+        out |= look_inside(judge, beside, held_out["with"][:64])
     with written(path) as file:
         json.dump(out, file)
     return out
@@ -454,73 +535,109 @@ def look_inside(judge: Judge, teacher: idistill.InteractionTeacher, pairs: list[
     return out
 
 
-def planted(*names: str) -> None:
-    """Trains and measures; planted.json, planted.png and the tables of all that is there.
+def planted(*names: str, size: Size = PLANTED) -> None:
+    """Trains and measures; NAME.json, NAME.png and the tables of all that is there.
 
     Args:
         names: runs such as BT-90-0, in this order; none = all; "report" = nothing new.
+        size: PLANTED, or WHOLE.
     """
-    student = cut_student(3)
-    data = planted_data(student)
-    common = {"model": student, "max_length": 256, "dtype": "fp32", "batch_size": 8}
+    student = cut_student(size.layers)
+    planted_data(size, student)
+    common = {"model": student, **size.flags}
     common["eval_every"] = 1000  # never but at the end: the weights of the last step
-    runs = {}  # name -> (arm, agreement, seed)
-    planned = [*product(SEEDS, (90,), (*ARMS, "BT+clean")), *product((0,), (90,), EXTRAS)]
-    planned += [*product((0,), (75,), (*ARMS, "BT+clean"))]
-    planned += [*product(SEEDS, (0,), (*ARMS, *CONTROLS))]
-    for seed, agreement, arm in planned:
-        runs[f"{arm}-{agreement}-{seed}"] = arm, agreement, seed
-    teacher = PLANTED / "teacher/teacher"
-    planted_teacher("teacher", data, common)
-    for name in names or runs:
-        if name in runs:
-            planted_run(PLANTED / name, *runs[name], common, data)
-            measure(PLANTED / name, "student", teacher, held_out_sets(data))
-    done = {name: run for name, run in runs.items() if (PLANTED / name / "measured.json").exists()}
-    result = measure_planted(done, data)
-    save_json("planted.json", result)
-    print_planted(result)
-    plot_planted(result, ROOT / "results/planted.png")
+    runs = {name: run_of(name) for name in planned(size)}
+    if "report" not in names:
+        planted_teacher(size, "teacher", common)
+        for name in names or runs:
+            planted_run(size, name, *runs[name], common)
+            measure(size, name, "student", held_out_sets(size))
+    done = {name: run for name, run in runs.items() if (size.dir / name / "measured.json").exists()}
+    result = measure_planted(size, done)
+    save_json(f"{size.name}.json", result)
+    print_planted(size, result)
+    plot_planted(result, ROOT / f"results/{size.name}.png")
 
 
-def held_out_sets(data: Path) -> dict[str, list[Pair]]:
-    """The same held-out pairs without, with and against the sentence."""
-    return {name: read_pairs([str(data / f"{name}.jsonl")])[0] for name in SETS}
+def whole(*names: str) -> None:
+    """As planted, with the whole SmolLM2-135M and pairs of up to 512 tokens."""
+    planted(*names, size=WHOLE)
 
 
-def measure_planted(runs: dict[str, tuple], data: Path) -> dict:
-    """All of planted.json: what was run, and for each arm the measures of its seeds."""
-    held_out, teacher = held_out_sets(data), PLANTED / "teacher/teacher"
-    groups = evaluation.prompt_groups(held_out["none"])
-    found = {(90, "teacher"): {0: measure(PLANTED / "teacher", "teacher", teacher, held_out)}}
+def planned(size: Size) -> list[str]:
+    """The runs of a study, those that others need first: ARM-AGREEMENT-SEED."""
+    runs = [] if "lr" in size.flags else [name for rate in RATES for name in rate_runs(rate)]
+    arms = (*ARMS, "BT+clean")
+    extras = [arm for arm in EXTRAS if arm != "ID-double-teacher" or "double" in size.splits]
+    groups = [(SEEDS, (90,), arms), ((0,), (90,), extras)]
+    if size is PLANTED:
+        groups += [((0,), (75,), arms), (SEEDS, (0,), (*ARMS, *CONTROLS))]
+    else:
+        groups += [(SEEDS, (0,), (*ARMS, *CONTROLS, *WEAKER)), (SEEDS, (75,), arms)]
+    for seeds, agreements, names in groups:
+        runs += [f"{arm}-{k}-{seed}" for seed, k, arm in product(seeds, agreements, names)]
+    return list(dict.fromkeys(runs))
+
+
+def run_of(name: str) -> tuple[str, int, int]:
+    """Arm, agreement and seed of a run's name."""
+    arm, agreement, seed = name.rsplit("-", 2)
+    return arm, int(agreement), int(seed)
+
+
+def held_out_sets(size: Size) -> dict[str, list[Pair]]:
+    """The held-out pairs without, with and against the sentence; those of other sources."""
+    return {name: read_pairs(size.files(name))[0] for name in size.sets}
+
+
+def measure_planted(size: Size, runs: dict[str, tuple]) -> dict:
+    """All of the JSON: what was run, and for each arm the measures of its seeds."""
+    held_out = held_out_sets(size)
+    groups = {name: evaluation.prompt_groups(pairs) for name, pairs in held_out.items()}
+    found = {(90, "teacher"): {0: measure(size, "teacher", "teacher", held_out)}}
     for name, (arm, agreement, seed) in runs.items():
-        measures = measure(PLANTED / name, "student", teacher, held_out)
+        measures = measure(size, name, "student", held_out)
         found.setdefault((agreement, arm), {})[seed] = measures
-    sizes = {name: most for name, (*_, most) in SPLITS.items()}
+    counts = {name: most for name, (*_, most) in size.splits.items()}
     out = {
         "closings": CLOSINGS,
-        "pairs": sizes | {"held out": len(held_out["none"])},
-        "runs": {name: record(PLANTED / name) for name in ("teacher", *runs)},
+        "pairs": counts | {name: len(pairs) for name, pairs in held_out.items()},
+        "runs": {name: record(size.dir / name) for name in ("teacher", *runs)},
         "arms": {},
         "differences": {},
     }
     for (agreement, arm), seeds in found.items():
-        right = {name: scored([m["margins"][name] for m in seeds.values()]) for name in SETS}
-        row = {name: over_prompts(values, groups) for name, values in right.items()}
+        right = {name: scored([m["margins"][name] for m in seeds.values()]) for name in size.sets}
+        row = {name: over_prompts(values, groups[name]) for name, values in right.items()}
+        if arm != "teacher":
+            of_seeds = [validation(size.dir / f"{arm}-{agreement}-{seed}") for seed in seeds]
+            row["validation"] = {"mean": float(np.mean(of_seeds)), "by_seed": of_seeds}
         for key in MEASURES:
             values = [float(np.nanmean(m[key])) for m in seeds.values() if key in m]
             if values:
                 row[key] = {"mean": float(np.mean(values)), "by_seed": values}
         out["arms"].setdefault(str(agreement), {})[arm] = row
-    for agreement, (arm, other) in product((90, 75, 0), map(str.split, COMPARED.split(","))):
+    matched = matched_arms(out["arms"].get("0", {}))
+    for agreement, pair in product((90, 75, 0), map(str.split, COMPARED.split(","))):
+        arm, other = (matched.get(name, name) if agreement == 0 else name for name in pair)
         a, b = found.get((agreement, arm), {}), found.get((agreement, other), {})
         seeds, gap = sorted(a.keys() & b.keys()), {}
-        for name in SETS if seeds else ():
+        for name in size.sets if seeds else ():
             one, two = (scored([m[s]["margins"][name] for s in seeds]) for m in (a, b))
-            gap[name] = over_prompts(one - two, groups)
+            gap[name] = over_prompts(one - two, groups[name])
         if gap:
             out["differences"].setdefault(str(agreement), {})[f"{arm} − {other}"] = gap
     return out
+
+
+def matched_arms(arms: dict[str, dict]) -> dict[str, str]:
+    """Of each target the arm whose lambda validates best, without a sentence: "ID" -> "ID@0.3"."""
+    best = {}
+    for target in TARGET_ARMS:
+        names = [name for name in (target, f"{target}@0.3", f"{target}@0.1") if name in arms]
+        if names:
+            best[target] = max(names, key=lambda name: arms[name]["validation"]["mean"])
+    return best
 
 
 def scored(margins: list[list[float]]) -> np.ndarray:
@@ -529,22 +646,21 @@ def scored(margins: list[list[float]]) -> np.ndarray:
     return np.where(np.isnan(margins), np.nan, idistill.outcomes(margins))
 
 
-def print_planted(result: dict) -> None:
+def print_planted(size: Size, result: dict) -> None:
     """Two tables for each agreement: accuracy and what the closing sentence does; differences."""
-    header = ["none", "with", "against", "occlusion %", "attention %", "KL intra / inter"]
+    header = ["validation", *size.sets, "occlusion %", "attention %", "KL intra / inter"]
     for agreement, arms in result["arms"].items():
         rows = {}
         for arm, row in arms.items():
-            cells = []
-            for value in (row[name] for name in SETS):
+            cells = [f"{100 * row['validation']['mean']:.1f}" if "validation" in row else ""]
+            for value in (row[name] for name in size.sets):
                 sd = spread(value["by_seed"])
                 seeds = "" if sd is None else f" ({100 * sd:.1f})"
                 cells.append(evaluation.percent(value["mean"], value["interval"]) + seeds)
             for key in ("occlusion_share", "attention_in_response"):
                 cells.append(f"{100 * row[key]['mean']:.0f}" if key in row else "")
             kl = [f"{row[key]['mean']:.2f}" for key in ("kl_intra", "kl_inter") if key in row]
-            name = f"{LABELS[arm]} ({len(row['none']['by_seed'])})"
-            rows[name] = [*cells, " / ".join(kl)]
+            rows[f"{label(arm)} ({len(row['none']['by_seed'])})"] = [*cells, " / ".join(kl)]
         print(f"\nagreement {agreement} %: accuracy % [95 % over prompts] (s.d. over seeds)")
         table(header, rows)
         print(f"\nagreement {agreement} %: differences in points [95 % over prompts]")
@@ -552,7 +668,15 @@ def print_planted(result: dict) -> None:
         rows = {}
         for name, gap in gaps.items():
             rows[name] = [evaluation.percent(v["mean"], v["interval"], "+") for v in gap.values()]
-        table(list(SETS), rows)
+        table(list(size.sets), rows)
+
+
+def label(arm: str) -> str:
+    """The name of an arm for people: "ID@0.3" is ID with lambda 0.3."""
+    name, _, value = arm.partition("@")
+    if value.startswith("lr"):
+        return f"{LABELS[name]}, lr {value[2:]}"
+    return LABELS[name] + (f", λ = {value}" if value else "")
 
 
 def plot_planted(result: dict, path: Path) -> None:
@@ -744,9 +868,10 @@ class LexicalTarget:
         """T, block (B, W, W), word_seg (B, W), seeds: per pair, its number last -> (B, W, W)."""
         features = [self.features[int(seed[-1])] for seed in seeds]
         features = torch.nn.utils.rnn.pad_sequence(features, batch_first=True)  # (B, W, 9)
+        features = features.to(T.device)
         is_cross = word_seg[:, :, None] + word_seg[:, None, :] == 3
         kind = int(bool((block & is_cross).any()))
-        logits = features @ self.weights[kind]  # (B, W)
+        logits = features @ self.weights[kind].to(T.device)  # (B, W)
         return (logits - logits.max()).exp()[:, None, :].expand_as(T)
 
 
@@ -767,9 +892,9 @@ def register_lexical(common: dict, run: Path) -> None:
 def gate(most: str = "1500") -> None:
     """A linear probe, five-fold over prompts, on pairs that the planted teacher has not seen."""
     student = cut_student(3)
-    teacher = idistill.load_teacher(str(PLANTED / "teacher/teacher")).eval()
+    teacher = idistill.load_teacher(str(PLANTED.dir / "teacher/teacher")).eval()
     teacher.stock.set_attn_implementation("eager")
-    pairs = short_pairs(TRAIN_FILE, student, (0, SPLITS["clean"][0], 90, None))
+    pairs = short_pairs(TRAIN_FILE, student, (0, PLANTED.splits["clean"][0], 90, None))
     pairs += short_pairs(TEST_FILE, student)
     encoder = Encoder(load_tokenizer(student), 256, "truncate", teacher.tokenizer)
     examples = encoder(pairs[: int(most)])
@@ -877,7 +1002,7 @@ def probe(features: np.ndarray, groups: np.ndarray, ridge: float = 1.0) -> np.nd
 
 if __name__ == "__main__":
     RUNS.mkdir(parents=True, exist_ok=True)
-    commands = {f.__name__: f for f in (readings, planted, gate)}
+    commands = {f.__name__: f for f in (readings, planted, whole, gate)}
     if len(sys.argv) < 2 or sys.argv[1] not in commands:
         sys.exit(__doc__)
     idistill.quiet()
