@@ -250,6 +250,7 @@ def train_in_trl(setting: Setting, batches: list[np.ndarray]) -> float:
             callbacks=[clock],
         )
         trainer.train()
+        vars(setting.student.stock).pop("forward", None)  # accelerate's, with its autocast
     return clock.seconds
 
 
