@@ -570,10 +570,7 @@ def planned(size: Size) -> list[str]:
     arms = (*ARMS, "BT+clean")
     extras = [arm for arm in EXTRAS if arm != "ID-double-teacher" or "double" in size.splits]
     groups = [(SEEDS, (90,), arms), ((0,), (90,), extras)]
-    if size is PLANTED:
-        groups += [((0,), (75,), arms), (SEEDS, (0,), (*ARMS, *CONTROLS))]
-    else:
-        groups += [(SEEDS, (0,), (*ARMS, *CONTROLS, *WEAKER)), (SEEDS, (75,), arms)]
+    groups += [(SEEDS, (0,), (*ARMS, *CONTROLS, *WEAKER)), (SEEDS, (75,), arms)]
     for seeds, agreements, names in groups:
         runs += [f"{arm}-{k}-{seed}" for seed, k, arm in product(seeds, agreements, names)]
     return list(dict.fromkeys(runs))
