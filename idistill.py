@@ -1619,7 +1619,7 @@ def set_up_device(cfg):
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as why:
         raise UserError(f"--device {name}: not usable here ({first_line(why)})") from None
-    # cuDNN's attention plans anew for each new length: slower than eager attention (H100, torch 2.11)
+    # cuDNN plans anew for each length: slower than eager attention (H100, torch 2.11), and may fail
     torch.backends.cuda.enable_cudnn_sdp(False)
     if WORLD > 1 and not dist.is_initialized():
         if device.type == "cuda":
