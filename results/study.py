@@ -921,13 +921,13 @@ def gate(most: str = "1500") -> None:
 
 
 def map_statistics(teacher, examples: list, counts: Counter) -> list[dict]:
-    """For each pair, what the teacher's last map says of chosen minus of rejected.
+    """For each pair, what the teacher's last and middle map say of chosen minus of rejected.
 
     Beside the raw map A stands relu(A * dv_k/dA), mean over heads, v_k being the mean scalar of
     response k. Both are read in the rows of response k, in both orders, so they hold no label.
 
     Returns:
-        Per pair {"length": (1,), "verdict": number, "raw, intra": (12,), "weighted, intra": ...}.
+        Per pair {"length": (1,), "verdict": number, "last, raw, intra": (12,), ...}.
     """
     rows = []
     for example in examples:
@@ -938,12 +938,16 @@ def map_statistics(teacher, examples: list, counts: Counter) -> list[dict]:
         batch = idistill.teacher_batch(examples, order, teacher.tokenizer, teacher.room)
         inputs = {"input_ids": batch["ids"], "attention_mask": batch["mask"]}
         out = teacher.stock(**inputs, output_attentions=True)
-        A, scalars, seg = out.attentions[-1], out.logits[..., 0], batch["seg"]
+        scalars, seg = out.logits[..., 0], batch["seg"]
+        layers = {"last": out.attentions[-1], "middle": out.attentions[len(out.attentions) // 2]}
         W = max(len(e.word_seg) for e in examples)
         for sign, k in ((1, 1), (-1, 2)):  # chosen minus rejected
             value = (scalars * (seg == k)).sum(1) / (seg == k).sum(1).clamp_min(1)
-            (gradient,) = torch.autograd.grad(value.sum(), A, retain_graph=True)
-            maps = {"raw": A.mean(1), "weighted": (A * gradient).relu().mean(1)}
+            gradients = torch.autograd.grad(value.sum(), [*layers.values()], retain_graph=True)
+            maps = {}
+            for (layer, A), gradient in zip(layers.items(), gradients):
+                maps[f"{layer}, raw"] = A.mean(1)
+                maps[f"{layer}, weighted"] = (A * gradient).relu().mean(1)
             for kind, token_map in maps.items():
                 words = idistill.pool_words(token_map.detach(), batch["word"], W).numpy()
                 for row, example, M in zip(rows, examples, words):
