@@ -939,7 +939,8 @@ def map_statistics(teacher, examples: list, counts: Counter) -> list[dict]:
         inputs = {"input_ids": batch["ids"], "attention_mask": batch["mask"]}
         out = teacher.stock(**inputs, output_attentions=True)
         scalars, seg = out.logits[..., 0], batch["seg"]
-        layers = {"last": out.attentions[-1], "middle": out.attentions[len(out.attentions) // 2]}
+        layers = {"last": out.attentions[-1]}
+        layers["middle"] = out.attentions[(len(out.attentions) - 1) // 2]
         W = max(len(e.word_seg) for e in examples)
         for sign, k in ((1, 1), (-1, 2)):  # chosen minus rejected
             value = (scalars * (seg == k)).sum(1) / (seg == k).sum(1).clamp_min(1)
