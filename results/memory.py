@@ -2,7 +2,6 @@
 """Memory a GPU of one training step, computed from the code: needs no GPU and no weights.
 
     python results/memory.py [--tokens 2048]      # one pair a GPU, bf16 autocast
-    python results/memory.py --measure 0.1B 1B    # the same step on the GPU that is there
 
 One step of RewardModel and its losses runs forward and backward on fake tensors, which have a
 shape and no storage, while the bytes of all that live are counted. The rest is arithmetic on the
@@ -20,7 +19,6 @@ import argparse
 import sys
 import warnings
 import weakref
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -94,18 +92,6 @@ def build(size: tuple[int, ...], tokens: int):
     return stock.train()
 
 
-class PeakOnGPU:
-    """The same on a GPU, as torch's allocator counts it."""
-
-    def __enter__(self):
-        torch.cuda.reset_peak_memory_stats()
-        self.before = torch.cuda.memory_allocated()
-        return self
-
-    def __exit__(self, *_):
-        self.peak = torch.cuda.max_memory_allocated() - self.before
-
-
 def peak_of_step(stock, tokens: int, layers: tuple[int, ...], amp) -> int:
     """Most bytes that live in one step on one pair, beside weights and gradients.
 
@@ -115,10 +101,11 @@ def peak_of_step(stock, tokens: int, layers: tuple[int, ...], amp) -> int:
         amp: amp() is the autocast of the forward pass.
     """
     W = 3 * tokens // 4  # words
-    zeros = torch.zeros(1, tokens, dtype=torch.long, device=stock.device)
+    zeros = torch.zeros(1, tokens, dtype=torch.long)
     batch = dict.fromkeys(("ids", "seg", "pos", "word"), zeros)
-    batch["last"], word_seg = zeros[:, :2], zeros[:, :W]
-    with PeakOnGPU() if zeros.is_cuda else PeakBytes() as bytes_of:
+    batch["last"] = torch.zeros(1, 2, dtype=torch.long)
+    word_seg = torch.zeros(1, W, dtype=torch.long)
+    with PeakBytes() as bytes_of:
         with amp():
             rewards, maps = RewardModel(stock)(batch, layers)
             S = [pool_words(token_map, batch["word"], W) for token_map in maps]
@@ -128,10 +115,10 @@ def peak_of_step(stock, tokens: int, layers: tuple[int, ...], amp) -> int:
     return bytes_of.peak
 
 
-def row_of(size: tuple[int, ...], tokens: int, measure: bool) -> list[float]:
-    """The numbers of a row, in bytes; columns 2 to 4 measured on the GPU, or computed."""
-    device, amp = set_up_device(Config(device="cuda" if measure else "cpu", dtype="bf16"))
-    with nullcontext() if measure else FakeTensorMode(), device:
+def row_of(size: tuple[int, ...], tokens: int) -> list[float]:
+    """The numbers of a row, in bytes."""
+    _, amp = set_up_device(Config(device="cpu", dtype="bf16"))
+    with FakeTensorMode():
         stock = build(size, tokens)
         P, P_l = (sum(p.numel() for p in m.parameters()) for m in (stock, stock.model.layers[0]))
         plain, method = (peak_of_step(stock, tokens, layers, amp) for layers in ((), (-1,)))
@@ -147,16 +134,12 @@ def main() -> None:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--tokens", type=int, default=2048, help="of the pair (default: 2048)")
-    parser.add_argument("--measure", nargs="+", metavar="SIZE", help="0.1B 1B 8B 70B, on a GPU")
-    args = parser.parse_args()
+    tokens = parser.parse_args().tokens
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     print("| " + " | ".join(COLUMNS) + " |\n" + "|---" * len(COLUMNS) + "|")
     for name, size in SIZES.items():
-        if args.measure and name.split()[0] not in args.measure:
-            continue
-        values = row_of(size, args.tokens, bool(args.measure))
-        cells = [f"{value / 2**30:.1f} GiB" for value in values]
+        cells = [f"{value / 2**30:.1f} GiB" for value in row_of(size, tokens)]
         print("| " + " | ".join([name, *cells]) + " |", flush=True)
 
 
