@@ -482,9 +482,6 @@ def parse_candidates(row: dict, counts: Counter | None = None) -> Candidates:
 
 FILE_END = r"\.(jsonl?|ndjson|gz|parquet|arrow|[ct]sv|txt|zip|zst)$"
 HUB_ID = re.compile(rf"(?i)(?!.*{FILE_END})[\w-][\w.-]*/[\w-][\w.-]*")
-NOT_UTF8 = (
-    "is no UTF-8, but UTF-16, another encoding or an archive; write it as UTF-8, or unpack it"
-)
 
 
 def read_rows(source: str):
@@ -520,7 +517,8 @@ def read_file(path: Path):
             if start[:4] == b"PAR1":
                 yield from read_with_datasets(str(path), str(path), "")
             elif b"\0" in start or start[:2] in (b"\xff\xfe", b"\xfe\xff"):
-                raise UserError(f"{path}: {NOT_UTF8}")
+                what = "is no UTF-8, but UTF-16, another encoding or an archive"
+                raise UserError(f"{path}: {what}; write it as UTF-8, or unpack it")
             elif start.removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"[":
                 yield from ((f"row {k}", row) for k, row in enumerate(decoded(f.read()), 1))
             else:
@@ -1103,40 +1101,36 @@ FILLERS = (
 CUES = ("thanks", "regards")
 
 
-class Speaker:
-    """Draws texts of the language from rng."""
+ITEMS = [words.split() for words in TOPICS.values()]
 
-    def __init__(self, rng: np.random.Generator):
-        self.rng = rng
-        self.items = [words.split() for words in TOPICS.values()]
-        self.fillers = FILLERS.split()
 
-    def some(self, low: int, high: int) -> list[str]:
-        """From low to high fillers."""
-        count = self.rng.integers(low, high + 1)
-        return [self.fillers[i] for i in self.rng.integers(len(self.fillers), size=count)]
+def fillers(rng: np.random.Generator, low: int, high: int) -> list[str]:
+    """From low to high of them."""
+    known = FILLERS.split()
+    return [known[i] for i in rng.integers(len(known), size=rng.integers(low, high + 1))]
 
-    def prompt(self, topic: int) -> list[dict]:
-        """A prompt of the topic."""
-        return as_messages(" ".join(self.some(0, 3) + [list(TOPICS)[topic]] + self.some(1, 4)))
 
-    def response(self, topic: int, cue: str) -> str:
-        """A response that names an item of the topic and closes with the cue."""
-        before = self.some(0, 3)
-        item = self.items[topic][self.rng.integers(len(self.items[topic]))]
-        return " ".join([*before, item, *self.some(8, 16), cue])
+def prompt_about(rng: np.random.Generator, topic: int) -> list[dict]:
+    """A prompt of the topic."""
+    return as_messages(" ".join(fillers(rng, 0, 3) + [list(TOPICS)[topic]] + fillers(rng, 1, 4)))
+
+
+def response_about(rng: np.random.Generator, topic: int, cue: str) -> str:
+    """A response that names an item of the topic and closes with the cue."""
+    before = fillers(rng, 0, 3)
+    item = ITEMS[topic][rng.integers(len(ITEMS[topic]))]
+    return " ".join([*before, item, *fillers(rng, 8, 16), cue])
 
 
 def synthetic_pairs(n: int, agreement: float, seed: int) -> list[Pair]:
     """n pairs; in a share `agreement` of them the cue goes with the label, as the subset says."""
     rng, pairs = np.random.default_rng([seed, 7]), []
-    speaker = Speaker(rng)
     for k in range(n):
         right, wrong = rng.choice(len(TOPICS), 2, replace=False)
         agrees = rng.random() < agreement
-        prompt = speaker.prompt(right)
-        chosen = speaker.response(right, CUES[not agrees])
-        rejected = speaker.response(wrong, CUES[agrees])
+        prompt = prompt_about(rng, right)
+        chosen = response_about(rng, right, CUES[not agrees])
+        rejected = response_about(rng, wrong, CUES[agrees])
         subset = "with the cue" if agrees else "against the cue"
         pairs.append(Pair(prompt, chosen, rejected, "synthetic", subset, f"{seed}-{k}"))
     return pairs
@@ -1146,14 +1140,13 @@ def synthetic_candidates(n: int, responses: int, agreement: float, seed: int) ->
     """n prompts with candidates of which a quarter, at random, are right (gold 1, else 0); each cue
     agrees with its gold in a share `agreement`."""
     rng, items = np.random.default_rng([seed, 8]), []
-    speaker = Speaker(rng)
     for k in range(n):
         topic = rng.integers(len(TOPICS))
         gold, agrees = rng.random(responses) < 0.25, rng.random(responses) < agreement
         other = (topic + rng.integers(1, len(TOPICS), size=responses)) % len(TOPICS)
-        prompt = speaker.prompt(topic)
+        prompt = prompt_about(rng, topic)
         topics, cues = np.where(gold, topic, other), [CUES[int(c)] for c in gold != agrees]
-        texts = [speaker.response(about, cue) for about, cue in zip(topics, cues)]
+        texts = [response_about(rng, about, cue) for about, cue in zip(topics, cues)]
         labels = {"id": f"{seed}-{k}", "source": "synthetic"}
         items.append(Candidates(prompt, texts, gold.astype(float).tolist(), **labels))
     return items
@@ -1245,13 +1238,8 @@ def tokens_to_words(offsets: list, spans: list) -> np.ndarray:
     return np.array(words, dtype=np.int64)
 
 
-def any_of(strings: set[str]) -> str:
-    """A pattern for any of the strings, the longest first."""
-    return "|".join(map(re.escape, sorted(strings, key=len, reverse=True))) or r"(?!)"
-
-
-PROBES = ("user assistant", "user assistant user assistant", "system user assistant")
-PROBES = [tuple(roles.split()) for roles in (*PROBES, "user system assistant")]
+PROBES = [("user", "assistant"), ("user", "assistant") * 2, ("system", "user", "assistant")]
+PROBES.append(("user", "system", "assistant"))
 
 
 class Formatter:
@@ -1278,7 +1266,8 @@ class Formatter:
             raise UserError(f"{tokenizer.name_or_path}: its chat template leaves the answers out")
         self.tags, self.empty_block = self.reasoning_block()
         self.known_markup.clear()  # anew, without such blocks
-        self.control = re.compile(any_of(self.control_strings()))
+        longest_first = sorted(self.control_strings(), key=len, reverse=True)
+        self.control = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
         end = self.markup(PROBES[0])[-1]
         self.closings = [s for s in (end, end.strip(), self.eos) if re.search(r"\w", s)]
 
@@ -1640,9 +1629,8 @@ def tokenise(tokenizer, texts: list[str]) -> list[tuple[np.ndarray, list]]:
     """(ids (n,), offsets: n times (start, end)) of each text, all in one parallel call."""
     if not texts:
         return []
-    unneeded = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
-    known = {"add_special_tokens": False, "return_offsets_mapping": True}
-    enc = tokenizer(texts, **known, **unneeded)
+    options = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
+    enc = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, **options)
     ids = [np.array(row, dtype=np.int64) for row in enc["input_ids"]]
     return list(zip(ids, enc["offset_mapping"]))
 

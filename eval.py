@@ -740,11 +740,6 @@ def response_rows(examples: list[Example]) -> tuple[list[list[int]], list[tuple[
     return rows, spans
 
 
-def stage_edges(start: int, end: int, stages: int) -> np.ndarray:
-    """Cuts the tokens start..end into stages of about equal length: (K + 1,) edges."""
-    return start + np.round(np.arange(stages + 1) / stages * (end - start)).astype(int)
-
-
 def stage_density(mass: np.ndarray, size: np.ndarray) -> np.ndarray:
     """Each stage's share of the attention over its share of the tokens, both (rows, K): 1 where
     attention is even, NaN for a stage without token."""
@@ -760,7 +755,8 @@ def read_stages(judge: Judge, examples: list[Example], groups: np.ndarray, args)
     K, (rows, spans) = args.stages, response_rows(examples)
     if args.span == "all":
         spans = [(1, end) for _, end in spans]
-    edges = np.array([stage_edges(*span, K) for span in spans])  # (2N, K + 1)
+    start, end = np.array(spans).T[..., None]
+    edges = start + np.round(np.arange(K + 1) / K * (end - start)).astype(int)  # (2N, K + 1)
 
     @cache
     def right(i: int, j: int) -> np.ndarray:
@@ -1530,10 +1526,9 @@ def calibration(margins: np.ndarray, bins: int = 15) -> dict:
     for inside in (index == b for b in np.unique(index)):
         means = {"confidence": confidence[inside].mean(), "right": right[inside].mean()}
         filled.append({"pairs": int(inside.sum()), **{k: float(v) for k, v in means.items()}})
-    odds = np.exp(np.minimum(m, 700))  # 700: exp stays finite
     return {
         "nll": float(np.logaddexp(0, -m).mean()),
-        "brier": float((1 / (1 + odds) ** 2).mean()),
+        "brier": float(np.exp(-2 * np.logaddexp(0, m)).mean()),  # of 1 - sigma(m), squared
         "ece": sum(b["pairs"] * abs(b["confidence"] - b["right"]) for b in filled) / len(m),
         "temperature": T,
         "nll_at_temperature": float(np.logaddexp(0, -m / T).mean()) if T else None,
@@ -1651,9 +1646,8 @@ def check_outputs(args) -> None:
             raise UserError(f"--{flag} {path}: cannot be written ({why.strerror})") from None
         for target in (place, aside.resolve()):
             if target in taken:
-                raise UserError(
-                    f"--{flag} {path}: {target.name} is {taken[target]}; choose another"
-                )
+                what = f"{target.name} is {taken[target]}; choose another"
+                raise UserError(f"--{flag} {path}: {what}")
             taken[target] = f"written by --{flag} too"
     if args.plot:
         canvas()
