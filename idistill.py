@@ -46,7 +46,6 @@ from __future__ import annotations
 import argparse
 import atexit
 import copy
-import dataclasses
 import functools
 import json
 import math
@@ -65,7 +64,7 @@ import zlib
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -84,20 +83,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from data_prep import (
-    Encoder,
-    Example,
-    Pair,
-    Parser,
-    UserError,
-    bar,
-    exit_codes,
-    first_line,
-    load_tokenizer,
-    read_splits,
-    write_demo_data,
-    written,
-)
+import data_prep
+from data_prep import Encoder, Example, Pair, UserError, bar, first_line, load_tokenizer, written
 
 # ==================================================================================================
 # Part 1: the method. Tensors and numbers only, so that each piece works in a notebook.
@@ -126,7 +113,7 @@ def packed_row(example: Example) -> dict[str, np.ndarray]:
 
 
 def teacher_row(example: Example, swap: bool, cls: int, sep: int, room: int) -> dict[str, list]:
-    """The teacher's row [CLS] x [SEP] y_a [SEP] y_b [SEP] of one pair: ids, seg, word (n,)   (E4).
+    """The teacher's row [CLS] x [SEP] y_a [SEP] y_b [SEP]: ids, seg, word, mask (n,)   (E4).
 
     Args:
         example: the pair, with the teacher's tokens of x, y_c and y_r in `runs`.
@@ -136,11 +123,12 @@ def teacher_row(example: Example, swap: bool, cls: int, sep: int, room: int) -> 
     """
     x, y_c, y_r = cut_runs(example.runs, room - 4)
     order = [(0, x), (2, y_r), (1, y_c)] if swap else [(0, x), (1, y_c), (2, y_r)]
-    row = dict(ids=[cls], seg=[3], word=[-1])
+    row = dict(ids=[cls], seg=[3], word=[-1], mask=[1])
     for segment, (ids, word) in order:
         row["ids"] += [*ids, sep]
         row["seg"] += [segment] * len(ids) + [3]
         row["word"] += [*word, -1]
+        row["mask"] += [1] * len(ids) + [1]
     return row
 
 
@@ -162,10 +150,8 @@ def cut_runs(runs: list, room: int) -> list[tuple[np.ndarray, np.ndarray]]:
 
 def stack_rows(rows: list, fill: int, device) -> Tensor:
     """Rows of different lengths -> (B, n), filled up on the right."""
-    out = np.full((len(rows), max(map(len, rows), default=1)), fill, dtype=np.int64)
-    for b, row in enumerate(rows):
-        out[b, : len(row)] = row
-    return torch.from_numpy(out).to(device)
+    tensors = [torch.from_numpy(np.asarray(row, dtype=np.int64)) for row in rows]
+    return nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=fill).to(device)
 
 
 def student_batch(examples: list[Example], pad_id: int, device="cpu") -> dict[str, Tensor]:
@@ -192,13 +178,10 @@ def teacher_batch(
         swap: (B,) booleans, the order in which the two responses are read.
         tokenizer: the teacher's; [CLS] and [SEP] may be called BOS and EOS.
         room: longest row, in tokens.
-        device: where the tensors go.
     """
     cls = tokenizer.bos_token_id if tokenizer.cls_token_id is None else tokenizer.cls_token_id
     sep = tokenizer.eos_token_id if tokenizer.sep_token_id is None else tokenizer.sep_token_id
     rows = [teacher_row(e, s, cls, sep, room) for e, s in zip(examples, swap)]
-    for row in rows:
-        row["mask"] = [1] * len(row["ids"])
     fills = dict(ids=tokenizer.pad_token_id, seg=3, word=-1, mask=0)
     return {name: stack_rows([row[name] for row in rows], fills[name], device) for name in fills}
 
@@ -264,10 +247,9 @@ class AttentionTap:
         self.model.set_attn_implementation(self.before)
         numbers = {k: k if k >= 0 else self.calls + k for k in self.layers}
         if error is None and not set(numbers.values()) <= set(self.kept):
-            raise UserError(
-                f"{type(self.model).__name__} showed attention in {self.calls} layers, asked for "
-                f"{list(self.layers)}: use --method bt, or another model"
-            )
+            asked = f"{self.calls} layers, asked for {list(self.layers)}"
+            name, advice = type(self.model).__name__, "use --method bt, or another model"
+            raise UserError(f"{name} showed attention in {asked}: {advice}")
         self.kept = {k: self.kept.get(number) for k, number in numbers.items()}
 
 
@@ -379,11 +361,11 @@ class InteractionTeacher(nn.Module):
                 query, key, scale, mask = tap.kept[layer]
                 maps.append(attention_map(query, key, scale, self.visible(batch["mask"], mask)))
 
-        scalars, seg = out.logits[..., 0].float(), batch["seg"]
-        over_c, over_r = (
-            (scalars * (seg == s)).sum(1) / (seg == s).sum(1).clamp_min(1) for s in (1, 2)
-        )
-        return over_c - over_r, maps
+        # (E4) The verdict: mean over the tokens of y_c minus the same over y_r.
+        scalars, in_c, in_r = out.logits[..., 0].float(), batch["seg"] == 1, batch["seg"] == 2
+        mean_c = (scalars * in_c).sum(1) / in_c.sum(1).clamp_min(1)
+        mean_r = (scalars * in_r).sum(1) / in_r.sum(1).clamp_min(1)
+        return mean_c - mean_r, maps
 
     @staticmethod
     def visible(tokens: Tensor, mask: Tensor | None) -> Tensor:
@@ -649,11 +631,10 @@ def total_loss(
 
 def flag(default, help, choices=None, low=0, high=math.inf):
     """A field of Config: default, help text, and the values it takes."""
-    kind = {"default": default}
+    limits = {"help": help, "choices": choices, "low": low, "high": high}
     if isinstance(default, list):
-        kind = {"default_factory": lambda: list(default)}
-    limits = {"help": help, "choices": choices and list(choices), "low": low, "high": high}
-    return dataclasses.field(**kind, metadata=limits)
+        return field(default_factory=default.copy, metadata=limits)
+    return field(default=default, metadata=limits)
 
 
 @dataclass
@@ -783,15 +764,15 @@ class Phase:
     """What the loop trains: the teacher first, then the student.
 
     terms(index, epoch) -> per-pair terms (B,) with "loss", and "rewards" (B, 2); validate() -> dict
-    with "accuracy" and "loss"; save_best() writes the stock directory of the best so far.
+    with "accuracy" and "loss". The best so far is written as RUN/name, a stock directory.
     """
 
     name: str
     model: nn.Module
+    tokenizer: object
     examples: list[Example]
     terms: object
     validate: object
-    save_best: object
     lr: float
     steps: int
 
@@ -897,7 +878,7 @@ def fit(run: Run, phase: Phase) -> None:
             progress.write(f"{name} step {step}: validation {shown}")
             if [value["accuracy"], -value["loss"]] > best:
                 best = [value["accuracy"], -value["loss"]]
-                phase.save_best()
+                run.save_model(phase.model, phase.tokenizer, name)
         stop = run.agreed_stop()
         is_saved = step % cfg.save_every == 0 if cfg.save_every else is_due
         if is_saved or stop or step == phase.steps:
@@ -941,11 +922,11 @@ def distillation_terms(model, teacher, part: list[Example], swap, layers, seeds,
         rows = teacher_batch(part, swap, teacher.tokenizer, teacher.room, device)
     rewards, verdict, S, T, word_seg = interaction_maps(model, teacher, batch, rows, layers)
     options = {name: getattr(cfg, name) for name in LOSS_OPTIONS}
-    fields = {
+    extras = {
         name: torch.tensor([getattr(e.pair, name) for e in part], device=device)
         for name in needed_fields(cfg)
     }
-    options |= dict(margin=fields.get(cfg.margin_field, 0.0), strength=fields.get("strength", 0.0))
+    options |= dict(margin=extras.get(cfg.margin_field, 0.0), strength=extras.get("strength", 0.0))
     options["signed"] = cfg.margin_field == "strength"
     terms = total_loss(rewards, S, T, word_seg, verdict, seeds=seeds, **options)
     return {**terms, "rewards": rewards.detach()}
@@ -965,12 +946,9 @@ def train_teacher(run: Run, teacher, examples, validation, swaps) -> None:
         verdicts = teacher_verdicts(teacher, validation, *run.scoring)
         return {"accuracy": accuracy(verdicts), "loss": float(np.logaddexp(0, -verdicts).mean())}
 
-    def save_best():
-        run.save_model(teacher, teacher.tokenizer, "teacher")
-
     steps = max(1, round(cfg.teacher_epochs * math.ceil(len(examples) / cfg.batch_size)))
-    phase = Phase("teacher", teacher, examples, terms, validate, save_best, cfg.teacher_lr, steps)
-    fit(run, phase)
+    reads = (teacher.tokenizer, examples)
+    fit(run, Phase("teacher", teacher, *reads, terms, validate, cfg.teacher_lr, steps))
 
 
 def train_student(run: Run, model, tokenizer, teacher, layers, examples, validation, swaps) -> None:
@@ -989,12 +967,9 @@ def train_student(run: Run, model, tokenizer, teacher, layers, examples, validat
         spread = {"reward_mean": float(rewards.mean()), "reward_std": float(rewards.std())}
         return {"accuracy": accuracy(margins), "loss": loss, **spread}
 
-    def save_best():
-        run.save_model(model, tokenizer, "student")
-
     steps = max(1, round(cfg.epochs * math.ceil(len(examples) / cfg.batch_size)))
     steps = cfg.max_steps or steps
-    fit(run, Phase("student", model, examples, terms, validate, save_best, cfg.lr, steps))
+    fit(run, Phase("student", model, tokenizer, examples, terms, validate, cfg.lr, steps))
 
 
 def train(cfg: Config) -> dict:
@@ -1005,9 +980,10 @@ def train(cfg: Config) -> dict:
     needs_teacher = check_config(cfg)
     with Run(cfg) as run:
         noise = dict(label_noise=cfg.label_noise, flip_negative_strength=cfg.flip_negative_strength)
-        files = (cfg.data, cfg.val_data, cfg.eval_data, cfg.val_fraction, cfg.val_max, cfg.seed)
-        pairs, held_pairs, counts = read_splits(*files, needed=needed_fields(cfg), **noise)
-        is_trained = run.has_trained_teacher()  # a resumed student needs the teacher made for it
+        args = (cfg.data, cfg.val_data, cfg.eval_data, cfg.val_fraction, cfg.val_max, cfg.seed)
+        pairs, held_pairs, counts = data_prep.read_splits(*args, needed=needed_fields(cfg), **noise)
+        resumes_student = run.saved is not None and run.saved[0] == "student"
+        is_trained = resumes_student and cfg.teacher_epochs > 0  # its teacher is in RUN/teacher
         model, tokenizer, teacher, layers = load_models(run, needs_teacher, is_trained)
         examples, held = encode_all(cfg, model, tokenizer, teacher, pairs, held_pairs, counts)
         run.begin(counts)
@@ -1063,10 +1039,9 @@ def report_teacher(verdicts: np.ndarray) -> None:
     value, pairs = accuracy(verdicts), len(verdicts)
     print(f"teacher: validation accuracy {value:.4f} on {pairs} pairs, frozen")
     if value < 0.5 + 1.64 * math.sqrt(0.25 / pairs):  # one-sided 95 %
-        print(
-            f"warning: the teacher is at chance ({value:.3f} on {pairs} pairs); its attention has "
-            "little to teach. Train it longer (--teacher-epochs) or faster (--teacher-lr)"
-        )
+        what = f"the teacher is at chance ({value:.3f} on {pairs} pairs)"
+        advice = "Train it longer (--teacher-epochs) or faster (--teacher-lr)"
+        print(f"warning: {what}; its attention has little to teach. {advice}")
 
 
 def print_table(results: dict) -> None:
@@ -1263,8 +1238,8 @@ def readable_maps(model, ids: Tensor, layers, is_causal: bool) -> str:
     not with a position bias (T5, DeBERTa), a sink or capped logits). "eager": by output_attentions,
     whose rows are probabilities.
     """
-    n, before = ids.shape[1], model.config._attn_implementation
-    inputs = dict(input_ids=ids, attention_mask=torch.ones_like(ids), **cache_off(model))
+    n, before, tokens = ids.shape[1], model.config._attn_implementation, torch.ones_like(ids)
+    inputs = dict(input_ids=ids, attention_mask=tokens, **cache_off(model))
     causal = torch.ones(1, 1, n, n, dtype=torch.bool, device=ids.device).tril()
     plain = model.base_model(**inputs).last_hidden_state
     tapped, hidden = {}, ""
@@ -1278,9 +1253,7 @@ def readable_maps(model, ids: Tensor, layers, is_causal: bool) -> str:
     eager = [A.float() for A in getattr(out, "attentions", None) or () if A is not None]
     is_told = agree(hidden, plain) and not getattr(model.config, "attn_logit_softcapping", None)
     for query, key, scale, mask in tapped.values() if is_told and eager else ():
-        visible = (
-            causal if is_causal else InteractionTeacher.visible(inputs["attention_mask"], mask)
-        )
+        visible = causal if is_causal else InteractionTeacher.visible(tokens, mask)
         A = attention_probabilities(query, key, scale, visible)
         is_told &= any(agree(A, shown) for shown in eager)  # hybrids show maps of some layers only
     if is_told:
@@ -1471,7 +1444,7 @@ ENCODINGS = {"packed": RewardModel, "siamese": SiameseRewardModel}
 
 def check_numbers(cfg: Config) -> None:
     """Raises UserError for a number outside its limits."""
-    for f in dataclasses.fields(cfg):
+    for f in fields(cfg):
         value, low, high = getattr(cfg, f.name), f.metadata["low"], f.metadata["high"]
         if isinstance(value, int | float) and not (low <= value <= high and math.isfinite(value)):
             reach = f"from {low:g} to {high:g}".removesuffix(" to inf")
@@ -1485,10 +1458,8 @@ def check_config(cfg: Config) -> bool:
         raise UserError("--epochs 0 needs --max-steps")
     if cfg.method == "bt":
         if cfg.lambda_score:
-            raise UserError(
-                "--lambda-score needs a teacher: --method id (the verdict alone: with "
-                "--lambda-intra 0 --lambda-inter 0)"
-            )
+            alone = "the verdict alone: with --lambda-intra 0 --lambda-inter 0"
+            raise UserError(f"--lambda-score needs a teacher: --method id ({alone})")
         cfg.lambda_intra = cfg.lambda_inter = 0.0
     has_maps = cfg.lambda_intra > 0 or cfg.lambda_inter > 0
     needs_teacher = cfg.lambda_score > 0 or (has_maps and cfg.align_target != "uniform")
@@ -1547,9 +1518,8 @@ def load_models(run: Run, needs_teacher: bool, is_trained: bool):
     if cfg.lambda_intra > 0 or cfg.lambda_inter > 0:
         depth = attempt(attention_layers, stock)
         if isinstance(depth, str):
-            raise UserError(
-                f"{cfg.model}: {depth}, so it shows no maps; use --method bt --encoding siamese"
-            )
+            advice = "use --method bt --encoding siamese"
+            raise UserError(f"{cfg.model}: {depth}, so it shows no maps; {advice}")
         teacher_depth = teacher.stock.config.num_hidden_layers if needs_teacher else depth
         layers = parse_layers(cfg.align_layers, depth, teacher_depth)
     probe_student(model, cfg.model, cfg.max_length, layers[0])
@@ -1600,10 +1570,8 @@ def computes_in_bf16(kind: str) -> bool:
         return torch.cuda.is_bf16_supported()
     names = [f"_is_{unit}_supported" for unit in ("avx512_bf16", "amx_tile")]
     has_units = any(getattr(torch.cpu, name, bool)() for name in names)
-    is_x86 = platform.machine() in ("x86_64", "AMD64")
-    return (
-        kind == "cpu" and (has_units or not is_x86) and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    )
+    is_faster = has_units or platform.machine() not in ("x86_64", "AMD64")
+    return kind == "cpu" and is_faster and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def set_up_device(cfg):
@@ -1682,22 +1650,12 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def swap_in(aside: Path, to: Path) -> None:
-    """A folder that was written aside takes its place; Run mends a kill between the renames."""
-    old = to.with_name(to.name + ".old")
-    remove(old)
-    if to.exists():
-        os.replace(to, old)
-    os.replace(aside, to)
-    remove(old)
-
-
 def save_stock(stock, tokenizer, to: Path, weights: dict | None = None) -> None:
     """A stock directory, written aside and swapped in; weights: where the model's own are sharded.
 
     Raises UserError where the disk refuses, or the reward head was lost (OpenRLHF #209).
     """
-    aside = to.with_name(to.name + ".tmp")
+    aside, old = to.with_name(to.name + ".tmp"), to.with_name(to.name + ".old")
     weights = stock.state_dict() if weights is None else weights
     remove(aside)
     try:
@@ -1711,7 +1669,11 @@ def save_stock(stock, tokenizer, to: Path, weights: dict | None = None) -> None:
     except Exception as why:  # safetensors has errors of its own
         remove(aside)
         raise UserError(f"{aside}: cannot be written ({first_line(why)}); {to} stays") from None
-    swap_in(aside, to)
+    remove(old)
+    if to.exists():
+        os.replace(to, old)
+    os.replace(aside, to)  # Run mends a kill between the two renames
+    remove(old)
 
 
 class Run:
@@ -1736,17 +1698,15 @@ class Run:
         self.lock = FileLock(self.dir / "lock", timeout=0)
 
     def __enter__(self):
-        if RANK > 0:
-            self.saved = self.newest() if self.cfg.resume else None
-            return self
         try:
-            self.check_folder()  # a folder that is refused stays as it is
-            self.dir.mkdir(parents=True, exist_ok=True)
-            self.lock.acquire()
-            self.check_folder()
-            for old in self.dir.glob("*.old"):  # killed between two renames: the old one is whole
-                if not old.with_suffix("").exists():
-                    os.replace(old, old.with_suffix(""))
+            if RANK == 0:
+                self.check_folder()  # a folder that is refused stays as it is
+                self.dir.mkdir(parents=True, exist_ok=True)
+                self.lock.acquire()
+                self.check_folder()
+                for old in self.dir.glob("*.old"):  # killed between two renames: this is whole
+                    if not old.with_suffix("").exists():
+                        os.replace(old, old.with_suffix(""))
             self.saved = self.newest() if self.cfg.resume else None
         except BaseException as why:
             self.lock.release()
@@ -1763,10 +1723,8 @@ class Run:
             signal.signal(number, handler)
         self.lock.release()
         if isinstance(why, OSError):
-            where = why.filename or self.dir
-            raise UserError(
-                f"{where}: {why.strerror or why}; what was saved before is whole"
-            ) from None
+            where, said = why.filename or self.dir, why.strerror or why
+            raise UserError(f"{where}: {said}; what was saved before is whole") from None
 
     def check_folder(self) -> None:
         """The one rule, and that this run may go on or replace what is there."""
@@ -1783,10 +1741,9 @@ class Run:
         if cfg.resume:
             return self.check_resume(before)
         if not cfg.overwrite:
-            advice = (
-                "go on with --resume, replace it with --overwrite, or choose another --output-dir"
-            )
-            raise UserError(f"{self.dir}: holds an earlier run; {advice}")
+            advice = "go on with --resume, replace it with --overwrite"
+            what = f"holds an earlier run; {advice}, or choose another --output-dir"
+            raise UserError(f"{self.dir}: {what}")
         for path in [cfg.model, cfg.teacher, *cfg.data, *cfg.val_data, *cfg.eval_data]:
             if path and Path(path).resolve().is_relative_to(self.dir.resolve()):
                 raise UserError(f"{self.dir}: holds {path}, an input; choose another --output-dir")
@@ -1797,10 +1754,8 @@ class Run:
         was = {**asdict(Config()), **before["flags"]}
         fixed = [k for k in now if k not in self.may_change and was[k] != now[k]]
         changed = [f"{option_of(k)} was {was[k]!r}, is {now[k]!r}" for k in fixed]
-        read = before.get("inputs", {})
-        changed += [
-            f"{p} changed" for p, crc in self.checksums().items() if read.get(p, crc) != crc
-        ]
+        read, inputs = before.get("inputs", {}), self.checksums().items()
+        changed += [f"{path} changed" for path, crc in inputs if read.get(path, crc) != crc]
         if changed:
             what = f"--resume with other flags or pairs: {'; '.join(changed)}"
             raise UserError(f"{self.dir}: {what}. Restore them, or start anew with --overwrite")
@@ -1894,10 +1849,6 @@ class Run:
                 print(f"{path}: torn or foreign, not used ({first_line(why)})", file=sys.stderr)
         return None
 
-    def has_trained_teacher(self) -> bool:
-        """Whether this run resumes a student whose teacher is already in RUN/teacher."""
-        return bool(self.cfg.teacher_epochs and self.saved and self.saved[0] == "student")
-
     def checkpoint(self, phase: Phase, step: int, optimizer, best: list[float]) -> None:
         """Weights and moments of all processes, and the log so far; the last two stay."""
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -1930,17 +1881,9 @@ class Run:
 
 # ----------------------------------------------------------------------------------------- the demo
 
-DEMO = dict(  # its flags; the teacher's recipe was chosen by validation accuracy
-    batch_size=32,
-    lr=1e-3,
-    teacher_lr=2e-3,
-    epochs=2.0,
-    teacher_epochs=8.0,
-    max_length=128,
-    dtype="fp32",
-    eval_every=400,
-    log_every=20,
-)
+# its flags; the teacher's recipe was chosen by validation accuracy
+DEMO = dict(batch_size=32, lr=1e-3, teacher_lr=2e-3, epochs=2.0, teacher_epochs=8.0)
+DEMO |= dict(max_length=128, dtype="fp32", eval_every=400, log_every=20)
 DEMO_LAYERS = 2  # of student and teacher
 DEMO_SETS = ("in-distribution", "cue-neutral", "cue-reversed")  # the cue is right in 90, 50, 10 %
 DEMO_ARMS = {  # name -> folder, purpose, flags
@@ -1987,7 +1930,7 @@ def demo_seed(cfg: Config, here: Path) -> dict[str, list[float]]:
     """Pairs, models, all arms of one seed: {arm: accuracy on each set}, kept as demo.json."""
     print(f"\nseed {cfg.seed}: pairs of a small language. A word at the beginning always decides;")
     print("in 90 % of the training pairs a closing cue goes with the label too.")
-    write_demo_data(here / "data", cfg.seed, overwrite=True)
+    data_prep.write_demo_data(here / "data", cfg.seed, overwrite=True)
     make_demo_models(here, cfg.seed)
     for name, (_, purpose, _) in DEMO_ARMS.items():
         print(f"--- {name}: {purpose}")
@@ -2035,14 +1978,13 @@ def demo(cfg: Config) -> None:
     root = Path(cfg.output_dir or "runs/demo")
     if WORLD > 1 or cfg.resume:
         raise UserError("torchrun and --resume need --model beside them; the demo starts anew")
-    later = [root.with_name(f"{root.name}-{i}") for i in range(2, 10_000)]
-    roots = [root] + [path for path in later if path.exists()]
+    roots = [root] + [root.with_name(f"{root.name}-{i}") for i in range(2, 10_000)]
     seeds, tables = range(cfg.seed, cfg.seed + cfg.seeds), []
     made = [r for r in roots if all((r / f"seed{s}/demo.json").exists() for s in seeds)]
     if typed and made:
         root = made[-1]
-    elif root.exists() and not cfg.overwrite:  # an earlier demo is never overwritten
-        root = next(path for path in later if not path.exists())
+    elif not cfg.overwrite:  # an earlier demo is never overwritten
+        root = next(path for path in roots if not path.exists())
     for seed in seeds:
         here = root / f"seed{seed}"
         if typed and made:
@@ -2057,10 +1999,8 @@ def demo(cfg: Config) -> None:
     if not typed:
         print("\nWhere the cue lies (last column), who reads the content stays near 100, who reads")
         print("the cue falls to 10. The teacher's map hands over what to read, a uniform one not.")
-    print(
-        f"Files: {here}. Look closer:\n  python eval.py show {here}/bt/student {here}/id/student "
-        f"--data {here}/data/cue-reversed.jsonl"
-    )
+    show = f"python eval.py show {here}/bt/student {here}/id/student"
+    print(f"Files: {here}. Look closer:\n  {show} --data {here}/data/cue-reversed.jsonl")
 
 
 def ablation(cfg: Config, here: Path, typed: dict[str, str]) -> dict[str, list[float]]:
@@ -2100,9 +2040,9 @@ def parse_flags(argv: list[str] | None = None, defaults: dict | None = None) -> 
     """The command line, made from Config; a wrong flag is one line and exit code 2."""
     layout = functools.partial(argparse.HelpFormatter, max_help_position=32, width=100)
     about = __doc__.split("\n")[0]
-    parser = Parser(description=about, formatter_class=layout, allow_abbrev=False)
+    parser = data_prep.Parser(description=about, formatter_class=layout, allow_abbrev=False)
     config = Config(**(defaults or {}))
-    for f in dataclasses.fields(Config):
+    for f in fields(Config):
         if f.name in GROUPS:
             group = parser.add_argument_group(GROUPS[f.name])
         value = getattr(config, f.name)
@@ -2141,7 +2081,7 @@ def errors_in_one_line(output_dir: str):
     first process speaks of what goes well."""
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-    with exit_codes():
+    with data_prep.exit_codes():
         try:
             yield
         except UserError as why:
