@@ -77,7 +77,6 @@ from filelock import FileLock, Timeout
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -102,14 +101,6 @@ def tree_mask(seg: Tensor) -> Tensor:
     causal = torch.ones(n, n, dtype=torch.bool, device=seg.device).tril()
     s_i, s_j = seg[:, :, None], seg[:, None, :]
     return (causal & ((s_j == 0) | (s_j == s_i)))[:, None]
-
-
-def packed_row(example: Example) -> dict[str, np.ndarray]:
-    """The student's row u = [x | y_c | y_r] of one pair: ids, seg, word, pos (n,) and last (2,)."""
-    n_x, n_c, n_r = (int((example.seg == s).sum()) for s in (0, 1, 2))
-    pos = np.concatenate([np.arange(n_x + n_c), np.arange(n_x, n_x + n_r)])  # y_r restarts at |x|
-    last = np.array([n_x + n_c - 1, n_x + n_c + n_r - 1])
-    return dict(ids=example.ids, seg=example.seg, word=example.word, pos=pos, last=last)
 
 
 def teacher_row(example: Example, swap: bool, cls: int, sep: int, room: int) -> dict[str, list]:
@@ -155,17 +146,21 @@ def stack_rows(rows: list, fill: int, device) -> Tensor:
 
 
 def student_batch(examples: list[Example], pad_id: int, device="cpu") -> dict[str, Tensor]:
-    """Packed rows as one batch, padded on the right.
+    """Packed rows u = [x | y_c | y_r] as one batch, padded on the right.
 
     Returns ids, seg (3 = padding), word (-1 = none), pos: (B, n); last (B, 2): where r_c and r_r
     are read; word_seg (B, W): segment of each word, -1 = padding, or a word without a token.
     """
-    rows = [packed_row(e) for e in examples]
-    fills = dict(ids=pad_id, seg=3, word=-1, pos=0, last=0)
-    batch = {name: stack_rows([row[name] for row in rows], fills[name], device) for name in fills}
+    ids = stack_rows([e.ids for e in examples], pad_id, device)
+    seg = stack_rows([e.seg for e in examples], 3, device)
+    word = stack_rows([e.word for e in examples], -1, device)
     word_seg = stack_rows([e.word_seg for e in examples], -1, device)
-    seen = seen_words(batch["word"], word_seg.shape[1])
-    return {**batch, "word_seg": word_seg.masked_fill(~seen, -1)}
+    word_seg = word_seg.masked_fill(~seen_words(word, word_seg.shape[1]), -1)
+    n_x, n_c, n_r = ((seg == s).sum(1, keepdim=True) for s in (0, 1, 2))
+    last = torch.cat([n_x + n_c, n_x + n_c + n_r], dim=1) - 1
+    place = torch.arange(seg.shape[1], device=device).expand_as(seg)
+    pos = torch.where(seg == 2, place - n_c, place)  # y_r restarts at |x|
+    return dict(ids=ids, seg=seg, word=word, pos=pos * (seg < 3), last=last, word_seg=word_seg)
 
 
 def teacher_batch(
@@ -174,8 +169,7 @@ def teacher_batch(
     """Teacher's rows as one batch: ids, seg (3 = special, padding), word, mask (B, n)   (E4).
 
     Args:
-        examples: B pairs.
-        swap: (B,) booleans, the order in which the two responses are read.
+        examples, swap: B pairs, and for each whether y_r is read before y_c, (B,) booleans.
         tokenizer: the teacher's; [CLS] and [SEP] may be called BOS and EOS.
         room: longest row, in tokens.
     """
@@ -262,14 +256,10 @@ def attention_probabilities(query: Tensor, key: Tensor, scale: float, visible: T
 
 
 def attention_map(query: Tensor, key: Tensor, scale: float, visible: Tensor) -> Tensor:
-    """The attention map of one layer, mean over heads   (E3, E4).
+    """The attention map of one layer, mean over heads: (B, n, n), rows sum to 1   (E3, E4).
 
-    Args:
-        query: (B, H, n, d); key: (B, H_kv, n, d), both after rotation.
-        scale: what the logits are multiplied by, 1 / sqrt(d) as a rule.
-        visible: (B or 1, 1, n or 1, n), True where a query sees a key; no row is empty.
-
-    Returns (B, n, n), each row a distribution.
+    query (B, H, n, d) and key (B, H_kv, n, d) after rotation; scale: 1 / sqrt(d) as a rule;
+    visible (B or 1, 1, n or 1, n): True where a query sees a key, which every query must.
     """
     if query.shape[2] < LONG_ROW:
         return attention_probabilities(query, key, scale, visible).mean(dim=1)
@@ -296,8 +286,7 @@ class RewardModel(nn.Module):
     def forward(self, batch: dict[str, Tensor], layers=()) -> tuple[Tensor, list[Tensor]]:
         """Batch of student_batch -> rewards (B, 2) = (r_c, r_r) in fp32   (E1);
         simulated token maps S, (B, n, n) each, one for each of `layers`   (E3)."""
-        tap = AttentionTap(self.stock, layers) if layers else nullcontext()
-        with tap:
+        with AttentionTap(self.stock, layers) if layers else nullcontext() as tap:
             hidden = self.encode(batch)
         rewards = self.rewards_at(hidden, batch["last"])
 
@@ -314,8 +303,7 @@ class RewardModel(nn.Module):
     def encode(self, batch: dict[str, Tensor]) -> Tensor:
         """The last hidden state (B, n, k) of the packed rows, under the tree mask."""
         inputs = dict(attention_mask=tree_mask(batch["seg"]), position_ids=batch["pos"])
-        out = self.stock.base_model(input_ids=batch["ids"], **inputs, use_cache=False)
-        return out.last_hidden_state
+        return self.stock.base_model(batch["ids"], **inputs, use_cache=False).last_hidden_state
 
     def as_packed(self, heads: Tensor, batch: dict[str, Tensor]) -> Tensor:
         """Queries or keys (B, H, n, d) in the order of the packed row, as they are."""
@@ -354,8 +342,7 @@ class InteractionTeacher(nn.Module):
                 out = self.stock(**inputs, output_attentions=True)
             maps = [out.attentions[layer].float().mean(dim=1) for layer in layers]
         else:
-            tap = AttentionTap(self.stock, layers) if layers else nullcontext()
-            with tap:
+            with AttentionTap(self.stock, layers) if layers else nullcontext() as tap:
                 out = self.stock(**inputs)
             for layer in layers:
                 query, key, scale, mask = tap.kept[layer]
@@ -455,13 +442,12 @@ def seen_words(word: Tensor, W: int) -> Tensor:
 
 
 def interaction_maps(model: RewardModel, teacher, batch: dict, teacher_rows: dict | None, layers):
-    """Both models on one batch, and their maps over the words that both see.
+    """Both models on one batch, and their maps over the words that both see   (E1, E3 - E5).
 
     Args:
-        model: the student.
-        teacher: InteractionTeacher, or None where a control needs no map of a teacher.
-        batch: of student_batch.
-        teacher_rows: of teacher_batch for the same pairs, or None.
+        model, batch: the student and its rows, of student_batch.
+        teacher, teacher_rows: InteractionTeacher and its rows, of teacher_batch for the same
+            pairs; None where a control needs no map of a teacher.
         layers: ((student's), (teacher's)), aligned in this order.
 
     Returns rewards (B, 2); verdict (B,) or None; student's and teacher's word maps (B, W, W), one
@@ -600,8 +586,8 @@ def total_loss(
     """
     blocks = block_masks(word_seg, align_support)
     L_intra, L_inter = rewards.new_zeros(2, len(rewards))
+    target = ALIGN_TARGETS[align_target]
     for S, T in zip(student_maps, teacher_maps):
-        target = ALIGN_TARGETS[align_target]
         intra, inter = (
             alignment_loss(target(T, block, word_seg, seeds), S, block, align_loss)
             for block in blocks
@@ -967,8 +953,7 @@ def train_student(run: Run, model, tokenizer, teacher, layers, examples, validat
         spread = {"reward_mean": float(rewards.mean()), "reward_std": float(rewards.std())}
         return {"accuracy": accuracy(margins), "loss": loss, **spread}
 
-    steps = max(1, round(cfg.epochs * math.ceil(len(examples) / cfg.batch_size)))
-    steps = cfg.max_steps or steps
+    steps = cfg.max_steps or max(1, round(cfg.epochs * math.ceil(len(examples) / cfg.batch_size)))
     fit(run, Phase("student", model, tokenizer, examples, terms, validate, cfg.lr, steps))
 
 
@@ -1401,19 +1386,18 @@ def maps_of_pair(student, teacher, prompt, chosen: str, rejected: str, layers=(-
 def two_rows(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """A packed batch as 2B ordinary rows, (x, y_c) of all pairs, then (x, y_r): --encoding siamese.
 
-    Returns source (2B, m): which of the B n packed tokens stands at each place (see take);
-    mask (2B, m): 1 = a token; where (B, n): the place of each packed token in the 2B m places.
+    Returns ids and mask (2B, m), 1 = a token; where (B, n): the place of each packed token among
+    the 2B m places.
     """
     seg, pos = batch["seg"], batch["pos"]
     B, m = len(seg), int(pos.max()) + 1
     pair = torch.arange(B, device=seg.device)[:, None]
-    packed = torch.arange(seg.numel(), device=seg.device).view_as(seg)
-    source, mask = seg.new_zeros(2 * B * m), seg.new_zeros(2 * B * m)
+    ids, mask = seg.new_zeros(2 * B * m), seg.new_zeros(2 * B * m)
     for k, mine in ((0, seg < 2), (1, (seg == 0) | (seg == 2))):
         place = ((pair + k * B) * m + pos)[mine]
-        source[place], mask[place] = packed[mine], 1
+        ids[place], mask[place] = batch["ids"][mine], 1
     where = torch.where(seg == 2, pair + B, pair) * m + pos
-    return source.view(2 * B, m), mask.view(2 * B, m), where
+    return ids.view(2 * B, m), mask.view(2 * B, m), where
 
 
 def take(t: Tensor, index: Tensor) -> Tensor:
@@ -1425,8 +1409,7 @@ class SiameseRewardModel(RewardModel):
     """The same rewards and maps from two causal rows a pair, which any decoder can read."""
 
     def encode(self, batch: dict[str, Tensor]) -> Tensor:
-        source, mask, where = two_rows(batch)
-        ids = take(batch["ids"], source)
+        ids, mask, where = two_rows(batch)
         out = self.stock.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
         return take(out.last_hidden_state, where)
 
@@ -1610,7 +1593,7 @@ def distribute(run: Run, model: nn.Module) -> None:
         return
     shard = run.cfg.fsdp
     shape = (1, WORLD) if shard else (WORLD, 1)
-    mesh = init_device_mesh(run.device.type, shape, mesh_dim_names=("replicate", "shard"))
+    mesh = dist.init_device_mesh(run.device.type, shape, mesh_dim_names=("replicate", "shard"))
     dtype = torch.bfloat16 if shard and run.amp is not nullcontext else None
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     layers = max((m for m in model.modules() if isinstance(m, nn.ModuleList)), key=len)
@@ -1688,6 +1671,7 @@ class Run:
         *("resume", "overwrite", "output_dir", "eval_data", "log_every", "save_every", "device"),
         *("fsdp", "grad_accum", "gradient_checkpointing"),
     )
+    gathered = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
     def __init__(self, cfg: Config):
         self.cfg, self.stop, self.handlers, self.saved = cfg, 0, {}, None
@@ -1708,11 +1692,11 @@ class Run:
                     if not old.with_suffix("").exists():
                         os.replace(old, old.with_suffix(""))
             self.saved = self.newest() if self.cfg.resume else None
+        except Timeout:
+            what = "in use by another run; choose another --output-dir"
+            raise UserError(f"{self.dir}: {what}") from None
         except BaseException as why:
             self.lock.release()
-            if isinstance(why, Timeout):
-                what = "in use by another run; choose another --output-dir"
-                raise UserError(f"{self.dir}: {what}") from None
             if isinstance(why, OSError):
                 raise UserError(f"{self.dir}: cannot be written ({why.strerror})") from None
             raise
@@ -1825,8 +1809,7 @@ class Run:
 
     def save_model(self, model: nn.Module, tokenizer, name: str) -> None:
         """RUN/name as a stock directory, gathered from all processes, written by the first."""
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        weights, _ = get_state_dict(model, (), options=options)
+        weights, _ = get_state_dict(model, (), options=self.gathered)
         if RANK == 0:
             weights = {k.removeprefix("stock."): v for k, v in weights.items()}
             save_stock(model.stock, tokenizer, self.dir / name, weights)
@@ -1851,8 +1834,7 @@ class Run:
 
     def checkpoint(self, phase: Phase, step: int, optimizer, best: list[float]) -> None:
         """Weights and moments of all processes, and the log so far; the last two stay."""
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        weights, moments = get_state_dict(phase.model, optimizer, options=options)
+        weights, moments = get_state_dict(phase.model, optimizer, options=self.gathered)
         if RANK > 0:
             return
         log = (self.dir / "metrics.jsonl").read_text(encoding="utf-8")
@@ -2039,20 +2021,18 @@ def option_of(field: str) -> str:
 def parse_flags(argv: list[str] | None = None, defaults: dict | None = None) -> Config:
     """The command line, made from Config; a wrong flag is one line and exit code 2."""
     layout = functools.partial(argparse.HelpFormatter, max_help_position=32, width=100)
-    about = __doc__.split("\n")[0]
-    parser = data_prep.Parser(description=about, formatter_class=layout, allow_abbrev=False)
+    options = {"formatter_class": layout, "allow_abbrev": False}
+    parser = data_prep.Parser(description=__doc__.split("\n")[0], **options)
     config = Config(**(defaults or {}))
     for f in fields(Config):
         if f.name in GROUPS:
             group = parser.add_argument_group(GROUPS[f.name])
         value = getattr(config, f.name)
-        options = {"default": value, "type": type(value), "choices": f.metadata["choices"]}
-        if isinstance(value, bool):
-            options = {"action": "store_true"}
-        elif isinstance(value, list):
-            options = {"nargs": "+", "default": value}
+        kinds = {bool: {"action": "store_true"}, list: {"nargs": "+"}}
+        kind = kinds.get(type(value), {"type": type(value), "choices": f.metadata["choices"]})
         shown = "" if value in ("", [], False) else f" (default: {value})"
-        group.add_argument(option_of(f.name), help=f.metadata["help"] + shown, **options)
+        about = f.metadata["help"] + shown
+        group.add_argument(option_of(f.name), default=value, help=about, **kind)
     return Config(**vars(parser.parse_args(argv)))
 
 
