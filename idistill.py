@@ -103,15 +103,14 @@ def tree_mask(seg: Tensor) -> Tensor:
     return (causal & ((s_j == 0) | (s_j == s_i)))[:, None]
 
 
-def teacher_row(example: Example, swap: bool, cls: int, sep: int, room: int) -> dict[str, list]:
+def teacher_row(example: Example, swap: bool, tokenizer, room: int) -> dict[str, list]:
     """The teacher's row [CLS] x [SEP] y_a [SEP] y_b [SEP]: ids, seg, word, mask (n,)   (E4).
 
-    Args:
-        example: the pair, with the teacher's tokens of x, y_c and y_r in `runs`.
-        swap: False = (a, b) is (c, r), True = (r, c).
-        cls, sep: ids of the special tokens; they belong to no segment (3) and to no word (-1).
-        room: longest row, in tokens; over it the oldest of x goes, then the responses' ends.
+    swap: False = (a, b) is (c, r), True = (r, c). Special tokens belong to no segment (3) and no
+    word (-1). Over `room` tokens the oldest of x goes, then the responses' ends.
     """
+    cls = tokenizer.bos_token_id if tokenizer.cls_token_id is None else tokenizer.cls_token_id
+    sep = tokenizer.eos_token_id if tokenizer.sep_token_id is None else tokenizer.sep_token_id
     x, y_c, y_r = cut_runs(example.runs, room - 4)
     order = [(0, x), (2, y_r), (1, y_c)] if swap else [(0, x), (1, y_c), (2, y_r)]
     row = dict(ids=[cls], seg=[3], word=[-1], mask=[1])
@@ -170,12 +169,10 @@ def teacher_batch(
 
     Args:
         examples, swap: B pairs, and for each whether y_r is read before y_c, (B,) booleans.
-        tokenizer: the teacher's; [CLS] and [SEP] may be called BOS and EOS.
+        tokenizer: the teacher's; its [CLS] and [SEP] may be called BOS and EOS.
         room: longest row, in tokens.
     """
-    cls = tokenizer.bos_token_id if tokenizer.cls_token_id is None else tokenizer.cls_token_id
-    sep = tokenizer.eos_token_id if tokenizer.sep_token_id is None else tokenizer.sep_token_id
-    rows = [teacher_row(e, s, cls, sep, room) for e, s in zip(examples, swap)]
+    rows = [teacher_row(e, s, tokenizer, room) for e, s in zip(examples, swap)]
     fills = dict(ids=tokenizer.pad_token_id, seg=3, word=-1, mask=0)
     return {name: stack_rows([row[name] for row in rows], fills[name], device) for name in fills}
 
@@ -709,9 +706,7 @@ def score_pairs(model: RewardModel, examples, batch_size: int, device, amp, name
 
 
 @torch.no_grad()
-def teacher_verdicts(
-    teacher: InteractionTeacher, examples, batch_size: int, device, amp, name=""
-) -> np.ndarray:
+def teacher_verdicts(teacher, examples, batch_size: int, device, amp, name="") -> np.ndarray:
     """The teacher's verdicts (N,), mean of both orders."""
     verdicts, was_training = np.full(len(examples), -np.inf, dtype=np.float32), teacher.training
     teacher.eval()
@@ -920,11 +915,11 @@ def distillation_terms(model, teacher, part: list[Example], swap, layers, seeds,
 
 def train_teacher(run: Run, teacher, examples, validation, swaps) -> None:
     """Fine-tunes the teacher on (E4); the best by validation accuracy is RUN/teacher."""
-    cfg = run.cfg
+    cfg, tokenizer = run.cfg, teacher.tokenizer
 
     def terms(index, epoch):
         part, swap = [examples[i] for i in index], swaps(index, epoch)
-        verdict, _ = teacher(teacher_batch(part, swap, teacher.tokenizer, teacher.room, run.device))
+        verdict, _ = teacher(teacher_batch(part, swap, tokenizer, teacher.room, run.device))
         rewards = torch.stack([verdict, -verdict], dim=1).detach() / 2
         return {"loss": bt_loss(verdict, torch.zeros_like(verdict)), "rewards": rewards}
 
@@ -933,8 +928,7 @@ def train_teacher(run: Run, teacher, examples, validation, swaps) -> None:
         return {"accuracy": accuracy(verdicts), "loss": float(np.logaddexp(0, -verdicts).mean())}
 
     steps = max(1, round(cfg.teacher_epochs * math.ceil(len(examples) / cfg.batch_size)))
-    reads = (teacher.tokenizer, examples)
-    fit(run, Phase("teacher", teacher, *reads, terms, validate, cfg.teacher_lr, steps))
+    fit(run, Phase("teacher", teacher, tokenizer, examples, terms, validate, cfg.teacher_lr, steps))
 
 
 def train_student(run: Run, model, tokenizer, teacher, layers, examples, validation, swaps) -> None:
@@ -1415,8 +1409,7 @@ class SiameseRewardModel(RewardModel):
 
     def as_packed(self, heads: Tensor, batch: dict[str, Tensor]) -> Tensor:
         """(2B, H, m, d) -> (B, H, n, d): the prompt's heads are those of the first row."""
-        where = two_rows(batch)[2]
-        return take(heads.transpose(1, 2), where).transpose(1, 2)
+        return take(heads.transpose(1, 2), two_rows(batch)[2]).transpose(1, 2)
 
 
 ENCODINGS = {"packed": RewardModel, "siamese": SiameseRewardModel}
