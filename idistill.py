@@ -369,25 +369,24 @@ def bt_loss(r_c: Tensor, r_r: Tensor) -> Tensor:
     return -F.logsigmoid(r_c - r_r)
 
 
-def plain(margin: Tensor, flipped: Tensor, flip_rate: float, strength: Tensor) -> Tensor:
-    """-log sigmoid(margin): BT."""
-    return -F.logsigmoid(margin)
+def plain(labelled: Tensor, flipped: Tensor, flip_rate: float, strength: Tensor) -> Tensor:
+    """BT of the pair as labelled; `flipped` is that of the pair with the other label."""
+    return labelled
 
 
-def smooth(margin: Tensor, flipped: Tensor, flip_rate: float, strength: Tensor) -> Tensor:
+def smooth(labelled: Tensor, flipped: Tensor, flip_rate: float, strength: Tensor) -> Tensor:
     """Label smoothing: conservative BT (Mitchell's cDPO, Eq. 3; arXiv 2401.06080, Eq. 5)."""
-    return -(1 - flip_rate) * F.logsigmoid(margin) - flip_rate * F.logsigmoid(flipped)
+    return (1 - flip_rate) * labelled + flip_rate * flipped
 
 
-def soft(margin: Tensor, flipped: Tensor, flip_rate: float, strength: Tensor) -> Tensor:
+def soft(labelled: Tensor, flipped: Tensor, flip_rate: float, strength: Tensor) -> Tensor:
     """Label smoothing only where an ensemble doubts the label (arXiv 2401.06080, section 2.5)."""
-    return smooth(margin, flipped, flip_rate * (strength < 0), strength)
+    return smooth(labelled, flipped, flip_rate * (strength < 0), strength)
 
 
-def robust(margin: Tensor, flipped: Tensor, flip_rate: float, strength: Tensor) -> Tensor:
+def robust(labelled: Tensor, flipped: Tensor, flip_rate: float, strength: Tensor) -> Tensor:
     """Its mean over random flips is the clean loss (arXiv 2403.00409); it can be negative."""
-    as_labelled, as_flipped = F.logsigmoid(margin), F.logsigmoid(flipped)
-    return -((1 - flip_rate) * as_labelled - flip_rate * as_flipped) / (1 - 2 * flip_rate)
+    return ((1 - flip_rate) * labelled - flip_rate * flipped) / (1 - 2 * flip_rate)
 
 
 PREFERENCE_LOSSES = {"bt": plain, "smooth": smooth, "soft": soft, "robust": robust}
@@ -408,8 +407,9 @@ def pair_loss(
     """
     difference = rewards[:, 0] - rewards[:, 1]
     margin, strength = torch.as_tensor(margin), torch.as_tensor(strength)
-    flipped = -difference + margin if signed else -difference - margin
-    return PREFERENCE_LOSSES[preference_loss](difference - margin, flipped, flip_rate, strength)
+    labelled = bt_loss(difference, margin)
+    flipped = bt_loss(-difference, -margin if signed else margin)
+    return PREFERENCE_LOSSES[preference_loss](labelled, flipped, flip_rate, strength)
 
 
 # ----------------------------------------------------------------- from token maps to word maps
@@ -1856,7 +1856,7 @@ class Run:
 
 # ----------------------------------------------------------------------------------------- the demo
 
-# its flags; the teacher's recipe was chosen by validation accuracy
+# The demo's flags; the teacher's recipe was chosen by validation accuracy.
 DEMO = dict(batch_size=32, lr=1e-3, teacher_lr=2e-3, epochs=2.0, teacher_epochs=8.0)
 DEMO |= dict(max_length=128, dtype="fp32", eval_every=400, log_every=20)
 DEMO_LAYERS = 2  # of student and teacher
