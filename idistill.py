@@ -1154,7 +1154,7 @@ def say_rope(model, name: str, max_length: int) -> None:
     """LongRoPE turns to other frequencies for a whole batch once one row is over the old window."""
     config = model.config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or {}
-    window = rope.get("original_max_position_embeddings", 10**6)
+    window = rope.get("original_max_position_embeddings") or 10**6
     if rope.get("rope_type") in ("longrope", "dynamic") and max_length > window:
         what = f"over {window} tokens a row changes the frequencies of its whole batch"
         print(f"warning: {name}: {what}, and so its rewards; --max-length {window} avoids it")
@@ -1953,7 +1953,7 @@ def demo(cfg: Config) -> None:
     root = Path(cfg.output_dir or "runs/demo")
     if WORLD > 1 or cfg.resume:
         raise UserError("torchrun and --resume need --model beside them; the demo starts anew")
-    roots = [root] + [root.with_name(f"{root.name}-{i}") for i in range(2, 10_000)]
+    roots = [root] + [root.with_name(f"{root.name}-{i}") for i in range(2, 1000)]
     seeds, tables = range(cfg.seed, cfg.seed + cfg.seeds), []
     made = [r for r in roots if all((r / f"seed{s}/demo.json").exists() for s in seeds)]
     if typed and made:
