@@ -20,7 +20,7 @@ the RM simulates its attention through an attentional alignment objective; stead
 rewards. Our reading (no public code): every equation below, and the alignment by words.
 
 Letters, in every docstring: B pairs of a batch, n tokens, W words, H heads, d size of a head.
-s = segment: 0 prompt x, 1 chosen y_c, 2 rejected y_r; 3 = padding or markup of the teacher's row.
+s = segment: 0 prompt x, 1 chosen y_c, 2 rejected y_r; 3 = padding, or the teacher's [CLS], [SEP].
 
   packed row       u = [x | y_c | y_r]: n tokens, x is encoded once
   tree mask        query i sees key j  iff  j <= i and (s_j = 0 or s_j = s_i);
@@ -34,7 +34,8 @@ s = segment: 0 prompt x, 1 chosen y_c, 2 rejected y_r; 3 = padding or markup of 
   word map         sum over the tokens of the attended word,
                    mean over the tokens of the attending word                       (B, W, W)   (E5)
   blocks           intra: all word pairs but y_c x y_r;  inter: y_c x y_r, both ways
-  alignment        L_intra = mean over rows i of KL(T_i || S_i), rows renormalised in the block (E6)
+  alignment        L_intra = mean over rows i of KL(T_i || S_i), rows renormalised in the
+                   intra block;  L_inter = the same in the inter block                          (E6)
   total            L = L_BT + lambda_intra L_intra + lambda_inter L_inter                       (E7)
 
 Part 1 is the method, on tensors and numbers. Part 2 trains it. Part 3 is what a program needs
@@ -95,7 +96,7 @@ from data_prep import Encoder, Example, Pair, UserError, bar, first_line, load_t
 def tree_mask(seg: Tensor) -> Tensor:
     """The student's own attention in a packed row: (B, n) segments -> (B, 1, n, n), True = visible.
 
-    Padding (segment 3, at the right) sees x and itself: a row without a key would turn into NaN.
+    Padding (segment 3, at the right) sees x and padding: a row without a key would turn into NaN.
     """
     n = seg.shape[1]
     causal = torch.ones(n, n, dtype=torch.bool, device=seg.device).tril()
@@ -303,7 +304,7 @@ class RewardModel(nn.Module):
         return self.stock.base_model(batch["ids"], **inputs, use_cache=False).last_hidden_state
 
     def as_packed(self, heads: Tensor, batch: dict[str, Tensor]) -> Tensor:
-        """Queries or keys (B, H, n, d) in the order of the packed row, as they are."""
+        """Queries or keys (B, H, n, d) in the order of the packed row: here as they are."""
         return heads
 
     def rewards_at(self, hidden: Tensor, last: Tensor) -> Tensor:
@@ -369,24 +370,29 @@ def bt_loss(r_c: Tensor, r_r: Tensor) -> Tensor:
     return -F.logsigmoid(r_c - r_r)
 
 
-def plain(labelled: Tensor, flipped: Tensor, flip_rate: float, strength: Tensor) -> Tensor:
-    """BT of the pair as labelled; `flipped` is that of the pair with the other label."""
-    return labelled
+# Of d = r_c - r_r - margin, and of the same with the label flipped; flip_rate is the share of wrong
+# labels reckoned with, strength (B,) an ensemble's mean r_c - r_r. (B,) -> (B,).
 
 
-def smooth(labelled: Tensor, flipped: Tensor, flip_rate: float, strength: Tensor) -> Tensor:
+def plain(d: Tensor, flipped: Tensor, flip_rate: float, strength: Tensor) -> Tensor:
+    """BT of the pair as labelled   (E2)."""
+    return -F.logsigmoid(d)
+
+
+def smooth(d: Tensor, flipped: Tensor, flip_rate: float, strength: Tensor) -> Tensor:
     """Label smoothing: conservative BT (Mitchell's cDPO, Eq. 3; arXiv 2401.06080, Eq. 5)."""
-    return (1 - flip_rate) * labelled + flip_rate * flipped
+    return -(1 - flip_rate) * F.logsigmoid(d) - flip_rate * F.logsigmoid(flipped)
 
 
-def soft(labelled: Tensor, flipped: Tensor, flip_rate: float, strength: Tensor) -> Tensor:
+def soft(d: Tensor, flipped: Tensor, flip_rate: float, strength: Tensor) -> Tensor:
     """Label smoothing only where an ensemble doubts the label (arXiv 2401.06080, section 2.5)."""
-    return smooth(labelled, flipped, flip_rate * (strength < 0), strength)
+    return smooth(d, flipped, flip_rate * (strength < 0), strength)
 
 
-def robust(labelled: Tensor, flipped: Tensor, flip_rate: float, strength: Tensor) -> Tensor:
+def robust(d: Tensor, flipped: Tensor, flip_rate: float, strength: Tensor) -> Tensor:
     """Its mean over random flips is the clean loss (arXiv 2403.00409); it can be negative."""
-    return ((1 - flip_rate) * labelled - flip_rate * flipped) / (1 - 2 * flip_rate)
+    loss = -(1 - flip_rate) * F.logsigmoid(d) + flip_rate * F.logsigmoid(flipped)
+    return loss / (1 - 2 * flip_rate)
 
 
 PREFERENCE_LOSSES = {"bt": plain, "smooth": smooth, "soft": soft, "robust": robust}
@@ -405,11 +411,9 @@ def pair_loss(
         strength: (B,), an ensemble's mean r_c - r_r (arXiv 2401.06080).
         signed: the margin changes its sign with the label, as strength does (there, Eq. 6).
     """
-    difference = rewards[:, 0] - rewards[:, 1]
-    margin, strength = torch.as_tensor(margin), torch.as_tensor(strength)
-    labelled = bt_loss(difference, margin)
-    flipped = bt_loss(-difference, -margin if signed else margin)
-    return PREFERENCE_LOSSES[preference_loss](labelled, flipped, flip_rate, strength)
+    difference, strength = rewards[:, 0] - rewards[:, 1], torch.as_tensor(strength)
+    d, flipped = difference - margin, -difference - (-margin if signed else margin)
+    return PREFERENCE_LOSSES[preference_loss](d, flipped, flip_rate, strength)
 
 
 # ----------------------------------------------------------------- from token maps to word maps
@@ -579,7 +583,7 @@ def total_loss(
         center_rewards: weight of the squared sum of a pair's rewards (arXiv 2312.09244).
         align_loss, align_target, align_support: see ALIGN_LOSSES, ALIGN_TARGETS, block_masks.
         seeds: one a pair, for the shuffled target.
-        preference: see pair_loss.
+        preference: see pair_loss; whatever it says, its loss is the term "bt".
     """
     blocks = block_masks(word_seg, align_support)
     L_intra, L_inter = rewards.new_zeros(2, len(rewards))
@@ -597,7 +601,7 @@ def total_loss(
     if verdict is not None:
         L_score = (rewards[:, 0] - rewards[:, 1] - verdict).square()
 
-    L = (  # (E7)
+    L = (  # (E7); the last two are options with weight 0
         L_BT
         + lambda_intra * L_intra
         + lambda_inter * L_inter
@@ -1478,7 +1482,7 @@ def parse_layers(spec: str, student: int, teacher: int) -> tuple[tuple, tuple]:
         return tuple(zip(*((range(student)[s], range(teacher)[t]) for s, t in pairs)))
     except (ValueError, IndexError):
         within = f"within {student} student and {teacher} teacher layers"
-        advice = "give last, middle, all, or student:teacher pairs such as '-1:-1,5:2'"
+        advice = "give last, middle, all, or student:teacher pairs as --align-layers=-1:-1,5:2"
         raise UserError(f"--align-layers {spec!r}: {advice}, {within}") from None
 
 
@@ -1938,18 +1942,21 @@ def print_demo(tables: list[dict[str, list[float]]]) -> None:
         if len(tables) > 1:
             cells = [f"{m:.1f} ({s:.1f})" for m, s in zip(rows.mean(0), rows.std(0, ddof=1))]
         print(f"{name:{width}}" + "".join(f"{c:>17}" for c in cells))
-    print(f"600 pairs a column, {len(tables)} seed(s), mean (standard deviation)")
+    seeds = f"{len(tables)} seeds, mean (standard deviation)" if len(tables) > 1 else "one seed"
+    print(f"600 pairs a column, {seeds}")
 
 
-def demo(cfg: Config) -> None:
+def demo(cfg: Config, typed: dict) -> None:
     """`python idistill.py`: which of four models reads the content, which the cue?
 
     With flags of the method, one arm with these flags, beside the rows of the last demo with that
     seed (which is made first where there is none); its row joins ROOT/seedN/ablations.json.
+
+    typed: {field of cfg: value} of the flags on the command line.
     """
     check_numbers(cfg)
     parse_layers(cfg.align_layers, DEMO_LAYERS, DEMO_LAYERS)
-    typed = typed_flags(cfg, Config(**DEMO))
+    typed = as_typed(typed)
     root = Path(cfg.output_dir or "runs/demo")
     if WORLD > 1 or cfg.resume:
         raise UserError("torchrun and --resume need --model beside them; the demo starts anew")
@@ -1972,9 +1979,11 @@ def demo(cfg: Config) -> None:
         tables.append(table)
     print_demo(tables)
     if not typed:
-        print("\nWhere the cue lies (last column), who reads the content stays near 100, who reads")
-        print("the cue falls to 10. The teacher's map hands over what to read, a uniform one not.")
-    show = f"python eval.py show {here}/bt/student {here}/id/student"
+        print(
+            "\nWhere the cue lies (last column), who reads the content stays near 100, who reads the"
+        )
+        print("falls towards 10. The teacher's map hands over what to read, a uniform one not.")
+    show = f"python eval.py show {here}/bt/student {here}/id/student --teacher {here}/id/teacher"
     print(f"Files: {here}. Look closer:\n  {show} --data {here}/data/cue-reversed.jsonl")
 
 
@@ -2011,29 +2020,32 @@ def option_of(field: str) -> str:
     return "--" + field.replace("_", "-")
 
 
-def parse_flags(argv: list[str] | None = None, defaults: dict | None = None) -> Config:
-    """The command line, made from Config; a wrong flag is one line and exit code 2."""
+def typed_flags(argv: list[str] | None = None) -> dict:
+    """{field of Config: value} of the command line; a wrong flag is one line and exit code 2."""
     layout = functools.partial(argparse.HelpFormatter, max_help_position=32, width=100)
     options = {"formatter_class": layout, "allow_abbrev": False}
     parser = data_prep.Parser(description=__doc__.split("\n")[0], **options)
-    config = Config(**(defaults or {}))
     for f in fields(Config):
         if f.name in GROUPS:
             group = parser.add_argument_group(GROUPS[f.name])
-        value = getattr(config, f.name)
+        value = getattr(Config(), f.name)
         kinds = {bool: {"action": "store_true"}, list: {"nargs": "+"}}
         kind = kinds.get(type(value), {"type": type(value), "choices": f.metadata["choices"]})
         shown = "" if value in ("", [], False) else f" (default: {value})"
         about = f.metadata["help"] + shown
-        group.add_argument(option_of(f.name), default=value, help=about, **kind)
-    return Config(**vars(parser.parse_args(argv)))
+        group.add_argument(option_of(f.name), default=argparse.SUPPRESS, help=about, **kind)
+    return vars(parser.parse_args(argv))
 
 
-def typed_flags(cfg: Config, before: Config) -> dict[str, str]:
-    """{field: the flag as a person types it} of what differs from the demo's own flags."""
+def parse_flags(argv: list[str] | None = None) -> Config:
+    return Config(**typed_flags(argv))
+
+
+def as_typed(flags: dict) -> dict[str, str]:
+    """{field: the flag as a person types it} of those that make an ablation."""
     typed = {}
-    for name, value in asdict(cfg).items():
-        if name not in NO_ABLATION and value != getattr(before, name):
+    for name, value in flags.items():
+        if name not in NO_ABLATION:
             typed[name] = option_of(name)
             if value is not True:
                 typed[name] += f" {value if isinstance(value, str) else format(value, 'g')}"
@@ -2072,13 +2084,14 @@ def errors_in_one_line(output_dir: str):
 
 
 def main(argv: list[str] | None = None) -> None:
-    cfg = parse_flags(argv)
+    typed = typed_flags(argv)
+    cfg = Config(**typed)
     quiet()
     with errors_in_one_line(cfg.output_dir):
         if not cfg.model:
             if cfg.teacher or cfg.data or cfg.val_data or cfg.eval_data:
                 raise UserError("--model is needed beside --teacher and data; without: the demo")
-            return demo(parse_flags(argv, DEMO))
+            return demo(Config(**{**DEMO, **typed}), typed)
         print_table(train(cfg))
         folder = Path(cfg.output_dir) / "student"
         print(f"\nreward model: {folder}  (a stock AutoModelForSequenceClassification directory)")
