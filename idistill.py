@@ -1979,10 +1979,10 @@ def demo(cfg: Config, typed: dict) -> None:
         tables.append(table)
     print_demo(tables)
     if not typed:
+        print("\nWhere the cue lies (last column), who reads the content stays near 100, who reads")
         print(
-            "\nWhere the cue lies (last column), who reads the content stays near 100, who reads the"
+            "the cue falls towards 10. The teacher's map says what to read, a uniform one does not."
         )
-        print("falls towards 10. The teacher's map hands over what to read, a uniform one not.")
     show = f"python eval.py show {here}/bt/student {here}/id/student --teacher {here}/id/teacher"
     print(f"Files: {here}. Look closer:\n  {show} --data {here}/data/cue-reversed.jsonl")
 

@@ -1313,7 +1313,7 @@ def test_demo_and_ablations_in_one_table(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     for name, value in dict(teacher_epochs=0.2, max_steps=2).items():
         monkeypatch.setitem(idistill.DEMO, name, value)
-    assert code_of(main, "--align-loss", "mse") == 0
+    assert code_of(main, "--align-loss", "kl") == 0  # the default, typed: an arm all the same
     table = read_json(here / "demo.json")
     arms = dict.fromkeys(["teacher", "BT", "ID", "ID, uniform target"], 3)
     assert {name: len(row) for name, row in table.items()} == arms
@@ -1321,7 +1321,7 @@ def test_demo_and_ablations_in_one_table(monkeypatch, tmp_path, capsys):
     capsys.readouterr()
     assert code_of(main, "--lambda-inter", "0", "--lr", "0.01", "--seed", "0") == 0
     out, rows = capsys.readouterr().out, read_json(here / "ablations.json")
-    assert list(rows) == ["--align-loss mse", "--lambda-inter 0 --lr 0.01"]
+    assert list(rows) == ["--align-loss kl", "--lambda-inter 0 --lr 0.01"]
     for name in [*table, *rows]:
         assert re.search(rf"^{re.escape(name)}  +\d", out, re.MULTILINE), name
     assert weights_of(here / "id", "teacher") == demo_teacher
