@@ -104,14 +104,12 @@ def tree_mask(seg: Tensor) -> Tensor:
     return (causal & ((s_j == 0) | (s_j == s_i)))[:, None]
 
 
-def teacher_row(example: Example, swap: bool, tokenizer, room: int) -> dict[str, list]:
+def teacher_row(example: Example, swap: bool, cls: int, sep: int, room: int) -> dict[str, list]:
     """The teacher's row [CLS] x [SEP] y_a [SEP] y_b [SEP]: ids, seg, word, mask (n,)   (E4).
 
-    swap: False = (a, b) is (c, r), True = (r, c). Special tokens belong to no segment (3) and no
-    word (-1). Over `room` tokens the oldest of x goes, then the responses' ends.
+    swap: False = (a, b) is (c, r), True = (r, c). The ids cls and sep belong to no segment (3) and
+    no word (-1). Over `room` tokens the oldest of x goes, then the responses' ends.
     """
-    cls = tokenizer.bos_token_id if tokenizer.cls_token_id is None else tokenizer.cls_token_id
-    sep = tokenizer.eos_token_id if tokenizer.sep_token_id is None else tokenizer.sep_token_id
     x, y_c, y_r = cut_runs(example.runs, room - 4)
     order = [(0, x), (2, y_r), (1, y_c)] if swap else [(0, x), (1, y_c), (2, y_r)]
     row = dict(ids=[cls], seg=[3], word=[-1], mask=[1])
@@ -173,7 +171,9 @@ def teacher_batch(
         tokenizer: the teacher's; its [CLS] and [SEP] may be called BOS and EOS.
         room: longest row, in tokens.
     """
-    rows = [teacher_row(e, s, tokenizer, room) for e, s in zip(examples, swap)]
+    cls = tokenizer.bos_token_id if tokenizer.cls_token_id is None else tokenizer.cls_token_id
+    sep = tokenizer.eos_token_id if tokenizer.sep_token_id is None else tokenizer.sep_token_id
+    rows = [teacher_row(e, s, cls, sep, room) for e, s in zip(examples, swap)]
     fills = dict(ids=tokenizer.pad_token_id, seg=3, word=-1, mask=0)
     return {name: stack_rows([row[name] for row in rows], fills[name], device) for name in fills}
 
@@ -1980,9 +1980,7 @@ def demo(cfg: Config, typed: dict) -> None:
     print_demo(tables)
     if not typed:
         print("\nWhere the cue lies (last column), who reads the content stays near 100, who reads")
-        print(
-            "the cue falls towards 10. The teacher's map says what to read, a uniform one does not."
-        )
+        print("the cue falls towards 10. The teacher's map says what to read, a uniform one not.")
     show = f"python eval.py show {here}/bt/student {here}/id/student --teacher {here}/id/teacher"
     print(f"Files: {here}. Look closer:\n  {show} --data {here}/data/cue-reversed.jsonl")
 
@@ -2025,20 +2023,17 @@ def typed_flags(argv: list[str] | None = None) -> dict:
     layout = functools.partial(argparse.HelpFormatter, max_help_position=32, width=100)
     options = {"formatter_class": layout, "allow_abbrev": False}
     parser = data_prep.Parser(description=__doc__.split("\n")[0], **options)
+    config = Config()
     for f in fields(Config):
         if f.name in GROUPS:
             group = parser.add_argument_group(GROUPS[f.name])
-        value = getattr(Config(), f.name)
+        value = getattr(config, f.name)
         kinds = {bool: {"action": "store_true"}, list: {"nargs": "+"}}
         kind = kinds.get(type(value), {"type": type(value), "choices": f.metadata["choices"]})
         shown = "" if value in ("", [], False) else f" (default: {value})"
         about = f.metadata["help"] + shown
         group.add_argument(option_of(f.name), default=argparse.SUPPRESS, help=about, **kind)
     return vars(parser.parse_args(argv))
-
-
-def parse_flags(argv: list[str] | None = None) -> Config:
-    return Config(**typed_flags(argv))
 
 
 def as_typed(flags: dict) -> dict[str, str]:

@@ -968,7 +968,7 @@ def test_run_leaves_what_is_documented(whole_run):
 
 def test_same_seed_same_run(whole_run, argv, tmp_path):
     """In this process, twice: a notebook. Another seed is another run."""
-    flags = idistill.parse_flags(argv(tmp_path / "a"))
+    flags = idistill.Config(**idistill.typed_flags(argv(tmp_path / "a")))
     idistill.train(flags)
     assert_same_run(whole_run[0], tmp_path / "a")
     idistill.train(dataclasses.replace(flags, seed=1, output_dir=str(tmp_path / "b"), max_steps=2))
@@ -1090,7 +1090,7 @@ def test_damaged_checkpoint_is_named(whole_run, argv, tmp_path, monkeypatch, cap
     if damage == "cut":
         assert_same_run(whole_run[0], trained(argv, out, resume=True))
     else:  # the same way from here
-        with idistill.Run(idistill.parse_flags(argv(out, resume=True))) as run:
+        with idistill.Run(idistill.Config(**idistill.typed_flags(argv(out, resume=True)))) as run:
             assert run.saved[:2] == ("student", 3)
     assert str(newest) in capsys.readouterr().err and not (tmp_path / "boom").exists()
 
@@ -1121,7 +1121,7 @@ def test_output_directory_is_protected(zoo, argv, tmp_path, capsys):
     write_pairs(Path(data), make_pairs(20))
     no(out, "student, an input", model=out / "student", overwrite=True)
     no(out, "nowhere/m", model="nowhere/m", overwrite=True)
-    with idistill.Run(idistill.parse_flags(argv(out, **flags, overwrite=True))):
+    with idistill.Run(idistill.Config(**idistill.typed_flags(argv(out, **flags, overwrite=True)))):
         no(out, "in use", overwrite=True)
     assert weights_of(out) == before
 

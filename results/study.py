@@ -32,6 +32,7 @@ import idistill  # noqa: E402
 from data_prep import (  # noqa: E402
     Encoder,
     Pair,
+    UserError,
     bar,
     exit_codes,
     load_tokenizer,
@@ -315,6 +316,9 @@ WEAKER = {  # lambda of every target, to be matched by validation
     }
     for arm, weight in product(TARGET_ARMS, ("0.3", "0.1"))
 }
+RATED = {  # they choose the rate of whole
+    f"{arm}@lr{rate:.0e}": {**ARMS[arm], "lr": rate} for rate, arm in product(RATES, ("BT", "ID"))
+}
 EXTRAS = {  # seed 0; the first with all seeds
     "BT+clean": BT,
     "ID-biased-teacher": {},
@@ -419,10 +423,12 @@ def planted_teacher(size: Size, name: str, common: dict) -> None:
     shutil.rmtree(out / "student", ignore_errors=True)
 
 
-def planted_run(size: Size, name: str, arm: str, agreement: int, seed: int, common: dict) -> None:
+def planted_run(size: Size, name: str, common: dict) -> None:
     """One arm of one seed."""
-    teacher = next((name for name, (*_, own) in TEACHERS.items() if own == arm), "teacher")
-    flags = {**common, **frozen(size.dir / teacher), "seed": seed, **arm_flags(arm)}
+    arm, agreement, seed = run_of(name)
+    teacher = next((folder for folder, (*_, own) in TEACHERS.items() if own == arm), "teacher")
+    flags = (ARMS | CONTROLS | WEAKER | RATED | EXTRAS)[arm]
+    flags = {**common, **frozen(size.dir / teacher), "seed": seed, **flags}
     flags["data"] = size.files(f"biased-{agreement}-{seed}")
     if arm == "BT+clean":
         flags["data"] += size.files("clean")
@@ -437,20 +443,12 @@ def planted_run(size: Size, name: str, arm: str, agreement: int, seed: int, comm
     train(size.dir / name, **flags)
 
 
-def arm_flags(arm: str) -> dict:
-    """Fields of Config of an arm; "BT@lr1e-04" is one that chooses the rate."""
-    name, _, rate = arm.partition("@lr")
-    return {**(ARMS | CONTROLS | WEAKER | EXTRAS)[name], **({"lr": float(rate)} if rate else {})}
-
-
 def chosen_rate(size: Size) -> float:
     """The rate of RATES whose BT and ID validate best together, without a sentence, seed 0."""
-    found = {rate: [validation(size.dir / name) for name in rate_runs(rate)] for rate in RATES}
-    return max(RATES, key=lambda rate: sum(found[rate]))
-
-
-def rate_runs(rate: float) -> list[str]:
-    return [f"{arm}@lr{rate:.0e}-0-0" for arm in ("BT", "ID")]
+    found = Counter()
+    for arm, flags in RATED.items():
+        found[flags["lr"]] += validation(size.dir / f"{arm}-0-0")
+    return max(RATES, key=found.get)
 
 
 def validation(run: Path) -> float:
@@ -546,14 +544,18 @@ def planted(*names: str, size: Size = PLANTED) -> None:
     planted_data(size, student)
     common = {"model": student, **size.flags}
     common["eval_every"] = 1000  # never but at the end: the weights of the last step
-    runs = {name: run_of(name) for name in planned(size)}
+    runs, held_out = planned(size), {}
+    for name in size.sets:  # without, with, against the sentence; of other sources
+        held_out[name] = read_pairs(size.files(name))[0]
+    if unknown := set(names) - {"report", *runs}:
+        raise UserError(f"{', '.join(unknown)}: no runs of this study; {', '.join(runs)}")
     if "report" not in names:
         planted_teacher(size, "teacher", common)
         for name in names or runs:
-            planted_run(size, name, *runs[name], common)
-            measure(size, name, "student", held_out_sets(size))
-    done = {name: run for name, run in runs.items() if (size.dir / name / "measured.json").exists()}
-    result = measure_planted(size, done)
+            planted_run(size, name, common)
+            measure(size, name, "student", held_out)
+    done = [name for name in runs if (size.dir / name / "measured.json").exists()]
+    result = measure_planted(size, done, held_out)
     save_json(f"{size.name}.json", result)
     print_planted(size, result)
     plot_planted(result, ROOT / f"results/{size.name}.png")
@@ -566,7 +568,7 @@ def whole(*names: str) -> None:
 
 def planned(size: Size) -> list[str]:
     """The runs of a study, those that others need first: ARM-AGREEMENT-SEED."""
-    runs = [] if "lr" in size.flags else [name for rate in RATES for name in rate_runs(rate)]
+    runs = [] if "lr" in size.flags else [f"{arm}-0-0" for arm in RATED]
     arms = (*ARMS, "BT+clean")
     extras = [arm for arm in EXTRAS if arm != "ID-double-teacher" or "double" in size.splits]
     groups = [(SEEDS, (90,), arms), ((0,), (90,), extras)]
@@ -582,17 +584,12 @@ def run_of(name: str) -> tuple[str, int, int]:
     return arm, int(agreement), int(seed)
 
 
-def held_out_sets(size: Size) -> dict[str, list[Pair]]:
-    """The held-out pairs without, with and against the sentence; those of other sources."""
-    return {name: read_pairs(size.files(name))[0] for name in size.sets}
-
-
-def measure_planted(size: Size, runs: dict[str, tuple]) -> dict:
+def measure_planted(size: Size, runs: list[str], held_out: dict[str, list[Pair]]) -> dict:
     """All of the JSON: what was run, and for each arm the measures of its seeds."""
-    held_out = held_out_sets(size)
     groups = {name: evaluation.prompt_groups(pairs) for name, pairs in held_out.items()}
     found = {(90, "teacher"): {0: measure(size, "teacher", "teacher", held_out)}}
-    for name, (arm, agreement, seed) in runs.items():
+    for name in runs:
+        arm, agreement, seed = run_of(name)
         measures = measure(size, name, "student", held_out)
         found.setdefault((agreement, arm), {})[seed] = measures
     counts = {name: most for name, (*_, most) in size.splits.items()}
