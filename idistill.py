@@ -139,8 +139,10 @@ def cut_runs(runs: list, room: int) -> list[tuple[np.ndarray, np.ndarray]]:
 
 def stack_rows(rows: list, fill: int, device) -> Tensor:
     """Rows of different lengths -> (B, n), filled up on the right."""
-    tensors = [torch.from_numpy(np.asarray(row, dtype=np.int64)) for row in rows]
-    return nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=fill).to(device)
+    stacked = np.full((len(rows), max(map(len, rows))), fill, dtype=np.int64)
+    for line, row in zip(stacked, rows):
+        line[: len(row)] = row
+    return torch.from_numpy(stacked).to(device)
 
 
 def student_batch(examples: list[Example], pad_id: int, device="cpu") -> dict[str, Tensor]:
