@@ -90,6 +90,9 @@ class Parser(argparse.ArgumentParser):
 def exit_codes():
     """Ends a program as a shell expects: 2 and one line for a UserError, 130 for Ctrl-C, 141 for a
     closed pipe."""
+    for stream in (sys.stdout, sys.stderr):  # a console may lack a character: "?" in its place
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
     try:
         yield
         sys.stdout.flush()
@@ -117,23 +120,35 @@ def bar(items, name: str, **kwargs) -> tqdm:
 @contextmanager
 def written(path: str | Path, mode: str = "w"):
     """A file written aside, flushed to disk, renamed: a reader sees the old file or the new one,
-    never half. Raises UserError where the disk refuses."""
-    aside = Path(f"{path}.tmp")
+    never half. A device or a pipe is written to as it is. Raises UserError where the disk
+    refuses."""
+    target = aside = Path(path)
+    if not is_stream(path):
+        target = target.resolve()  # a link stays one
+        aside = Path(f"{target}.tmp")
     try:
         aside.parent.mkdir(parents=True, exist_ok=True)
         with open(aside, mode, encoding=None if "b" in mode else "utf-8") as f:
             yield f
             f.flush()
-            os.fsync(f.fileno())
-        os.replace(aside, path)
+            if aside is not target:
+                os.fsync(f.fileno())
+        if aside is not target:
+            os.replace(aside, target)
     except (OSError, RuntimeError) as why:
         cause = why if isinstance(why, OSError) else why.__context__  # torch.save hides the disk's
         if not isinstance(cause, OSError):
             raise
-        with suppress(OSError):
-            aside.unlink()
+        if aside is not target:
+            with suppress(OSError):
+                aside.unlink()
         said = cause.strerror or cause
         raise UserError(f"{path}: cannot be written ({said}); what was there is whole") from None
+
+
+def is_stream(path: str | Path) -> bool:
+    """Whether a path is a device or a pipe, such as /dev/stdout."""
+    return os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
 
 
 def first_line(why: Exception) -> str:
@@ -229,7 +244,7 @@ def refuse_fields(holder: dict, own: set[str], where: str = "") -> None:
     for name, value in holder.items():
         if name in own or not value or is_empty(value) or not changes_task(name):
             continue
-        used = json.dumps([holder.get(k) for k in ("prompt", "chosen", "rejected")])
+        used = json.dumps([holder.get(k) for k in ("prompt", "chosen", "rejected")], default=str)
         if json.dumps(value, default=str) not in used:
             why = f'{where}the field "{name}" changes the task and has no place here'
             raise UnusableField(name, f"{why}; write it into the prompt, or empty it")
@@ -672,6 +687,11 @@ def write_pairs(path: str | Path, pairs: list, overwrite: bool = False) -> None:
         is_plain = as_messages(text) == p.prompt and not split_dialogue(text, is_prompt=True)
         if is_plain and not all(y.startswith(text) for y in p.responses):  # read as a prompt again
             line["prompt"] = text
+        if not p.prompt:  # texts alone might be read as a prompt and its answers
+            for name in line.keys() & {"chosen", "rejected"}:
+                line[name] = [{"role": "assistant", "content": line[name]}]
+            if "responses" in line:
+                line["responses"] = [[{"role": "assistant", "content": y}] for y in p.responses]
         lines.append(json.dumps(line, ensure_ascii=False) + "\n")
     packed = "".join(lines).encode()
     with written(path, "wb") as f:
@@ -804,7 +824,7 @@ def read_splits(
         pairs, flips = flip_labels(pairs, label_noise, seed, flip_negative_strength)
         counts.update(flips)
     for path in eval_data:
-        name = unused_name(path, held)
+        name = unused_name(path, {"training", *held})
         held[name], more = read_pairs([path])
         counts.update({f"{k} ({name})": v for k, v in more.items() if k != "pairs"})
     warn_of_leaks(pairs, held)
@@ -1332,7 +1352,7 @@ class Formatter:
         control = set(self.tokenizer.all_special_tokens)
         for token in self.tokenizer.added_tokens_decoder.values():
             if token.special or token.content in written:
-                control.add(token.content)
+                control.add(token.content.strip())  # Gemma has tokens of line breaks alone
         control |= set(re.findall(r"<[^<>\s]*\w[^<>\s]*>|\[[^][\s]*\w[^][\s]*\]", written))
         between = [piece for probe in self.probes() for piece in probe[1:-1]]
         control |= {piece.strip(" ") for piece in between if re.search(r"\w", piece)}

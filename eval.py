@@ -476,6 +476,7 @@ def canvas(rows: int = 1, columns: int = 1, height: float = 3.2, **layout):
         raise UserError(f"--plot needs matplotlib: {hint}") from None
     matplotlib.use("Agg")  # files alone, no window
     matplotlib.rcParams |= {"font.size": 9, "axes.titlesize": 9, "figure.constrained_layout.use": 1}
+    matplotlib.rcParams["text.parse_math"] = False  # a dollar is one
     from matplotlib import pyplot
 
     width = 5 if columns == 1 else max(9, 2.6 * columns)
@@ -1634,7 +1635,10 @@ def check_outputs(args) -> None:
         path = getattr(args, flag, None)
         if not path:
             continue
-        place, aside = Path(path).resolve(), Path(f"{path}.tmp")
+        if data_prep.is_stream(path):
+            continue
+        place = Path(path).resolve()
+        aside = Path(f"{place}.tmp")
         try:
             aside.parent.mkdir(parents=True, exist_ok=True)
             if place.is_dir():
@@ -1644,7 +1648,7 @@ def check_outputs(args) -> None:
                 aside.unlink()
         except OSError as why:
             raise UserError(f"--{flag} {path}: cannot be written ({why.strerror})") from None
-        for target in (place, aside.resolve()):
+        for target in (place, aside):
             if target in taken:
                 what = f"{target.name} is {taken[target]}; choose another"
                 raise UserError(f"--{flag} {path}: {what}")

@@ -8,8 +8,8 @@
 
 The problem. A discriminative reward model (RM) maps a prompt x and a response y to a scalar
 r(x, y). It learns from pairs (x, y_c, y_r) with the Bradley-Terry (BT) loss. Misallocated attention
-can hack its judgement: (1) causal attention: early tokens never see late ones; (2) Siamese
-encoding: chosen and rejected are encoded apart, so no token of one ever sees the other.
+can hack its judgement: (1) causal attention decays forward: early tokens never see late ones;
+(2) Siamese encoding: chosen and rejected are encoded apart, so no token of one sees the other.
 
 The cure. A bidirectional cross-encoder, the *teacher*, reads both responses at once. The RM, the
 *student*, simulates the teacher's attention map with its own queries and keys; an alignment loss
@@ -58,15 +58,16 @@ import shlex
 import shutil
 import signal
 import sys
+import threading
 import time
 import warnings
 import zipfile
 import zlib
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -686,7 +687,7 @@ class Config:
     eval_every: int = flag(0, "steps between validations; 0 = at a half and at the end")
     save_every: int = flag(0, "steps between checkpoints; 0 = at each validation")
     # system
-    seed: int = flag(0, "seed of every random stream")
+    seed: int = flag(0, "seed of every random stream", high=2**63 - 1)
     seeds: int = flag(1, "demo only: repeat with this many seeds", low=1)
     dtype: str = flag("auto", "autocast; auto = bf16 where faster", ["auto", "fp32", "bf16"])
     device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps ...")
@@ -1167,9 +1168,16 @@ def say_rope(model, name: str, max_length: int) -> None:
 
 
 def attention_layers(model) -> int:
-    """Layers that call the attention interface (hybrids have fewer than num_hidden_layers)."""
-    with torch.no_grad(), AttentionTap(model, ()) as tap:
-        model.base_model(torch.tensor([[5, 6, 7]], device=model.device), use_cache=False)
+    """Layers that call the attention interface (hybrids have fewer than num_hidden_layers).
+
+    Raises UserError where the model does not take the tap.
+    """
+    try:
+        with torch.no_grad(), AttentionTap(model, ()) as tap:
+            model.base_model(torch.tensor([[5, 6, 7]], device=model.device), use_cache=False)
+    except Exception as why:  # of the model's own
+        what = f"{first_line(why)}, so it shows no maps; use --method bt --encoding siamese"
+        raise UserError(f"{model.name_or_path}: {what}") from None
     return tap.calls
 
 
@@ -1326,7 +1334,7 @@ def load_teacher(name: str, seed: int = 0) -> InteractionTeacher:
     return InteractionTeacher(model, tokenizer, positions_of(model), eager=how == "eager")
 
 
-def open_student(student, layers=()) -> tuple[RewardModel, object]:
+def open_student(student) -> tuple[RewardModel, object]:
     """(RewardModel, tokenizer) of a directory, a hub id, or a loaded model; tried first."""
     if isinstance(student, str | Path):
         stock, tokenizer = load_student(str(student))
@@ -1335,7 +1343,7 @@ def open_student(student, layers=()) -> tuple[RewardModel, object]:
         tokenizer = load_tokenizer(stock.name_or_path)
     problems = {}
     for encoding in ENCODINGS.values():
-        problems[encoding] = attempt(probe_student, encoding(stock), stock.name_or_path, 0, layers)
+        problems[encoding] = attempt(probe_student, encoding(stock), stock.name_or_path)
         if problems[encoding] is None:
             return encoding(stock), tokenizer
     raise UserError(problems[RewardModel])
@@ -1351,13 +1359,19 @@ def maps_of_pair(student, teacher, prompt, chosen: str, rejected: str, layers=(-
     Args:
         student, teacher: directory, hub id, or a model that load_student / load_teacher gave.
         prompt: text or messages; chosen, rejected: texts.
-        layers: numbers of the layers to show, the same of both models; -1 = the last.
+        layers: numbers of the layers to show (or one), the same of both models; -1 = the last.
 
     Returns words (W strings), segments (W,), S and T (len(layers), W, W), over the words that both
     models see. Rows of S and T sum to at most 1: markup, which is no word, takes the rest.
     """
-    model, tokenizer = open_student(student, layers)
+    layers = (layers,) if isinstance(layers, int) else tuple(layers)
+    model, tokenizer = open_student(student)
     teacher = load_teacher(teacher) if isinstance(teacher, str | Path) else teacher
+    depths = attention_layers(model.stock), teacher.stock.config.num_hidden_layers
+    if not layers or not all(k in range(-depth, depth) for k, depth in product(layers, depths)):
+        what = f"give numbers within the student's {depths[0]} and the teacher's {depths[1]} layers"
+        raise UserError(f"layers {layers}: {what}")
+    probe_student(model, model.stock.name_or_path, 0, layers)
     length = positions_of(model.stock)
     encoder = Encoder(tokenizer, length, "truncate", teacher.tokenizer)
     examples = encoder([Pair(prompt, chosen, rejected)])
@@ -1498,10 +1512,7 @@ def load_models(run: Run, needs_teacher: bool, is_trained: bool):
     stock, tokenizer = load_student(cfg.model, cfg.seed, cfg.max_length)
     model = run.place(ENCODINGS[cfg.encoding](stock))
     if cfg.lambda_intra > 0 or cfg.lambda_inter > 0:
-        depth = attempt(attention_layers, stock)
-        if isinstance(depth, str):
-            advice = "use --method bt --encoding siamese"
-            raise UserError(f"{cfg.model}: {depth}, so it shows no maps; {advice}")
+        depth = attention_layers(stock)
         teacher_depth = teacher.stock.config.num_hidden_layers if needs_teacher else depth
         layers = parse_layers(cfg.align_layers, depth, teacher_depth)
     probe_student(model, cfg.model, cfg.max_length, layers[0])
@@ -1901,36 +1912,54 @@ def demo_arm(cfg: Config, here: Path, folder: str, **flags) -> dict:
     return train(replace(cfg, **{**own, **flags}))["sets"]
 
 
-def silent() -> None:
-    """A process beside another one that talks."""
+def arms_beside(cfg: Config, here: Path) -> None:
+    """The demo's arms without a teacher, in a silent process beside that of the method, which ends
+    when that one does, however it ends."""
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
     quiet()
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    for name, (folder, _, flags) in DEMO_ARMS.items():
+        if name != "ID":
+            demo_arm(cfg, here, folder, **flags)
 
 
 def demo_seed(cfg: Config, here: Path) -> dict[str, list[float]]:
     """Pairs, models, all arms of one seed: {arm: accuracy on each set}, kept as demo.json."""
-    print(f"\nseed {cfg.seed}: pairs of a small language. A word at the beginning always decides;")
-    print("in 90 % of the training pairs a closing cue goes with the label too.")
+    print(f"\nseed {cfg.seed}: pairs of a small language. The response that names an item of the")
+    print("prompt's topic is chosen; in 90 % of the training pairs a closing cue goes with it.")
+    remove(here / "ablations.json")  # of the demo that this one replaces
     data_prep.write_demo_data(here / "data", cfg.seed, overwrite=True)
     make_demo_models(here, cfg.seed)
     for name, (_, purpose, _) in DEMO_ARMS.items():
         print(f"--- {name}: {purpose}")
-    # the arms without a teacher are trained in a process beside that of the method
-    beside = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), silent)
+    spawned = multiprocessing.get_context("spawn")
+    beside = spawned.Process(target=arms_beside, args=(cfg, here), daemon=True)
+    beside.start()
     try:
-        arms = {}
-        for name, (folder, _, flags) in DEMO_ARMS.items():
-            if name != "ID":
-                arms[name] = beside.submit(demo_arm, cfg, here, folder, **flags)
-        sets = {"ID": demo_arm(cfg, here, "id")}
-        sets |= {name: arm.result() for name, arm in arms.items()}
+        demo_arm(cfg, here, "id")
+        beside.join()
     finally:
-        beside.shutdown(cancel_futures=True)
-    table = {"teacher": [sets["ID"][s]["teacher"] for s in DEMO_SETS]}
-    table |= {name: [sets[name][s]["student"] for s in DEMO_SETS] for name in DEMO_ARMS}
+        beside.terminate()
+    if beside.exitcode:
+        raise UserError(f"{here}: BT or the uniform target ended with code {beside.exitcode}")
+    table = {"teacher": []}
+    for name, (folder, _, _) in DEMO_ARMS.items():
+        sets = read_rows(here / folder / "results.json")["sets"]
+        table[name] = [sets[s]["student"] for s in DEMO_SETS]
+        if name == "ID":
+            table["teacher"] = [sets[s]["teacher"] for s in DEMO_SETS]
     with written(here / "demo.json") as f:
         json.dump(table, f, indent=1)
     return table
+
+
+def read_rows(path: Path) -> dict:
+    """What an earlier run left, {} for nothing. Raises UserError where it is damaged."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+    except (ValueError, TypeError):
+        raise UserError(f"{path}: is damaged; remove it") from None
 
 
 def print_demo(tables: list[dict[str, list[float]]]) -> None:
@@ -1939,6 +1968,8 @@ def print_demo(tables: list[dict[str, list[float]]]) -> None:
     print(f"\n{'accuracy %':{width}}" + "".join(f"{c:>17}" for c in DEMO_SETS))
     print(f"{'cue right in':{width}}" + "".join(f"{c:>17}" for c in ("90 %", "50 %", "10 %")))
     for name in tables[0]:
+        if not all(name in table for table in tables):
+            continue  # an ablation of other seeds
         rows = 100 * np.array([table[name] for table in tables])
         cells = [f"{mean:.1f}" for mean in rows.mean(0)]
         if len(tables) > 1:
@@ -1956,10 +1987,14 @@ def demo(cfg: Config, typed: dict) -> None:
 
     typed: {field of cfg: value} of the flags on the command line.
     """
-    check_numbers(cfg)
+    check_config(replace(cfg, model="-", teacher="-", data=["-"], output_dir="-"))
     parse_layers(cfg.align_layers, DEMO_LAYERS, DEMO_LAYERS)
     typed = as_typed(typed)
+    if lacking := needed_fields(cfg):
+        raise UserError(f"{', '.join(lacking.values())}: the demo's pairs lack {min(lacking)}")
     root = Path(cfg.output_dir or "runs/demo")
+    if not root.name:
+        raise UserError(f"--output-dir {root}: give the demo a folder of its own")
     if WORLD > 1 or cfg.resume:
         raise UserError("torchrun and --resume need --model beside them; the demo starts anew")
     roots = [root] + [root.with_name(f"{root.name}-{i}") for i in range(2, 1000)]
@@ -1972,7 +2007,7 @@ def demo(cfg: Config, typed: dict) -> None:
     for seed in seeds:
         here = root / f"seed{seed}"
         if typed and made:
-            table = json.loads((here / "demo.json").read_text(encoding="utf-8"))
+            table = read_rows(here / "demo.json")
         else:
             base = replace(Config(**DEMO), seed=seed, device=cfg.device, dtype=cfg.dtype)
             table = demo_seed(base, here)
@@ -1991,12 +2026,12 @@ def ablation(cfg: Config, here: Path, typed: dict[str, str]) -> dict[str, list[f
     """One arm with other flags, and those before it: {name: accuracy on each set}."""
     name, path = " ".join(typed.values()), here / "ablations.json"
     print(f"\n--- {name}")
-    flags = {}
-    if not {"teacher_epochs", "teacher_lr"} & set(typed):  # the demo's teacher is reused
+    rows, flags = read_rows(path), {}
+    of_teacher = {"teacher_epochs", "teacher_lr", "label_noise"}
+    if not of_teacher & set(typed):  # the demo's teacher is reused
         flags = {"teacher": str(here / "id/teacher"), "teacher_epochs": 0.0}
-    folder = "ablations/" + re.sub(r"[^\w.]+", "-", name).strip("-")
+    folder = "ablations/" + re.sub(r"[^\w.-]+", "_", name).lstrip("-")
     sets = demo_arm(cfg, here, folder, **flags)
-    rows = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     rows[name] = [sets[s]["student"] for s in DEMO_SETS]
     with written(path) as f:
         json.dump(rows, f, indent=1)
@@ -2043,9 +2078,8 @@ def as_typed(flags: dict) -> dict[str, str]:
     typed = {}
     for name, value in flags.items():
         if name not in NO_ABLATION:
-            typed[name] = option_of(name)
-            if value is not True:
-                typed[name] += f" {value if isinstance(value, str) else format(value, 'g')}"
+            shown = "" if value is True else f" {value}"
+            typed[name] = option_of(name) + shown.removesuffix(".0")
     return typed
 
 
