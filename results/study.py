@@ -209,7 +209,7 @@ def record(run: Path) -> dict:
         "flags": json.loads(flags),  # paths from the folder of the project on
         "counts": lines[0].get("data"),
         "seconds": results["seconds"],
-        "validation": results["sets"]["validation"]["student"],
+        "validation": validation(run),
         "steps": [{k: step[k] for k in terms if k in step} for step in steps],
     }
 
@@ -452,7 +452,9 @@ def chosen_rate(size: Size) -> float:
 
 
 def validation(run: Path) -> float:
-    return read_json(run / "results.json")["sets"]["validation"]["student"]
+    """Accuracy of the run's student; of a run that trained a teacher, of that one."""
+    part = "teacher" if run.name in TEACHERS else "student"
+    return read_json(run / "results.json")["sets"]["validation"][part]
 
 
 def measure(size: Size, name: str, part: str, held_out: dict[str, list[Pair]]) -> dict:
@@ -593,10 +595,11 @@ def measure_planted(size: Size, runs: list[str], held_out: dict[str, list[Pair]]
         measures = measure(size, name, "student", held_out)
         found.setdefault((agreement, arm), {})[seed] = measures
     counts = {name: most for name, (*_, most) in size.splits.items()}
+    teachers = [name for name in TEACHERS if (size.dir / name / "results.json").exists()]
     out = {
         "closings": CLOSINGS,
         "pairs": counts | {name: len(pairs) for name, pairs in held_out.items()},
-        "runs": {name: record(size.dir / name) for name in ("teacher", *runs)},
+        "runs": {name: record(size.dir / name) for name in (*teachers, *runs)},
         "arms": {},
         "differences": {},
     }
@@ -716,6 +719,8 @@ READINGS = {  # against the demo's default: KL, last layer, frozen teacher of 8 
     "intra only": {"lambda_inter": 0.0},
     "inter only": {"lambda_intra": 0.0},
     "verdict only": {**NO_MAP, "lambda_score": 1.0},
+    "verdict only, lambda 0.1": {**NO_MAP, "lambda_score": 0.1},
+    "verdict only, lambda 0.01": {**NO_MAP, "lambda_score": 0.01},
     "verdict and map": {"lambda_score": 1.0},
     "clip apart": {"pull": "clip apart", "clip": 2.0},
     "warm-up": {"pull": "warm-up"},
