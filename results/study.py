@@ -770,11 +770,14 @@ def readings(seeds: str = "5", *names: str) -> None:
         if is_new and name.startswith("lexical"):
             register_lexical(common, here / "id")
         results = read_json(train(folder, **common, **READINGS[name]) / "results.json")
-        row = out.setdefault(name, {"commit": [], **{column: [] for column in COLUMNS}})
+        row = out.setdefault(name, {key: [] for key in ("commit", "pull", *COLUMNS)})
         row["commit"].append((folder / "commit").read_text())
+        row["pull"].append(read_json(folder / "pull.json"))
         for column in COLUMNS:
             row[column].append(results["sets"][column]["student"])
-    save_json("readings.json", {"demo": demo, "readings": out})
+    here, common = demo_seed(0)
+    distances = register_lexical(common, here / "id")
+    save_json("readings.json", {"demo": demo, "distances": distances, "readings": out})
     print("\naccuracy %, mean ± standard error over seeds")
     rows = {name: ["", *over_seeds(row.values())] for name, row in demo.items()}
     rows |= {name: over_seeds([row[c] for c in COLUMNS]) for name, row in out.items()}
@@ -874,15 +877,18 @@ class LexicalTarget:
         return (logits - logits.max()).exp()[:, None, :].expand_as(T)
 
 
-def register_lexical(common: dict, run: Path) -> None:
-    """Fits the lexical target to the maps of a run's teacher, on the training pairs of a run."""
+def register_lexical(common: dict, run: Path) -> dict[str, list[float]]:
+    """Fits the lexical target to the maps of a run's teacher, on the training pairs of a run.
+
+    Returns the KL of the teacher's map to each target, [intra, inter].
+    """
     teacher = idistill.load_teacher(str(run / "teacher")).eval()
     tokenizer, cfg = load_tokenizer(common["model"]), idistill.Config(**common)
     encoder = Encoder(tokenizer, cfg.max_length, "truncate", teacher.tokenizer)
     files = (cfg.data, cfg.val_data, cfg.eval_data, cfg.val_fraction, cfg.val_max, cfg.seed)
     target = LexicalTarget(teacher, encoder(read_splits(*files)[0]))
     idistill.ALIGN_TARGETS["lexical"] = target
-    print("KL of the teacher's map to each target, [intra, inter]:", target.distances)
+    return target.distances
 
 
 # ---------------------------------------- gate: does a gradient-weighted map know more than length?
