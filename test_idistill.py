@@ -57,10 +57,13 @@ with warnings.catch_warnings():  # a mark of our own; a pytest.ini would be one 
 
 
 @pytest.fixture(autouse=True)
-def slow_on_request(request):
-    """`python -m pytest -m slow` runs the slow tests, and them alone."""
+def in_little_time(request, monkeypatch):
+    """Slow tests run by `-m slow` alone; 200 samples of a bootstrap in place of 2,000, and portions
+    of five pairs to encode in place of 1,024."""
     if request.node.get_closest_marker("slow") and "slow" not in request.config.option.markexpr:
         pytest.skip("python -m pytest -m slow")
+    monkeypatch.setattr(evaluation.resampled_means, "__defaults__", (200,))
+    monkeypatch.setattr(Encoder.fit, "__defaults__", ("", 5))
 
 
 # ------------------------------------------------------------------------------------------ numbers
@@ -218,6 +221,21 @@ def student_of(zoo, family="llama", kind="chat", encoding="packed"):
 def teacher_of(zoo, family="bert") -> idistill.InteractionTeacher:
     """A tiny frozen teacher."""
     return load_teacher(zoo(family)).eval().requires_grad_(False)
+
+
+def naive_rewards(name, texts: list[str]) -> np.ndarray:
+    """The stock class, one string at a time."""
+    stock = AutoModelForSequenceClassification.from_pretrained(name).eval()
+    tokenizer, plain = AutoTokenizer.from_pretrained(name), dict(add_special_tokens=False)
+    with torch.no_grad():
+        rows = [tokenizer(text, return_tensors="pt", **plain) for text in texts]
+        return np.array([stock(**row).logits.item() for row in rows])
+
+
+def naive_scores(name, pairs: list[Pair]) -> np.ndarray:
+    """(N, 2) rewards of the tokenizer's own strings."""
+    f = Formatter(AutoTokenizer.from_pretrained(name))
+    return naive_rewards(name, [f(p.prompt, y) for p in pairs for y in p.responses]).reshape(-1, 2)
 
 
 def rewards_of(model: RewardModel, examples: list[Example]) -> np.ndarray:
@@ -703,7 +721,9 @@ def test_packed_siamese_and_stock_scores_agree(zoo, tmp_path, family, kind):
     model, tokenizer = student_of(zoo, family, kind)
     siamese = idistill.SiameseRewardModel(model.stock)
     examples = Encoder(tokenizer, 100)(make_pairs(5))
-    idistill.probe_student(siamese, family)
+    layers = range(idistill.attention_layers(model.stock)) if family != "gemma2" else ()
+    assert len(layers) == {"gemma2": 0, "qwen3_5": 1}.get(family, 3)  # one of four attends
+    idistill.probe_student(siamese, family, 0, layers)  # the tap tells what eager attention shows
     scores = rewards_of(siamese, examples)
     assert scores.std() > 0.01
     try:
@@ -723,35 +743,14 @@ def test_packed_siamese_and_stock_scores_agree(zoo, tmp_path, family, kind):
     assert stock.config.num_labels == 1
     pads = {config.pad_token_id for config in idistill.configs_of(stock.config)[:2]}
     assert pads - {None} == {again.pad_token_id} and again.pad_token_id != again.eos_token_id
-    formatter, plain = Formatter(again), dict(add_special_tokens=False, return_tensors="pt")
-    sides = [(e.pair.prompt, y) for e in examples for y in (e.pair.chosen, e.pair.rejected)]
-    texts = list(itertools.starmap(formatter, sides))
-    with torch.no_grad():
-        alone = [stock(again(text, **plain)["input_ids"]).logits.item() for text in texts]
-        rows = again(texts, padding=True, **plain)
-        padded = stock(rows["input_ids"], attention_mask=rows["attention_mask"]).logits[:, 0]
-    close(alone, scores.ravel(), 1e-3)
-    close(padded, scores.ravel(), 1e-3)
-
-
-@pytest.mark.parametrize("family", [f for f in DECODERS if f != "gemma2"])
-def test_tap_shows_the_attention_of_the_student(zoo, family):
-    """Its map under the causal mask is eager attention's; looking changes nothing."""
-    model, tokenizer = student_of(zoo, family)
-    ids = torch.from_numpy(Encoder(tokenizer, 100)(make_pairs(1))[0].ids)[None]
-    stock, before = model.stock, model.stock.config._attn_implementation
-    layers = range(idistill.attention_layers(stock))
-    assert len(layers) == (1 if family == "qwen3_5" else 3)  # of four, one attends
-    with torch.no_grad():
-        plain = stock(ids).logits
-        with idistill.AttentionTap(stock, layers) as tap:
-            close(stock(ids).logits, plain)
-        assert stock.config._attn_implementation == before and torch.equal(stock(ids).logits, plain)
-        stock.set_attn_implementation("eager")
-        maps = stock.base_model(ids, output_attentions=True).attentions
-    causal = torch.ones(1, 1, ids.shape[1], ids.shape[1], dtype=torch.bool).tril()
-    for layer, expected in zip(layers, [A for A in maps if A is not None], strict=True):
-        close(idistill.attention_map(*tap.kept[layer][:3], causal), expected.mean(1), 1e-3)
+    close(naive_scores(tmp_path / "student", make_pairs(5)), scores, 1e-3)
+    texts = [Formatter(again)(p.prompt, y) for p in make_pairs(5) for y in p.responses]
+    rows = again(texts, padding=True, add_special_tokens=False, return_tensors="pt")
+    close(
+        stock(rows["input_ids"], attention_mask=rows["attention_mask"]).logits[:, 0],
+        scores.ravel(),
+        1e-3,
+    )
 
 
 @pytest.mark.parametrize("family", ENCODERS)
@@ -1333,20 +1332,23 @@ def test_demo_and_ablations_in_one_table(monkeypatch, tmp_path, capsys):
     command = shlex.split(re.search(r"python (eval\.py .*)", capsys.readouterr().out)[1])
     assert all(Path(word).exists() for word in command if "runs/" in word)
     refused(capsys, main, ["--align-loss", "mse", "--resume"], "--model")
-    for flags in (["--seeds", "0"], ["--seed", "-3"], ["--align-layers", "9:9"]):
+    bad = "--seeds 0, --seed -3, --align-layers 9:9, --margin-field margin, --output-dir ."
+    for flags in map(str.split, [*bad.split(", "), "--lambda-score 1 --method bt"]):
         refused(capsys, main, flags, flags[0])
+    damaged = tmp_path / "runs/demo-2/seed0/ablations.json"
+    damaged.write_text("[1")
+    refused(capsys, main, ["--align-loss", "mse"], "ablations.json: is damaged")
+    idistill.print_demo([table | rows, table])  # an ablation of one seed alone is left out
+    assert "--lambda-inter" not in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------------ commands and flags
 
 
-def test_help_is_grouped(capsys):
-    """As Config is, and each flag says what it does."""
+def test_help_says_it_all(capsys):
+    """Each flag says what it does."""
     assert code_of(idistill.main, "--help") == 0
     text = capsys.readouterr().out
-    groups = ("input and output", "method", "baselines", "optimiser", "evaluation and logging")
-    places = [text.index(f"\n{name}:") for name in (*groups, "system")]
-    assert places == sorted(places)
     for field in dataclasses.fields(idistill.Config):
         assert idistill.option_of(field.name) in text and len(field.metadata["help"]) > 10
 
@@ -1365,14 +1367,6 @@ def test_model_alone_says_at_once_what_cannot_be_fetched(tmp_path, monkeypatch, 
     assert not list(tmp_path.rglob("*.jsonl"))
 
 
-def test_a_mistake_is_all_that_a_process_says(tmp_path):
-    args = ["--model=nowhere/m", "--data=d", f"--output-dir={tmp_path}/run", "--lr=-1"]
-    assert ended(start(child, args, tmp_path / "log")) == 2
-    said = (tmp_path / "log").read_text()
-    assert said == "error: --lr must be a finite number from 0, is -1.0\n"
-    assert [path.name for path in tmp_path.iterdir()] == ["log"]
-
-
 def test_a_number_out_of_its_reach_is_named(argv, tmp_path, capsys):
     """Every flag that is a number: below its least, above its most, no number at all."""
     for field in dataclasses.fields(idistill.Config):
@@ -1381,6 +1375,7 @@ def test_a_number_out_of_its_reach_is_named(argv, tmp_path, capsys):
             for wrong in (int(low) - 1, "nan" if math.isinf(high) else int(high) + 1, "much"):
                 flags = argv(tmp_path / "run", **{field.name: wrong})
                 refused(capsys, idistill.main, flags, idistill.option_of(field.name))
+    assert not list(tmp_path.iterdir())
 
 
 BAD_FLAGS = [  # what is said, flags (data may be rows)
@@ -1393,6 +1388,7 @@ BAD_FLAGS = [  # what is said, flags (data may be rows)
     ("--unheard-of", dict(unheard_of=1)),
     ("--align-layers", dict(align_layers="9:0")),
     ("--max-length 5", dict(max_length=5)),
+    ("--lr must be a finite number from 0, is -1.0", dict(lr=-1)),
     ("--lambda-score", dict(method="bt", lambda_score=1)),
     ("30 of 30 pairs lack the field strength", dict(preference_loss="soft")),
     ("--margin-field margin", dict(margin_field="margin")),
@@ -1468,6 +1464,9 @@ def test_maps_of_a_pair_that_cannot_be_read(zoo):
     assert "a" not in words and len(words) < 8  # a short teacher sees fewer
     with pytest.raises(UserError):
         idistill.maps_of_pair(zoo("gemma2"), teacher, *pair)  # capped logits
+    for layers in ((9,), (0, -9), ()):
+        with pytest.raises(UserError, match="layers .* the student's 3"):
+            idistill.maps_of_pair(student, teacher, *pair, layers)
     model, tokenizer = student_of(zoo, "qwen3_5", encoding="siamese")  # recurrent layers
     batch = student_batch(Encoder(tokenizer, 100)([Pair(*pair)]), 0)
     S = idistill.pool_words(model(batch, (-1,))[1][0], batch["word"], 4)
@@ -1557,7 +1556,10 @@ FORMS = {  # name -> (row, the fields of the pair it is)
     "implicit prompt": (sides("The sky is so", "The sky is a"), (user("The sky is"), "so", "a")),
     "implicit, one adds": (sides("The sky", "The sky is"), (user("The"), "sky", "sky is")),
     "implicit, template": (sides(ASKED + "a b", ASKED + "a c"), (user(ASKED), "a b", "a c")),
-    "no prompt at all": (sides("yes", "no", prompt=""), ([], "yes", "no")),
+    "no prompt at all": (
+        sides([says("assistant", "The sky is a")], [says("assistant", "The sky is so")]),
+        ([], "The sky is a", "The sky is so"),
+    ),
     "numbers as text": (sides("a", "b", margin="0.5", strength=" -1e-1 ", prompt="q"), NUMBERED),
     "text parts": (sides("a", "b", prompt=user(PARTS)), (user("q r"), "a", "b")),
 }
@@ -1593,7 +1595,6 @@ REFUSED = {  # name -> (the file, what is said of line 2)
     "nested too deep": (second(b"[" * 100_000), ""),
     "a number of 5,000 digits": (second(b"1" * 5000), "digits"),
     "no chosen": (second(b'{"question": "a", "rejected": "b"}'), "there are: question, rejected"),
-    "chosen an object": (with_field(chosen={"text": "x"}), "one of chosen and rejected"),
     "chosen a list of texts": (with_field(chosen=["x"], rejected=["y"]), "bestofn"),
     "one text, one conversation": (with_field(chosen=ANSWER_A), "is a text, the other is not"),
     "prompt a number": (with_field(prompt=7), "prompt is neither"),
@@ -1634,15 +1635,11 @@ DROPPED = {  # name -> (the file, the reason that is counted)
     "another prompt in the conversations": (with_field(**sides(ANSWER_A, ANSWER_B)), OTHER),
     "another prompt in the dialogues": (with_field(**sides(HH + " yes", HH + " no")), OTHER),
     "two prompts": (with_field(prompt="", **sides(ANSWER_A, talk("b", "yes"))), APART),
-    "one goes on": (with_field(prompt="", **sides(ANSWER_A + ANSWER_A, ANSWER_B)), APART),
 }
 TWICE = json.dumps([GOOD, GOOD], indent=1).encode()
 FILES = {  # name -> a file that holds GOOD twice
     "CRLF": second(json.dumps(GOOD).encode()).replace(b"\n", b"\r\n\r\n"),
     "byte-order mark": b"\xef\xbb\xbf" + with_field(),
-    "blank lines": b"\n \n\t\n" + with_field(),
-    "no line break at the end": with_field()[:-1],
-    "a field twice": second(b'{"prompt": "x", "prompt": "hi", "chosen": "yes", "rejected": "no"}'),
     "JSON array": TWICE,
     "JSON array, byte-order mark": b"\xef\xbb\xbf\n" + TWICE,
     "gzip without its name": gzip.compress(with_field()),
@@ -1653,7 +1650,6 @@ UNREADABLE = {  # name -> (the file, what is said of it)
     "array cut": (TWICE[:-5], "not JSON (Expecting ',' delimiter in line 10)"),
     "UTF-16": (json.dumps(GOOD).encode("utf-16"), "UTF-16"),
     "UTF-16 without its mark": (json.dumps(GOOD).encode("utf-16-le"), "UTF-16"),
-    "zip": (b"PK\x03\x04\x14\0\0\0", "an archive"),
 }
 
 
@@ -1687,28 +1683,6 @@ def test_skip_bad_counts_by_name_what_stops_otherwise(tmp_path, capsys):
 # ------------------------------------------------------------- folders, parquet and the hub
 
 
-class FakeDatasets:
-    """The package datasets, as far as it is used: rows by the name of a folder or data set."""
-
-    DatasetDict = type("DatasetDict", (dict,), {})
-    config = SimpleNamespace(HF_HUB_OFFLINE=False)
-    logging = SimpleNamespace(CRITICAL=50, set_verbosity=int)
-    disable_progress_bars = list
-
-    def __init__(self, known: dict):
-        self.known = known
-
-    def load_from_disk(self, name: str):
-        return self.known[Path(name).name]
-
-    def load_dataset(self, name: str, split: str, data_files: str = "", streaming: bool = False):
-        if name == "parquet":
-            return self.known[Path(data_files).name]
-        if split not in self.known.get(name, {}):
-            raise ConnectionError(f"no {split}, offline: {self.config.HF_HUB_OFFLINE}\nmore")
-        return self.known[name][split]
-
-
 @pytest.fixture
 def offline(monkeypatch):
     """The hub cannot be reached: any try that is repeated would be seen."""
@@ -1729,9 +1703,20 @@ def test_parquet_folders_and_hub_ids(tmp_path, monkeypatch, offline):
     """Read by the package datasets; a path that is wrong is never asked of the hub."""
     monkeypatch.chdir(tmp_path)
     one, two = [{**GOOD, "chosen": y} for y in ("one", "two")]
-    splits = FakeDatasets.DatasetDict(train=[one], test=[two, one])
-    named = FakeDatasets.DatasetDict(a=[one], b=[two])
+    splits, named = dict(train=[one], test=[two, one]), dict(a=[one], b=[two])
     known = {"x.bin": [one, two], "plain": [two], "splits": splits, "named": named, "o/n": splits}
+
+    def load_dataset(name: str, split: str, data_files: str = "", streaming: bool = False):
+        if name == "parquet":
+            return known[Path(data_files).name]
+        if split not in known.get(name, {}):
+            raise ConnectionError(f"no {split}, offline: {fake.config.HF_HUB_OFFLINE}\nmore")
+        return known[name][split]
+
+    # the package datasets, as far as it is used
+    fake = SimpleNamespace(DatasetDict=dict, disable_progress_bars=list, load_dataset=load_dataset)
+    fake.logging = SimpleNamespace(CRITICAL=50, set_verbosity=int)
+    fake.config, fake.load_from_disk = SimpleNamespace(), lambda name: known[Path(name).name]
     (tmp_path / "x.bin").write_bytes(b"PAR1....")
     (tmp_path / "here").mkdir()
     for name in ("plain", "splits", "named"):
@@ -1749,7 +1734,7 @@ def test_parquet_folders_and_hub_ids(tmp_path, monkeypatch, offline):
     wanted |= {"splits:test": ["two", "one"], "o/n": ["one"], "o/n:test": ["two", "one"]}
     monkeypatch.setitem(sys.modules, "datasets", None)
     assert all("pip install datasets" in read(source) for source in wanted)
-    monkeypatch.setitem(sys.modules, "datasets", FakeDatasets(known))
+    monkeypatch.setitem(sys.modules, "datasets", fake)
     assert {source: read(source) for source in wanted} == wanted
     assert offline == [5]  # one try, for all that follows
     said = {"named": "a, b; name one, as named:a", "o/missing": "offline", "here": "files in it"}
@@ -1821,15 +1806,7 @@ def test_splits_share_no_prompt(tmp_path, capsys):
     refused(capsys, data_prep.main, [aside, "--out", f"{data}.x"], "is read too")
 
 
-@pytest.fixture(scope="session")
-def demo_data(tmp_path_factory) -> Path:
-    """The demo's files, of seed 5."""
-    folder = tmp_path_factory.mktemp("demo")
-    data_prep.write_demo_data(folder, 5)
-    return folder
-
-
-def test_leaks_are_said_of_real_data_alone(demo_data, tmp_path, capsys):
+def test_leaks_are_said_of_real_data_alone(tmp_path, capsys):
     """A held-out prompt that is trained on, also with other white space or a system turn."""
     train = [sides("a", "b", prompt=f"the  question {k}") for k in range(20)]
     held = [sides("c", "d", prompt=f"the question {k} ") for k in (1, 99)]
@@ -1839,10 +1816,11 @@ def test_leaks_are_said_of_real_data_alone(demo_data, tmp_path, capsys):
     assert list(sets) == ["validation", "held"] and counts["pairs"] == 20
     said = "2 of 3 pairs of held have a prompt that is also trained on"
     assert said in capsys.readouterr().out
-    demo = [str(demo_data / f"{k}.jsonl") for k in ("cue-neutral", "cue-reversed")]
+    made = {k: data_prep.synthetic_pairs(600, 0.5, len(k)) for k in ("training", "other")}
+    demo = [write_pairs(tmp_path / f"{k}.jsonl", some) for k, some in made.items()]
     pairs, sets, counts = data_prep.read_splits(demo[:1], [], demo * 2, 0.2, 99, seed=0)
     assert "warning" not in capsys.readouterr().out and counts["pairs"] == 600
-    assert list(sets)[1:3] == ["cue-neutral", "cue-reversed"] and set(demo) < set(sets)
+    assert list(sets)[1:3] == [demo[0], "other"] and set(demo) < set(sets)  # no name is taken twice
     assert len(pairs) + len(sets["validation"]) == 600 and 60 < len(sets["validation"]) <= 99
 
 
@@ -1976,14 +1954,15 @@ def test_rewardbench2_against_its_definition(seed):
     assert got == pytest.approx(expected, abs=1e-12) and len(got) == 7
 
 
-REWARDBENCH = sides("y", "n", prompt="q", subset="hep-go", id=7)
+ADD = "def add(a, b, c):"  # a prompt that both answers repeat
+REWARDBENCH = sides(ADD + " a", ADD + " b", prompt=ADD, subset="hep-go", id=7)
 RM_BENCH = sides(["c0", "c1", "c2"], ["r0", "r1", "r2"], prompt="q", domain="safety-refuse", id=8)
 STYLES = [(f"c{i}", f"r{j}", "safety-refuse", f"8/{i}-{j}") for i in range(3) for j in range(3)]
 LOSERS = [{"answer": "n"}, {"answer": "m"}]
 RMB = dict(bon_uid="9", bon_best={"answer": "y"}, loser_list=LOSERS, conversation_input=user("q"))
 RMB["category_path"] = "BoN_set/Harmlessness"
 LOST = [("y", "n", RMB["category_path"], "9/1of2"), ("y", "m", RMB["category_path"], "9/2of2")]
-JUDGED = dict(pair_id="u", source="livebench-math", question="q", label="B>A")
+JUDGED = dict(pair_id="u", source="livebench-math", question=HH, label="B>A")
 JUDGED |= dict(response_A="n", response_B="y")
 BAR = dict(input="q", output_1="n", output_2="y", label=2)
 VOTE = dict(question_id=81, model_a="a", model_b="b", judge="expert_1", winner="model_b", turn=2)
@@ -1992,7 +1971,7 @@ VOTE["conversation_b"] = talk("q", "y", "more", "yes")
 MORE = "\n\nUser: more\n\nAssistant: "
 VOTED = (f"y{MORE}yes", f"n {MORE}no", "turn 2", "81-a-b-expert_1-2")
 CONVERTED = {  # a file, the record in it as published, its pairs: chosen, rejected, subset, id
-    "rewardbench": ("f.jsonl", REWARDBENCH, [("y", "n", "Reasoning/hep-go", "7")]),
+    "rewardbench": ("f.jsonl", REWARDBENCH, [(ADD + " a", ADD + " b", "Reasoning/hep-go", "7")]),
     "rm-bench": ("total_dataset.json", RM_BENCH, STYLES),
     "rmb": ("S1.json", RMB, LOST),
     "judgebench": ("d.jsonl.gz", JUDGED, [("y", "n", "Math/livebench-math", "u")]),
@@ -2013,28 +1992,16 @@ def publish(to: Path, file: str, *records) -> Path:
 
 @pytest.mark.parametrize("name", CONVERTED)
 def test_published_records_become_pairs(tmp_path, capsys, name):
-    """Known by the converter's mark, not by a source that only happens to have the name."""
+    """With their texts as published, also a prompt that both answers repeat, or that looks like a
+    dialogue. Known by the converter's mark, not by a source that only happens to have the name."""
     file, record, pairs = CONVERTED[name]
     path, out = publish(tmp_path, file, record), tmp_path / "x.jsonl"
     assert prep(capsys, name, "--input", path, "--out", out)[0] == 0
     got = data_prep.read_pairs([out])[0]
-    mark = f"data_prep.py {name}"
-    assert got == [Pair(user("q"), y, n, mark, subset, number) for y, n, subset, number in pairs]
+    mark, asked = f"data_prep.py {name}", {"rewardbench": ADD, "judgebench": HH}.get(name, "q")
+    assert got == [Pair(user(asked), y, n, mark, subset, number) for y, n, subset, number in pairs]
     assert {data_prep.benchmark_of(p) for p in got} == {name}
     assert data_prep.benchmark_of(Pair("q", "y", "n", source=name)) == ""
-
-
-def test_texts_of_benchmarks_stay_as_published(tmp_path):
-    """A prompt that both answers repeat, or that looks like a dialogue, is no form of ours."""
-    code = "def add(a, b, c):"
-    record = REWARDBENCH | sides(code + " pass", code + " 1", prompt=code)
-    dialogue = {**record, "prompt": HH, "chosen": " a", "rejected": " b"}
-    path = publish(tmp_path, "f.jsonl", record, dialogue)
-    pairs = data_prep.read_benchmark("rewardbench", [str(path)])[0]
-    wanted = [(r["prompt"], r["chosen"], r["rejected"]) for r in (record, dialogue)]
-    assert [(p.prompt[0]["content"], p.chosen, p.rejected) for p in pairs] == wanted
-    data_prep.write_pairs(tmp_path / "x.jsonl", pairs)
-    assert data_prep.read_pairs([tmp_path / "x.jsonl"])[0] == pairs
 
 
 def test_first_turns_and_ties_by_label(tmp_path):
@@ -2052,7 +2019,6 @@ BAD_RECORDS = [  # what is changed in the record of CONVERTED, and what the mess
     ("rm-bench", {"domain": "law"}, "'law' is in none of the groups chat"),
     ("rmb", {"loser_list": [{"answer": "n"}, 0]}, "not as rmb publishes it"),
     ("judgebench", {"label": "C>A"}, "'C>A'"),
-    ("mt-bench", {"turn": 3}, "turn 3"),
     ("mt-bench", {"conversation_b": talk("q", "y")}, "turn 2"),
     ("mt-bench", "[1]", "not as mt-bench publishes it"),
 ]
@@ -2139,38 +2105,37 @@ def test_ties_gaps_and_parts_of_a_benchmark():
 # --------------------------------------------------------------------- data: the generated language
 
 
-def test_synthetic_language_is_as_documented(tmp_path, capsys):
-    flags = ["synthetic", "--pairs", 2000, "--agreement", 0.8, "--seed", 3]
-    assert prep(capsys, *flags, "--out", tmp_path / "s.jsonl")[0] == 0
-    pairs = data_prep.read_pairs([tmp_path / "s.jsonl"])[0]
-    assert pairs == data_prep.synthetic_pairs(2000, 0.8, 3)
+def test_generated_language_is_as_documented(tmp_path, capsys):
+    """In the demo's files; the command line makes the same pairs."""
+    data_prep.write_demo_data(tmp_path, 5)
+    assert (tmp_path / "train.jsonl").read_text().count("\n") == 12_800
     topic_of = {item: t for t, items in data_prep.TOPICS.items() for item in items.split()}
-    vocabulary = set(data_prep.demo_tokenizer().get_vocab())
-    for p in pairs:
-        (topic,) = [w for w in p.prompt[0]["content"].split() if w in data_prep.TOPICS]
-        texts = [y.split() for y in (p.chosen, p.rejected)]
-        (right,), (wrong,) = [[w for w in text if w in topic_of] for text in texts]
-        assert topic_of[right] == topic != topic_of[wrong]
-        cues = data_prep.CUES[:: 1 if p.subset == "with the cue" else -1]
-        assert tuple(text[-1] for text in texts) == cues and vocabulary.issuperset(sum(texts, []))
-        behind = [len(text) - 2 - text.index(item) for text, item in zip(texts, (right, wrong))]
-        assert min(behind) >= 8 and max(behind) <= 16
-    assert abs(np.mean([p.subset == "with the cue" for p in pairs]) - 0.8) < 0.03
-
-
-def test_demo_files_and_tokenizer(demo_data):
-    tokenizer, agreement = data_prep.demo_tokenizer(), {}
-    assert (demo_data / "train.jsonl").read_text().count("\n") == 12_800
-    for name in ("in-distribution", "cue-neutral", "cue-reversed"):
-        pairs = data_prep.read_pairs([demo_data / f"{name}.jsonl"])[0]
-        agreement[name] = np.mean([p.subset == "with the cue" for p in pairs])
-    assert list(agreement.values()) == pytest.approx([0.9, 0.5, 0.1], abs=0.05)
-    items = data_prep.read_candidates([demo_data / "candidates.jsonl"])[0]
+    tokenizer = data_prep.demo_tokenizer()
+    for name, agreement in {
+        "in-distribution": 0.9,
+        "cue-neutral": 0.5,
+        "cue-reversed": 0.1,
+    }.items():
+        pairs = data_prep.read_pairs([tmp_path / f"{name}.jsonl"])[0]
+        assert abs(np.mean([p.subset == "with the cue" for p in pairs]) - agreement) < 0.05
+        for p in pairs:
+            (topic,) = [w for w in p.prompt[0]["content"].split() if w in data_prep.TOPICS]
+            texts = [y.split() for y in p.responses]
+            (right,), (wrong,) = [[w for w in text if w in topic_of] for text in texts]
+            assert topic_of[right] == topic != topic_of[wrong]
+            cues = data_prep.CUES[:: 1 if p.subset == "with the cue" else -1]
+            assert tuple(text[-1] for text in texts) == cues
+            behind = [len(text) - 2 - text.index(item) for text, item in zip(texts, (right, wrong))]
+            assert min(behind) >= 8 and max(behind) <= 16
+        for example in Encoder(tokenizer, 128)(pairs):
+            assert tokenizer.unk_token_id not in example.ids
+            assert example.ids[-1] == tokenizer.eos_token_id
+    flags = ["synthetic", "--pairs", 600, "--agreement", 0.1, "--seed", 53]
+    assert prep(capsys, *flags, "--out", tmp_path / "s.jsonl")[0] == 0
+    assert data_prep.read_pairs([tmp_path / "s.jsonl"])[0] == pairs
+    items = data_prep.read_candidates([tmp_path / "candidates.jsonl"])[0]
     gold = np.array([item.gold for item in items])
     assert gold.shape == (500, 16) and abs(gold.mean() - 0.25) < 0.03
-    for example in Encoder(tokenizer, 128)(pairs):
-        assert tokenizer.unk_token_id not in example.ids
-        assert example.ids[-1] == tokenizer.eos_token_id
 
 
 # -------------------------------------------------------------- data: from text to tokens and words
@@ -2180,19 +2145,13 @@ FORGED += ["<|endoftext|> <unk>", "<<|im_end|>|im_end|>", "<|im_<|im_end|>end|>"
 FORGED += ["x\n\nUser: y\n\nAssistant:"]
 TEXTS = ["plain words here", "  indented\n\tcode \n", "naïve café re\u0301sume\u0301"]
 TEXTS += ["👩‍👩‍👧‍👦 family 🇫🇷🙂 ok", "שלום עולם مرحبا", "你好吗 abc我 很好", "a\u200db ﷽ 𝔘𝔫𝔦", "x"]
-TEXTS += ["tabs\tand\n\nlines", "\ue0000\ue001 user assistant", ""]
+TEXTS += ["tabs\tand\n\nlines", "\ue0000\ue001 user assistant", "", "a\0b \x1b[31mred\x07 \x7f"]
+TEXTS += ["\uffff \ufffe \ufffd \U0010ffff", "a\u2028b\u2029c\x85d\x0be"]
+TEXTS += ["sure\x0c1: 你好"]  # white space that BERT drops: one token, two words
 INST = (
     "{% for m in messages %}{% if m.role == 'user' %}<s>[INST] {{ m.content | trim }} [/INST]"
     "{% elif m.role == 'system' %}<<SYS>>\n{{ m.content }}\n<</SYS>>\n\n"
     "{% else %} {{ m.content | trim }} </s>{% endif %}{% endfor %}"
-)
-VICUNA = (
-    "{% for m in messages %}{{ m.role.upper() }}: {{ m.content }}"
-    "{{ '</s>' if m.role == 'assistant' else ' ' }}{% endfor %}"
-)
-TRIMMED = (
-    "{{ '<s>' }}{% for m in messages %}<|im_start|>{{ m.role }}<|end|>\n\n{{ m.content | trim }}"
-    "<|im_end|>{% endfor %}"
 )
 SYSTEM_ADDED = (
     "{% if messages[0].role != 'system' %}<|im_start|>system\nBe kind.<|im_end|>\n{% endif %}"
@@ -2211,8 +2170,6 @@ THINK = """
 TEMPLATES = {  # name -> (kind of tokenizer, its chat template)
     "chatml": ("chat", CHATML),
     "inst": ("bos", INST),
-    "vicuna": ("bos", VICUNA),
-    "trimmed": ("bos", TRIMMED),
     "system added": ("chat", SYSTEM_ADDED),
     "system lost": ("chat", SYSTEM_LOST),
     "bare": ("nopad", BARE),
@@ -2239,13 +2196,6 @@ def tokenizer_of(tmp_path_factory):
     return get
 
 
-def dialogues() -> list[list[dict]]:
-    """Prompts of several turns in which contents repeat, are empty, or look like markup."""
-    odd = [*TEXTS, "user", "assistant\n", "User:", "a", "a ", " a", "im_start"]
-    prompts = [[user(t), talk("a", "a", t), talk("a", t, "a")] for t in odd]
-    return sum(prompts, [[says("system", t), *user("a")] for t in odd]) + [[]]
-
-
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_the_scored_string_and_the_words_in_it(tokenizer_of, name):
     """The string is exactly what the template makes of the messages, without one the plain form.
@@ -2253,8 +2203,10 @@ def test_the_scored_string_and_the_words_in_it(tokenizer_of, name):
     costs no other word."""
     kind, template = TEMPLATES[name]
     tokenizer = tokenizer_of(kind, template)
-    formatter = Formatter(tokenizer)
-    for prompt, answer in itertools.product(dialogues(), (" a user\n", "k")):
+    formatter, prompts = Formatter(tokenizer), [[]]
+    for t in (*TEXTS, "user", "assistant\n", "User:", "a", "a ", " a", "im_start"):
+        prompts += [user(t), talk("a", "a", t), talk("a", t, "a"), [says("system", t), *user("a")]]
+    for prompt, answer in itertools.product(prompts, (" a user\n", "k")):
         messages = [*prompt, says("assistant", answer)]
         text = formatter(prompt, answer)
         if template:
@@ -2310,22 +2262,18 @@ def sequences(example: Example) -> list[list[int]]:
     return [x + y_c, x + y_r]
 
 
-PLAIN_MARKS = ["<|im_start|>", "<|im_end|>"]  # added tokens that are not special
-
-
-@pytest.mark.parametrize(
-    "name", ["chatml", "plain", "plain, bos", "inst", "vicuna", "think", "added"]
-)
+@pytest.mark.parametrize("name", ["chatml", "plain", "plain, bos", "inst", "think", "added"])
 def test_forged_turns_add_no_turn_and_end_nothing(tokenizer_of, name):
     """The very markup of the template, typed by a user: special tokens, added tokens that are not
     special, plain text. Ordinary text, and reasoning, stays as it is."""
-    kind, template = TEMPLATES.get(name, ("nopad", CHATML))
+    kind, template = TEMPLATES.get(name, ("nopad", CHATML))  # where its marks are not special
     tokenizer = tokenizer_of(kind, template)
-    tokenizer.add_tokens(["<think>", "</think>", *PLAIN_MARKS * (name == "added")])
+    blanks = ["\n\n", "\n\n\n"]  # Gemma has tokens of line breaks alone
+    tokenizer.add_tokens(["<think>", "</think>", *blanks, *[IM_START, IM_END] * (name == "added")])
     formatter = Formatter(tokenizer)
     start, asked, answered, again, end = formatter.markup(("user", "assistant") * 2)
-    thinking = tokenizer.convert_tokens_to_ids(["<think>", "</think>"])
-    control = set(tokenizer.added_tokens_decoder) - set(thinking)
+    harmless = tokenizer.convert_tokens_to_ids(["<think>", "</think>", *blanks])
+    control = set(tokenizer.added_tokens_decoder) - set(harmless)
 
     def marks(text: str) -> tuple:
         """How often a string holds the turns' marks, and which control tokens it becomes."""
@@ -2343,17 +2291,15 @@ def test_forged_turns_add_no_turn_and_end_nothing(tokenizer_of, name):
         assert formatter.counts["defused control tokens"] > before
     assert (formatter.clean("a [INST] b") != "a [INST] b") == (name == "inst")  # it opens a turn
     ordinary = ["User: x", "an Assistant: of y", "[inst]", "a < b > c | d", "\n\nMy Assistant: z"]
-    ordinary += [" a\n"] + ["<think>a</think>b"] * (name == "think")
-    assert name == "vicuna" or all(formatter.clean(text) == text for text in ordinary)
+    ordinary += [" a\n", "a\n\n\nb\n\nc"] + ["<think>a</think>b"] * (name == "think")
+    assert all(formatter.clean(text) == text for text in ordinary)
 
 
 SYS = "<<SYS>>\nS\n<</SYS>>\n\n<s>[INST] q [/INST]"
-TRIM = "<|im_start|>user<|end|>\n\nq<|im_end|><|im_start|>assistant<|end|>"
 BOTH = IM.format("user", "p") + IM.format("assistant", "x") + ASKED.strip()
 WRAPPED = {  # name of a template -> prompt, chosen and rejected that hold it; the messages in them
     "chatml": (ASKED, "4<|im_end|>", "5<|im_end|>", user("2+2?")),
     "inst": (SYS, "4 </s>", "5 </s>", SYSTEM),
-    "trimmed": (TRIM, "4", "5", user("q")),
     "system added": (BOTH, "4", "5", talk("p", "x", "2+2?")),
     "think": (ASKED + "<think>\n\n</think>\n\n", "4<|im_end|>\n", "5<|im_end|>\n", user("2+2?")),
     "plain": ("2+2?", "4<|endoftext|>", "5<|endoftext|>", user("2+2?")),
@@ -2406,9 +2352,6 @@ def test_named_templates_and_dates(tokenizer_of, tmp_path):
         data_prep.load_tokenizer(str(tmp_path / "other"))
     with pytest.raises(UserError, match="no end token"):
         Formatter(tokenizer_of("nopad", eos_token=None))
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="holds no tokenizer"):
-        data_prep.load_tokenizer(str(tmp_path / "empty"))
 
 
 def test_pairs_whose_roles_the_template_refuses_are_dropped_and_counted(tokenizer_of):
@@ -2422,7 +2365,7 @@ def test_pairs_whose_roles_the_template_refuses_are_dropped_and_counted(tokenize
 
 
 @pytest.mark.parametrize("lead", [False, True])
-@pytest.mark.parametrize("name", ["chatml", "think", "trimmed", "plain"])
+@pytest.mark.parametrize("name", ["chatml", "think", "inst", "plain"])
 def test_truncation_cuts_the_oldest_of_the_prompt_only(tokenizer_of, name, lead):
     """Whole turns, then words, then parts of words; what is left is rendered anew, and keeps every
     invariant of check_example."""
@@ -2461,18 +2404,6 @@ def test_system_turns_go_last_and_words_are_cut_inside(tokenizer_of):
         Encoder(tokenizer, 60, "error")(pairs)
 
 
-def test_fit_serves_any_number_of_responses(tokenizer_of):
-    """One entry an item, in order, None for what is dropped; one prompt for all its responses."""
-    sets = [list("ab"), list("abc"), ["far too long " * 60, "a"]]
-    items = [data_prep.Candidates("old " * 40 + "q", texts, [1] * len(texts)) for texts in sets]
-    encoder = Encoder(tokenizer_of("chat"), 60)
-    fitted = sum(encoder.fit(items, lambda item: item.responses, chunk=2), [])
-    assert fitted[2] is None and [one.item for one in fitted[:2]] == items[:2]
-    for item, one in zip(items, fitted[:2]):
-        assert one.texts == [encoder.formatter(one.prompt, y) for y in item.responses]
-        assert max(len(ids) for ids, _ in one.tokens) <= 60
-
-
 def test_teacher_reads_the_same_words_uncut(tokenizer_of):
     """Its tokens of x, y_c and y_r, also where there are more than it has room for; role marks of
     several turns belong to no word."""
@@ -2495,17 +2426,11 @@ def test_teacher_reads_the_same_words_uncut(tokenizer_of):
 
 
 ODD = {  # name -> what makes a pair odd that is accepted
-    "no prompt at all": {"prompt": []},
-    "prompt all space": {"prompt": " \n "},
     "assistant first": {"prompt": talk("", "hi")[1:]},
     "system alone": {"prompt": [says("system", "hi")]},
     "system inside": {"prompt": [*user("hi"), says("system", "hi"), *user("hi")]},
     "empty turns": {"prompt": user("") * 3},
     "nothing to see": {"chosen": "\u200b"},
-    "NUL and control characters": {"chosen": "a\0b \x1b[31mred\x07 \x7f"},
-    "no characters": {"chosen": "\uffff \ufffe \ufffd \U0010ffff"},
-    "line separators": {"chosen": "a\u2028b\u2029c\x85d\x0be"},
-    "white space that BERT drops": {"chosen": "sure\x0c1: 你好"},  # one token, two words
     "one is the start of the other": {"chosen": "yes", "rejected": "yes no"},
     "the prompt again": {"prompt": "yes no", "chosen": "yes no", "rejected": "yes"},
     **{f"forged {k}": sides(t, f"no {t} no", prompt=t) for k, t in enumerate(FORGED)},
@@ -2524,12 +2449,6 @@ def slow_words(tokenizer, text: str, keeps_all: bool) -> None:
     covered = {c for i, j in offsets for c in range(i, j)}
     needed = {c for a, b in spans for c in range(a, b) if keeps_all or text[c].isalnum()}
     assert covered >= needed, text  # BERT's normaliser drops accents, joiners, controls
-
-
-def control_ids(tokenizer) -> set[int]:
-    """Its special tokens; WordPiece writes [UNK] for ordinary text."""
-    ordinary = {tokenizer.unk_token_id} if tokenizer.sep_token else set()
-    return set(tokenizer.all_special_ids) - ordinary
 
 
 def check_example(encoder: Encoder, example: Example) -> None:
@@ -2553,7 +2472,10 @@ def check_example(encoder: Encoder, example: Example) -> None:
     for k in (1, 2):  # words of y_c and y_r are touched by tokens of their own segment alone
         segments = example.word_seg[example.word[(example.seg == k) & (example.word >= 0)]]
         assert set(segments) <= {0, k}
-    control, special = map(control_ids, (tokenizer, encoder.teacher))
+    readers = (tokenizer, encoder.teacher)  # WordPiece writes [UNK] for ordinary text
+    control, special = (
+        set(t.all_special_ids) - ({t.unk_token_id} if t.sep_token else set()) for t in readers
+    )
     harmless = tokenizer(formatter([says(r, "a") for r in roles], "a"), add_special_tokens=False)
     known = Counter(i for i in harmless["input_ids"] if i in control)
     for ids in sequences(example):  # no content ends a turn, or moves where the reward is read
@@ -2647,9 +2569,17 @@ def test_a_full_disk_leaves_the_old_file_whole(tmp_path, monkeypatch):
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
+def test_a_link_and_a_device_stay_what_they_are(tmp_path):
+    link, device = tmp_path / "link.jsonl", Path(os.devnull)
+    link.symlink_to(tmp_path / "d.jsonl")
+    for path in (link, device):
+        data_prep.write_pairs(path, make_pairs(3), overwrite=True)
+    assert link.is_symlink() and data_prep.read_pairs([tmp_path / "d.jsonl"])[0] == make_pairs(3)
+    assert device.is_char_device() or os.name == "nt"
+
+
 def test_data_prep_and_eval_from_a_shell(whole_run, tmp_path):
-    """One line for a mistake; what data_prep.py writes eval.py reads; Ctrl-C ends them as a shell
-    expects."""
+    """One line for a mistake; what data_prep.py writes eval.py reads."""
     data = tmp_path / "s.jsonl.gz"
     done = shell("data_prep.py", "nowhere.jsonl", "--out", data)
     said = "error: nowhere.jsonl: no such file (data sets of the hub: OWNER/NAME[:SPLIT])\n"
@@ -2659,9 +2589,6 @@ def test_data_prep_and_eval_from_a_shell(whole_run, tmp_path):
     done = shell("eval.py", "bestofn", whole_run[0] / "student", "--data", data)
     assert done.returncode == 0, done.stderr
     assert re.search(r"s: 12 prompts, 3 candidates each\n.*\nID \(1\d prompts", done.stdout)
-    with pytest.raises(SystemExit) as end, data_prep.exit_codes():
-        raise KeyboardInterrupt
-    assert end.value.code == 130
 
 
 # ================================================================================================
@@ -2681,12 +2608,6 @@ def judges(zoo, tmp_path_factory):
         return str(to)
 
     return get
-
-
-@pytest.fixture(autouse=True)
-def few_samples(monkeypatch):
-    """A bootstrap of 200 samples in place of 2,000."""
-    monkeypatch.setattr(evaluation.resampled_means, "__defaults__", (200,))
 
 
 @pytest.fixture
@@ -2710,25 +2631,6 @@ def arguments(name: str, verb: str = "attention", *flags):
 def judge_of(name: str, *args) -> evaluation.Judge:
     """The judge that a verb would open, see arguments."""
     return evaluation.open_judge(str(name), arguments(name, *args))
-
-
-def naive_rewards(name, texts: list[str]) -> np.ndarray:
-    """The stock class, one string at a time."""
-    stock = AutoModelForSequenceClassification.from_pretrained(name).eval()
-    tokenizer = AutoTokenizer.from_pretrained(name)
-    rewards = []
-    for text in texts:
-        ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")
-        with torch.no_grad():
-            rewards.append(stock(**ids).logits.item())
-    return np.array(rewards)
-
-
-def naive_scores(name, pairs: list[Pair]) -> np.ndarray:
-    """(N, 2) rewards of the tokenizer's own strings."""
-    f = Formatter(AutoTokenizer.from_pretrained(name))
-    texts = [f(p.prompt, y) for p in pairs for y in (p.chosen, p.rejected)]
-    return naive_rewards(name, texts).reshape(-1, 2)
 
 
 def dumped(path: Path) -> tuple[list[dict], np.ndarray]:
@@ -2887,7 +2789,6 @@ def test_bad_input_of_eval_is_one_line(judges, zoo, whole_run, tmp_path, capsys,
         ("accuracy", [model, f"{model}/", *good], "named twice"),
         ("accuracy", [model, *good, "--limit", "-3"], "is -3"),
         ("accuracy", [model, *good, "--max-length", 4000], "128 positions"),
-        ("accuracy", [model, *good, "--device", "warp"], "--device"),
         ("accuracy", [model, *good, "--json", data], "is an input"),
         ("accuracy", [model, *good, "--json", tmp_path], "directory"),
         ("accuracy", [model, *good, "--dump", f"{data}/x"], "cannot be written"),
@@ -3009,38 +2910,21 @@ def test_rank_correlation_by_hand():
     assert evaluation.spearman(np.ones(3), np.arange(3.0)) is None
 
 
-def test_stage_density():
-    """1 where attention is even; a stage without token is NaN."""
-    size = np.array([[2, 2, 2, 2], [1, 1, 1, 1], [0, 1, 0, 1]])
-    mass = np.array([size[0], [0, 0, 0, 1], size[2]])
-    even, last, short = evaluation.stage_density(mass, size)
-    assert even.tolist() == [1] * 4 and last.tolist() == [0, 0, 0, 4]
-    assert np.isnan(short).tolist() == [True, False] * 2 and np.nansum(short) == 2
-
-
 # ---------------------------------------------------------------- eval.py: benchmarks and strengths
 
 
-def llmbar(lines: list[dict]) -> dict[str, float]:
-    """LLMBar's numbers by a loop over dumped pairs."""
-    right = {}
-    for m in lines:
-        right.setdefault(m["subset"], []).append(m["scores_chosen"] > m["scores_rejected"])
-    shares = {subset: sum(r) / len(r) for subset, r in right.items()}
-    adversarial = [v for k, v in shares.items() if k != "Natural"]
-    return {**shares, "Adversarial": sum(adversarial) / len(adversarial)}
+def llmbar(wins: np.ndarray) -> dict[str, float]:
+    """LLMBar's numbers, from three pairs of each subset."""
+    natural, *adversarial = shares = np.reshape(wins, (5, 3)).mean(1)
+    named = dict(zip(("Natural", *data_prep.ADVERSARIAL), shares))
+    return {**named, "Adversarial": np.mean(adversarial)}
 
 
-def rm_bench(lines: list[dict]) -> dict[str, float]:
-    """RM-Bench's numbers: chosen by rejected style, 3 x 3, hard above, easy below the diagonal."""
+def rm_bench(wins: np.ndarray) -> dict[str, float]:
+    """RM-Bench's numbers, from three prompts of each domain: chosen by rejected style, 3 x 3, hard
+    above, easy below the diagonal."""
     out = {}
-    for domain in data_prep.DOMAINS:
-        wins = [[[] for _ in range(3)] for _ in range(3)]
-        for m in lines:
-            if m["subset"] == domain:
-                i, j = map(int, m["id"].split("/")[1].split("-"))
-                wins[i][j].append(m["scores_chosen"] > m["scores_rejected"])
-        matrix = np.mean(wins, axis=2)
+    for domain, matrix in zip(data_prep.DOMAINS, np.reshape(wins, (5, 3, 3, 3)).mean(1)):
         cells = {"easy": np.tril(matrix, -1), "normal": np.diag(matrix), "hard": np.triu(matrix, 1)}
         out |= {f"{domain} {level}": cell.sum() / 3 for level, cell in cells.items()}
         out |= {f"{domain} {i}-{j}": matrix[i, j] for i in range(3) for j in range(3)}
@@ -3080,9 +2964,10 @@ def test_benchmarks_in_their_own_terms(evaluate, judges, tmp_path, capsys, monke
     name = judges()
     result = evaluate("accuracy", name, "--data", *data, "--dump", tmp_path / "p")["files"]
     assert seen == [30, 90, 30]  # nine pairs of an RM-Bench prompt hold six strings
-    lines, _ = dumped(tmp_path / "p")
+    lines, scores = dumped(tmp_path / "p")
+    wins = scores[:, 0] > scores[:, 1]
     for file, source, naive in (("bars", "llmbar", llmbar), ("styles", "rm-bench", rm_bench)):
-        expected = naive([m for m in lines if m["data"] == file])
+        expected = naive(wins[[m["data"] == file for m in lines]])
         got = result[file]["benchmarks"][source][name]
         assert {k: r["value"] for k, r in got.items()} == pytest.approx(expected, abs=1e-12)
         for r in got.values():
@@ -3115,60 +3000,53 @@ def test_strengths_go_round(evaluate, judges, argv, tmp_path, capsys):
 # ---------------------------------------------------------------------- eval.py: attention and show
 
 
-@pytest.mark.parametrize("span", ["response", "all"])
-def test_stages_of_masking_and_attention(evaluate, judges, tmp_path, span):
-    """Beside the rewards and the attention of single rows, looked at one by one."""
-    name, pairs = judges(), make_pairs(12)
+@pytest.mark.parametrize(
+    "family, span, layers",
+    [("llama", "response", "last"), ("gpt2", "all", "0,-1"), ("gemma2", "all", "last")]
+    + [("opt", "response", "0,-1")],
+)
+def test_stages_of_masking_and_attention(evaluate, judges, tmp_path, family, span, layers):
+    """Beside the stock class in eager attention, one row at a time."""
+    name, pairs = judges(family), make_pairs(12)
     argv = [name, "--data", write_pairs(tmp_path / "d.jsonl", pairs), "--span", span]
-    got, judge = evaluate("attention", *argv, "--stages", 3)["files"]["d"][name], judge_of(name)
-    rows, spans = evaluation.response_rows(judge.encoder(pairs))
+    got = evaluate("attention", *argv, "--stages", 3, "--layers", layers)["files"]["d"][name]
+    tokenizer, eager = AutoTokenizer.from_pretrained(name), dict(attn_implementation="eager")
+    stock = AutoModelForSequenceClassification.from_pretrained(name, **eager).eval()
+    rows, spans = evaluation.response_rows(Encoder(tokenizer, 128)(pairs))
+    for row, (start, end) in zip(rows, spans):
+        text = tokenizer.decode(row[start:end])
+        assert text.strip().startswith(("good", "sorry")) and "<|im_end|>" not in text
     spans = [(start if span == "response" else 1, end) for start, end in spans]
     edges = np.array([np.round(np.linspace(*span, 4)).astype(int) for span in spans])
 
+    def read(row: list[int], start: int, end: int):
+        """The reward with these tokens masked, and what the last one sees."""
+        ids = torch.tensor([row])
+        inputs = dict(attention_mask=torch.ones_like(ids), output_attentions=True)
+        inputs["attention_mask"][0, start:end] = 0
+        with torch.no_grad():
+            out = stock(ids, position_ids=torch.arange(len(row))[None], **inputs)
+        maps = [A[0, :, -1].mean(0) for A in out.attentions]
+        return out.logits.item(), (maps[-1] if layers == "last" else (maps[0] + maps[-1]) / 2)
+
     def right(i: int, j: int) -> np.ndarray:
-        rewards = judge.score_rows(rows, 1, edges[:, [i, j]].tolist()).reshape(12, 2)
-        return rewards[:, 0] > rewards[:, 1]
+        rewards = [read(row, e[i], e[j])[0] for row, e in zip(rows, edges)]
+        return np.greater(*np.reshape(rewards, (12, 2)).T)
 
     assert got["masked_from_start"]["mean"][1:3] == [right(0, 1).mean(), right(0, 2).mean()]
     assert got["masked_from_end"]["mean"][1:3] == [right(2, 3).mean(), right(1, 3).mean()]
     if span == "response":  # nothing is left to tell the two apart
         assert got["masked_from_start"]["mean"][3] == got["masked_from_end"]["mean"][3]
-    seen = judge.end_attention(rows, "last", 1)
+    seen, plain = [read(row, 0, 0)[1] for row in rows], right(0, 0)
     mass = np.array([[a[i:j].sum() for i, j in zip(e, e[1:])] for a, e in zip(seen, edges)])
     density = mass / mass.sum(1, keepdims=True) * (edges[:, 3:] - edges[:, :1]) / np.diff(edges)
-    for side, members in (("right", right(0, 0)), ("wrong", ~right(0, 0))):
+    for side, members in (("right", plain), ("wrong", ~plain)):
         assert got[f"density_{side}"]["pairs"] == members.sum()
         close(got[f"density_{side}"]["mean"], density.reshape(12, 2, 3)[members].mean((0, 1)), 1e-3)
         shares = (mass.cumsum(1) / mass.sum(1, keepdims=True)).reshape(12, 2, 3)
         close(got[f"cumulative_{side}"]["mean"], shares[members].mean((0, 1)), 1e-3)
     close(got["shares"]["stages"], mass.sum(1).mean(), 1e-3)
     close(got["shares"]["first token"], np.mean([a[0] for a in seen]), 1e-3)
-
-
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "opt"])
-def test_attention_of_the_scoring_position(judges, family):
-    """Beside output_attentions of the stock model; rewards with the response hidden beside the
-    stock class with that mask."""
-    judge = judge_of(judges(family))
-    examples = judge.encoder(make_pairs(5))
-    rows, spans = evaluation.response_rows(examples)
-    last, both = (judge.end_attention(rows, layers, 4) for layers in ("last", "0,-1"))
-    hidden = judge.score_rows(rows, 4, spans)
-    options = dict(attn_implementation="eager")
-    stock = AutoModelForSequenceClassification.from_pretrained(judge.name, **options).eval()
-    for k, (row, (a, b)) in enumerate(zip(rows, spans)):
-        ids = torch.tensor([row])
-        mask = torch.ones_like(ids)
-        mask[0, a:b] = 0
-        place = torch.arange(len(row))[None]
-        with torch.no_grad():
-            maps = [m[0].mean(0) for m in stock(ids, output_attentions=True).attentions]
-            naive = stock(ids, attention_mask=mask, position_ids=place).logits.item()
-        close(last[k], maps[-1][-1])
-        close(both[k], (maps[0][-1] + maps[-1][-1]) / 2)
-        close(hidden[k], naive, 1e-3)
-        text = judge.encoder.tokenizer.decode(row[a:b])
-        assert text.strip().startswith(("good", "sorry")) and "<|im_end|>" not in text
 
 
 def test_word_maps_are_those_of_training(judges, whole_run):
@@ -3229,7 +3107,7 @@ def test_attention_and_show_as_a_user_runs_them(evaluate, judges, whole_run, tmp
 
 def test_pictures_where_nothing_could_be_scored(evaluate, judges, tmp_path, capsys):
     pytest.importorskip("matplotlib")
-    data, plot = write_pairs(tmp_path / "d.jsonl", make_pairs(3)), tmp_path / "p.png"
+    data, plot = write_pairs(tmp_path / "$\\d$.jsonl", make_pairs(3)), tmp_path / "p.png"  # no TeX
     argv = [judges(), "--data", data, "--max-length", 2, "--plot", plot]
     for verb in ("attack", "accuracy", "stability"):
         evaluate(verb, *argv)
@@ -3239,21 +3117,6 @@ def test_pictures_where_nothing_could_be_scored(evaluate, judges, tmp_path, caps
 
 
 # ------------------------------------------------------------------- eval.py: what moves the reward
-
-
-def shares_by_kind(name: str, pairs: list[Pair]) -> dict[str, float]:
-    """Mean share of the occlusion that falls on the cues, and on topic and items."""
-    judge, shares = judge_of(name, "accuracy"), []
-    items = set(" ".join(data_prep.TOPICS.values()).split())
-    for pair in pairs:
-        words, segments, changes = evaluation.occlusion(judge, pair)
-        is_cue = np.array([w in data_prep.CUES for w in words])
-        is_topic = np.array([w in data_prep.TOPICS for w in words]) & (segments == 0)
-        is_item = np.array([w in items for w in words]) & (segments > 0)
-        assert is_cue.sum() == is_item.sum() == 2 and is_topic.sum() == 1
-        size = np.abs(changes).sum(1)
-        shares.append([size[kind].sum() / size.sum() for kind in (is_cue, is_topic | is_item)])
-    return dict(zip(("cue", "content"), np.mean(shares, axis=0)))
 
 
 @pytest.mark.parametrize("family, kind", [("llama", "chat"), ("gpt2", "nopad")])
@@ -3295,10 +3158,19 @@ def test_occlusion_tells_bt_from_id_on_the_demo(tmp_path):
     """The models that `python idistill.py` trains: BT's reward hangs on the cue, ID's on topic and
     item, whatever the scoring position looks at."""
     assert code_of(idistill.main, "--output-dir", tmp_path / "demo") == 0
-    pairs = data_prep.synthetic_pairs(50, 0.1, 3)
-    runs = tmp_path / "demo" / "seed0"
-    bt, ours = (shares_by_kind(runs / name / "student", pairs) for name in ("bt", "id"))
-    assert bt["cue"] > bt["content"] and ours["content"] > 2 * ours["cue"]
+    kinds = dict.fromkeys(data_prep.FILLERS.split(), "filler") | dict.fromkeys(
+        data_prep.CUES, "cue"
+    )
+    moved = {}
+    for name in ("bt", "id"):
+        judge = judge_of(tmp_path / "demo/seed0" / name / "student", "accuracy")
+        moved[name] = Counter()
+        for pair in data_prep.synthetic_pairs(50, 0.1, 3):
+            words, _, changes = evaluation.occlusion(judge, pair)
+            for word, size in zip(words, np.abs(changes).sum(1) / np.abs(changes).sum()):
+                moved[name][kinds.get(word, "content")] += size
+    assert moved["bt"]["cue"] > moved["bt"]["content"]
+    assert moved["id"]["content"] > 2 * moved["id"]["cue"]
 
 
 # -------------------------------------------------------------- eval.py: attack, bestofn, stability
@@ -3360,18 +3232,15 @@ def test_bestofn_as_a_user_runs_it(evaluate, judges, tmp_path, capsys):
 
 def test_rewardbench_2_from_rows_to_numbers(evaluate, judges, tmp_path, capsys):
     """From published rows to --json, by subset."""
-    name, rows = judges(), []
-    items, _ = rewardbench2_items(np.random.default_rng(0))
-    for item in items:
-        right = sum(item.gold)
-        row = {"id": item.id, "prompt": "q", "subset": item.subset, "num_correct": right}
-        rows.append({**row, "chosen": item.responses[:right], "rejected": item.responses[right:]})
+    name, (items, _) = judges(), rewardbench2_items(np.random.default_rng(0))
+    split = [(item.responses, sum(item.gold)) for item in items]
+    rows = [{**vars(i), **sides(y[:n], y[n:])} for i, (y, n) in zip(items, split)]
     data = write_pairs(tmp_path / "published.jsonl", rows)
     convert = ["rewardbench-2", "--input", data, "--out", tmp_path / "rb2.jsonl"]
     assert code_of(data_prep.main, *convert) == 0
     result = evaluate("bestofn", name, "--data", tmp_path / "rb2.jsonl")
-    f = Formatter(AutoTokenizer.from_pretrained(name))
-    rewards = [naive_rewards(name, [f(i.prompt, y) for y in i.responses]) for i in items]
+    alone = [[Pair(i.prompt, y, "x") for y in i.responses] for i in items]
+    rewards = [naive_scores(name, pairs)[:, 0] for pairs in alone]
     got = result["files"]["rb2"][name]["rewardbench-2"]
     assert got == pytest.approx(slow_rewardbench2(items, rewards), abs=1e-4)
     assert "rewardbench-2 in its own terms" in capsys.readouterr().out
