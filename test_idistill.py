@@ -3107,7 +3107,10 @@ def test_attention_and_show_as_a_user_runs_them(evaluate, judges, whole_run, tmp
 
 def test_pictures_where_nothing_could_be_scored(evaluate, judges, tmp_path, capsys):
     pytest.importorskip("matplotlib")
-    data, plot = write_pairs(tmp_path / "$\\d$.jsonl", make_pairs(3)), tmp_path / "p.png"  # no TeX
+    data, plot = (
+        write_pairs(tmp_path / "$\\boxed$.jsonl", make_pairs(3)),
+        tmp_path / "p.png",
+    )  # no TeX
     argv = [judges(), "--data", data, "--max-length", 2, "--plot", plot]
     for verb in ("attack", "accuracy", "stability"):
         evaluate(verb, *argv)
