@@ -1447,7 +1447,7 @@ class Example:
     seg: np.ndarray  # (n,) 0 = x, 1 = y_c, 2 = y_r
     word: np.ndarray  # (n,) word of each token, -1 = markup
     word_seg: np.ndarray  # (W,) segment of each word
-    runs: list  # teacher: [(ids, word)] of x, y_c, y_r, uncut; empty without a teacher
+    runs: list  # teacher: [(ids, word)] of x, y_c, y_r; empty without a teacher
     texts: list[str]  # the contents that hold the words: prompt messages, chosen, rejected
     pair: Pair  # as read
 
@@ -1483,13 +1483,16 @@ class Encoder:
         max_length: tokens of the longer of the two sequences.
         overlong: "truncate" (the oldest of the prompt goes), "drop" or "error".
         teacher_tokenizer: the teacher's, None without a teacher.
+        teacher_length: tokens of the teacher's longest row, four special ones among them.
     """
 
-    def __init__(self, tokenizer, max_length: int, overlong="truncate", teacher_tokenizer=None):
+    def __init__(
+        self, tokenizer, max_length, overlong="truncate", teacher_tokenizer=None, teacher_length=512
+    ):
         self.counts, self.has_warned = Counter(), False
         self.formatter = Formatter(tokenizer, self.counts)
-        self.tokenizer, self.teacher = tokenizer, teacher_tokenizer
-        self.max_length, self.overlong = max_length, overlong
+        self.tokenizer, self.max_length, self.overlong = tokenizer, max_length, overlong
+        self.teacher, self.teacher_length = teacher_tokenizer, teacher_length
 
     def __call__(self, pairs: list[Pair], progress: str = "") -> list[Example]:
         """The Examples of the pairs that fit, see fit. Raises UserError."""
@@ -1631,6 +1634,10 @@ class Encoder:
             word = tokens_to_words(offsets, spans)
             ids[[i in special for i in ids.tolist()]] = harmless  # "[SEP]" that a user typed
             example.runs.append((ids, np.where(word >= 0, word + first, -1)))
+        for example in examples:
+            kept = cut_runs(example.runs, self.teacher_length - 4)
+            self.counts["cut for the teacher"] += kept is not example.runs
+            example.runs = kept
 
     @staticmethod
     def teacher_prompt(prompt: list[dict]) -> tuple[str, list]:
@@ -1643,6 +1650,23 @@ class Encoder:
             spans += [(a + len(text), b + len(text)) for a, b in words_of(m["content"])]
             text += m["content"]
         return text, spans
+
+
+def cut_runs(runs: list, room: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The (ids, word) runs of x, y_c, y_r, cut to `room` tokens in all: the oldest of x goes, then
+    the responses' ends."""
+    n_x, n_c, n_r = (len(ids) for ids, _ in runs)
+    if n_x + n_c + n_r <= room:
+        return runs
+    keep_x = max(0, min(n_x, room - n_c - n_r))
+    keep_c = min(n_c, max(room // 2, room - n_r))
+    keep_r = min(n_r, room - keep_c)
+    kept = []
+    for (ids, word), cut in zip(runs, (slice(n_x - keep_x, n_x), slice(keep_c), slice(keep_r))):
+        lost = np.concatenate([word[: cut.start or 0], word[cut.stop :]])
+        whole = ~np.isin(word[cut], lost)  # a word that is cut in two is no word any more
+        kept.append((ids[cut], np.where(whole, word[cut], -1)))
+    return kept
 
 
 def tokenise(tokenizer, texts: list[str]) -> list[tuple[np.ndarray, list]]:

@@ -260,8 +260,9 @@ def open_judge(name: str, args) -> Judge:
     tokenizer = data_prep.load_tokenizer(name)
     if is_teacher(name):  # its own tokens serve where the student's words are asked for
         model = idistill.load_teacher(name)
-        model.room = min(model.room, 2 * args.max_length or model.room)
-        encoder = Encoder(tokenizer, 10**9, "truncate", model.tokenizer)
+        positions = idistill.positions_of(model.stock)
+        length = min(positions, 2 * args.max_length or positions)
+        encoder = Encoder(tokenizer, 10**9, "truncate", model.tokenizer, length)
     else:
         options = {"dtype": torch.bfloat16 if args.dtype == "bf16" else torch.float32}
         auto = transformers.AutoModelForSequenceClassification
@@ -283,7 +284,8 @@ def open_decoder(name: str, args, teacher: Judge | None) -> Judge:
     if not hasattr(judge.model, "score"):
         raise UserError(f"{name}: {args.verb} reads decoder reward models")
     if teacher:
-        judge.encoder.teacher = teacher.model.tokenizer
+        judge.encoder.teacher = teacher.encoder.teacher
+        judge.encoder.teacher_length = teacher.encoder.teacher_length
     if (teacher or args.verb == "show") and args.dtype != "bf16":  # which rounds too much to tell
         ids, layers = torch.tensor([[5, 6, 7, 8]], device=judge.device), range(judge.layer_count)
         if idistill.attempt(idistill.readable_maps, judge.model, ids, layers, True) != "tap":
@@ -797,8 +799,8 @@ def word_maps(judge: Judge, teacher: Judge | None, examples: list[Example], laye
     reader, rows, found = teacher and teacher.model, None, []
     for is_swapped in (False, True) if teacher else (False,):
         if teacher:
-            swap, how = np.full(len(examples), is_swapped), (reader.tokenizer, reader.room)
-            rows = idistill.teacher_batch(examples, swap, *how, teacher.device)
+            swap = np.full(len(examples), is_swapped)
+            rows = idistill.teacher_batch(examples, swap, reader.tokenizer, teacher.device)
         with judge.amp():
             found.append(idistill.interaction_maps(student, reader, batch, rows, (layers, (-1,))))
     _, _, S, _, word_seg = found[0]

@@ -48,6 +48,7 @@ import argparse
 import atexit
 import copy
 import functools
+import gc
 import json
 import math
 import multiprocessing
@@ -105,37 +106,21 @@ def tree_mask(seg: Tensor) -> Tensor:
     return (causal & ((s_j == 0) | (s_j == s_i)))[:, None]
 
 
-def teacher_row(example: Example, swap: bool, cls: int, sep: int, room: int) -> dict[str, list]:
+def teacher_row(example: Example, swap: bool, cls: int, sep: int) -> dict[str, list]:
     """The teacher's row [CLS] x [SEP] y_a [SEP] y_b [SEP]: ids, seg, word, mask (n,)   (E4).
 
     swap: False = (a, b) is (c, r), True = (r, c). The ids cls and sep belong to no segment (3) and
-    no word (-1). Over `room` tokens the oldest of x goes, then the responses' ends.
+    no word (-1).
     """
-    x, y_c, y_r = cut_runs(example.runs, room - 4)
+    x, y_c, y_r = example.runs
     order = [(0, x), (2, y_r), (1, y_c)] if swap else [(0, x), (1, y_c), (2, y_r)]
     row = dict(ids=[cls], seg=[3], word=[-1], mask=[1])
     for segment, (ids, word) in order:
-        row["ids"] += [*ids, sep]
+        row["ids"] += [*ids.tolist(), sep]
         row["seg"] += [segment] * len(ids) + [3]
-        row["word"] += [*word, -1]
+        row["word"] += [*word.tolist(), -1]
         row["mask"] += [1] * len(ids) + [1]
     return row
-
-
-def cut_runs(runs: list, room: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """The (ids, word) runs of x, y_c, y_r, cut to `room` tokens in all."""
-    n_x, n_c, n_r = (len(ids) for ids, _ in runs)
-    if n_x + n_c + n_r <= room:
-        return runs
-    keep_x = max(0, min(n_x, room - n_c - n_r))
-    keep_c = min(n_c, max(room // 2, room - n_r))
-    keep_r = min(n_r, room - keep_c)
-    kept = []
-    for (ids, word), cut in zip(runs, (slice(n_x - keep_x, n_x), slice(keep_c), slice(keep_r))):
-        lost = np.concatenate([word[: cut.start or 0], word[cut.stop :]])
-        whole = ~np.isin(word[cut], lost)  # a word that is cut in two is no word any more
-        kept.append((ids[cut], np.where(whole, word[cut], -1)))
-    return kept
 
 
 def stack_rows(rows: list, fill: int, device) -> Tensor:
@@ -164,19 +149,16 @@ def student_batch(examples: list[Example], pad_id: int, device="cpu") -> dict[st
     return dict(ids=ids, seg=seg, word=word, pos=pos * (seg < 3), last=last, word_seg=word_seg)
 
 
-def teacher_batch(
-    examples: list[Example], swap: np.ndarray, tokenizer, room: int, device="cpu"
-) -> dict[str, Tensor]:
+def teacher_batch(examples: list[Example], swap: np.ndarray, tokenizer, device="cpu") -> dict:
     """Teacher's rows as one batch: ids, seg (3 = special, padding), word, mask (B, n)   (E4).
 
     Args:
         examples, swap: B pairs, and for each whether y_r is read before y_c, (B,) booleans.
         tokenizer: the teacher's; its [CLS] and [SEP] may be called BOS and EOS.
-        room: longest row, in tokens.
     """
     cls = tokenizer.bos_token_id if tokenizer.cls_token_id is None else tokenizer.cls_token_id
     sep = tokenizer.eos_token_id if tokenizer.sep_token_id is None else tokenizer.sep_token_id
-    rows = [teacher_row(e, s, cls, sep, room) for e, s in zip(examples, swap)]
+    rows = [teacher_row(e, s, cls, sep) for e, s in zip(examples, swap)]
     fills = dict(ids=tokenizer.pad_token_id, seg=3, word=-1, mask=0)
     return {name: stack_rows([row[name] for row in rows], fills[name], device) for name in fills}
 
@@ -324,13 +306,13 @@ class RewardModel(nn.Module):
 class InteractionTeacher(nn.Module):
     """A stock bidirectional encoder for token classification with one label, over both responses.
 
-    room: longest row in tokens. eager: its maps come from output_attentions, where the tap cannot
-    show them (DeBERTa); readable_maps in part 3 tries which.
+    eager: its maps come from output_attentions, where the tap cannot show them (DeBERTa);
+    readable_maps in part 3 tries which.
     """
 
-    def __init__(self, stock, tokenizer, room: int = 512, eager: bool = False):
+    def __init__(self, stock, tokenizer, eager: bool = False):
         super().__init__()
-        self.stock, self.tokenizer, self.room, self.eager = stock, tokenizer, room, eager
+        self.stock, self.tokenizer, self.eager = stock, tokenizer, eager
 
     def forward(self, batch: dict[str, Tensor], layers=()) -> tuple[Tensor, list[Tensor]]:
         """Batch of teacher_batch -> verdict (B,), positive when it prefers chosen;
@@ -721,7 +703,7 @@ def teacher_verdicts(teacher, examples, batch_size: int, device, amp, name="") -
         part, both = [examples[i] for i in index], 0
         for swap in (False, True):
             order = np.full(len(part), swap)
-            batch = teacher_batch(part, order, teacher.tokenizer, teacher.room, device)
+            batch = teacher_batch(part, order, teacher.tokenizer, device)
             with amp():
                 both = both + teacher(batch)[0].float()
         verdicts[index] = (both / 2).cpu().numpy()
@@ -907,7 +889,7 @@ def distillation_terms(model, teacher, part: list[Example], swap, layers, seeds,
     device, rows = model.stock.device, None
     batch = student_batch(part, pad_id_of(model.stock), device)
     if teacher is not None:
-        rows = teacher_batch(part, swap, teacher.tokenizer, teacher.room, device)
+        rows = teacher_batch(part, swap, teacher.tokenizer, device)
     rewards, verdict, S, T, word_seg = interaction_maps(model, teacher, batch, rows, layers)
     options = {name: getattr(cfg, name) for name in LOSS_OPTIONS}
     extras = {
@@ -926,7 +908,7 @@ def train_teacher(run: Run, teacher, examples, validation, swaps) -> None:
 
     def terms(index, epoch):
         part, swap = [examples[i] for i in index], swaps(index, epoch)
-        verdict, _ = teacher(teacher_batch(part, swap, tokenizer, teacher.room, run.device))
+        verdict, _ = teacher(teacher_batch(part, swap, tokenizer, run.device))
         rewards = torch.stack([verdict, -verdict], dim=1).detach() / 2
         return {"loss": bt_loss(verdict, torch.zeros_like(verdict)), "rewards": rewards}
 
@@ -982,9 +964,7 @@ def train(cfg: Config) -> dict:
             if cfg.teacher_epochs > 0 and not is_trained:
                 distribute(run, teacher)
                 train_teacher(run, teacher, examples, validation, swaps)
-                best = load_teacher(str(run.dir / "teacher"))
-                best.room = teacher.room
-                teacher = run.place(best)
+                teacher = run.place(load_teacher(str(run.dir / "teacher")))
             teacher.eval().requires_grad_(False)
             if cfg.fsdp:  # a whole frozen model has nothing to share
                 distribute(run, teacher)
@@ -1331,7 +1311,7 @@ def load_teacher(name: str, seed: int = 0) -> InteractionTeacher:
     if how == "eager":
         model.set_attn_implementation("eager")
         print(f"{name}: its maps are read by output_attentions, in eager attention (slower)")
-    return InteractionTeacher(model, tokenizer, positions_of(model), eager=how == "eager")
+    return InteractionTeacher(model, tokenizer, eager=how == "eager")
 
 
 def open_student(student) -> tuple[RewardModel, object]:
@@ -1373,13 +1353,12 @@ def maps_of_pair(student, teacher, prompt, chosen: str, rejected: str, layers=(-
         raise UserError(f"layers {layers}: {what}")
     probe_student(model, model.stock.name_or_path, 0, layers)
     length = positions_of(model.stock)
-    encoder = Encoder(tokenizer, length, "truncate", teacher.tokenizer)
-    examples = encoder([Pair(prompt, chosen, rejected)])
+    of_teacher = (teacher.tokenizer, positions_of(teacher.stock))
+    examples = Encoder(tokenizer, length, "truncate", *of_teacher)([Pair(prompt, chosen, rejected)])
     if not examples:
         raise UserError(f"the pair does not fit into the student's {length} positions")
     batch = student_batch(examples, pad_id_of(model.stock), model.stock.device)
-    order = (teacher.tokenizer, teacher.room, teacher.stock.device)
-    rows = teacher_batch(examples, np.array([False]), *order)
+    rows = teacher_batch(examples, np.array([False]), teacher.tokenizer, teacher.stock.device)
     modes = [(m, m.training) for m in (model.stock, teacher.stock)]
     for m, _ in modes:
         m.eval()
@@ -1507,7 +1486,6 @@ def load_models(run: Run, needs_teacher: bool, is_trained: bool):
     cfg, teacher, layers = run.cfg, None, ((), ())
     if needs_teacher:
         teacher = load_teacher(str(run.dir / "teacher") if is_trained else cfg.teacher, cfg.seed)
-        teacher.room = min(teacher.room, 2 * cfg.max_length)
         run.place(teacher)
     stock, tokenizer = load_student(cfg.model, cfg.seed, cfg.max_length)
     model = run.place(ENCODINGS[cfg.encoding](stock))
@@ -1528,8 +1506,11 @@ def encode_all(cfg: Config, model, tokenizer, teacher, pairs, held_pairs, counts
     Raises UserError where nothing is left, or where a token id is beyond a model's embeddings: a
     tokenizer may know more than its model, what counts is which ids occur.
     """
-    reader = None if teacher is None else teacher.tokenizer
-    encoder, encoded = Encoder(tokenizer, cfg.max_length, cfg.overlong, reader), {}
+    of_teacher = ()
+    if teacher is not None:
+        of_teacher = (teacher.tokenizer, min(positions_of(teacher.stock), 2 * cfg.max_length))
+    encoder, encoded = Encoder(tokenizer, cfg.max_length, cfg.overlong, *of_teacher), {}
+    gc.freeze()  # or a quarter of the time goes into looking through the libraries' objects
     for name, part in {"training": pairs, **held_pairs}.items():
         encoder.counts.clear()
         encoded[name] = examples = encoder(part, progress=f"encoding {name}")
@@ -1539,7 +1520,6 @@ def encode_all(cfg: Config, model, tokenizer, teacher, pairs, held_pairs, counts
         read = [(cfg.model, model.stock, [e.ids for e in examples])]
         if teacher is not None:
             runs = [np.concatenate([ids for ids, _ in e.runs]) for e in examples]
-            encoder.counts["cut for the teacher"] = sum(len(r) + 4 > teacher.room for r in runs)
             read.append((cfg.teacher, teacher.stock, runs))
         for model_name, stock, rows in read:
             known, largest = stock.get_input_embeddings().num_embeddings, max(map(np.max, rows))
@@ -1547,6 +1527,7 @@ def encode_all(cfg: Config, model, tokenizer, teacher, pairs, held_pairs, counts
                 what = f"the pairs hold the token id {largest}, the model has {known} embeddings"
                 raise UserError(f"{model_name}: {what}")
         counts.update({f"{what} ({name})": k for what, k in encoder.counts.items()})
+    gc.unfreeze()
     print("data: " + ", ".join(f"{k} {what}" for what, k in counts.items() if k))
     return encoded.pop("training"), encoded
 

@@ -400,7 +400,7 @@ CLS, SEP = 1, 2
 
 
 @pytest.mark.parametrize(
-    "swap, room, ids, seg, word",
+    "swap, length, ids, seg, word",
     [  # n = no word
         (False, 99, [CLS, 50, 51, 52, SEP, 60, SEP, 70, 71, SEP], "3000313223", "n000n1n22n"),
         (True, 99, [CLS, 50, 51, 52, SEP, 70, 71, SEP, 60, SEP], "3000322313", "n000n22n1n"),
@@ -410,18 +410,20 @@ CLS, SEP = 1, 2
         (True, 6, [CLS, SEP, 70, SEP, 60, SEP], "332313", "nnnn1n"),
     ],
 )
-def test_teacher_row_by_hand(swap, room, ids, seg, word):
+def test_teacher_row_by_hand(swap, length, ids, seg, word):
     """[CLS] x [SEP] y_a [SEP] y_b [SEP]: its order, what is cut, what is padding."""
     named = dict(cls_token_id=None, sep_token_id=None, pad_token_id=0)
     tokenizer = SimpleNamespace(**named, bos_token_id=CLS, eos_token_id=SEP)
-    longer = example_by_hand()
-    longer.runs[1] = (np.arange(60, 80), np.arange(20) + 5)
-    batch = teacher_batch([example_by_hand(), longer], np.array([swap, swap]), tokenizer, room)
+    examples = [example_by_hand(), example_by_hand()]
+    examples[1].runs[1] = (np.arange(60, 80), np.arange(20) + 5)
+    for example in examples:
+        example.runs = data_prep.cut_runs(example.runs, length - 4)
+    batch = teacher_batch(examples, np.array([swap, swap]), tokenizer)
     n = len(ids)
     assert batch["ids"][0, :n].tolist() == ids
     assert batch["seg"][0, :n].tolist() == [int(s) for s in seg]
     assert batch["word"][0, :n].tolist() == [-1 if w == "n" else int(w) for w in word]
-    assert batch["mask"].sum(1).tolist() == [n, min(room, 29)]
+    assert batch["mask"].sum(1).tolist() == [n, min(length, 29)]
     for name, padding in dict(ids=0, seg=3, word=-1, mask=0).items():
         assert (batch[name][0, n:] == padding).all()
 
@@ -650,13 +652,11 @@ def naive_terms(stock, teacher: idistill.InteractionTeacher, example: Example, s
     Q, K = torch.cat([q_c, q_r[:, len(x) :]], 1), torch.cat([k_c, k_r[:, len(x) :]], 1)
     n = Q.shape[1]
     S = naive_map(Q, K, scale, torch.ones(n, n))
-    # (E4) the oldest of x go where the row is too long
+    # (E4)
     cls, sep = teacher.tokenizer.cls_token_id, teacher.tokenizer.sep_token_id
-    (x_ids, x_word), *responses = example.runs
-    lost = max(0, 4 + sum(len(ids) for ids, _ in example.runs) - teacher.room)
-    x_word = np.where(np.isin(x_word, x_word[:lost]), -1, x_word)  # a word that is cut is no word
+    x_run, *responses = example.runs
     ids, word = [cls], [-1]
-    for run in [(x_ids[lost:], x_word[lost:]), *responses[:: -1 if swap else 1]]:
+    for run in [x_run, *responses[:: -1 if swap else 1]]:
         ids += [*run[0], sep]
         word += [*run[1], -1]
     teacher.stock.set_attn_implementation("eager")
@@ -679,12 +679,12 @@ def test_the_whole_method_against_one_pair_at_a_time(zoo, family, encoding):
     """Values and gradients of L: a padded batch in float32 against plain rows in float64."""
     model, tokenizer = student_of(zoo, family, encoding=encoding)
     teacher = teacher_of(zoo, "modernbert")
-    examples = Encoder(tokenizer, 100, "truncate", teacher.tokenizer)(make_pairs(3))
-    longest = max(sum(len(ids) for ids, _ in example.runs) for example in examples)
-    teacher.room = longest + 2  # at least one pair loses its first words
+    encoder = Encoder(tokenizer, 100, "truncate", teacher.tokenizer, teacher_length=30)
+    examples = encoder(make_pairs(3))
+    assert encoder.counts["cut for the teacher"]  # it does not see all words that the student sees
     swap, layers = np.array([True, False, True]), ((-1,), (-1,))
     batch = student_batch(examples, tokenizer.pad_token_id)
-    rows = teacher_batch(examples, swap, teacher.tokenizer, teacher.room)
+    rows = teacher_batch(examples, swap, teacher.tokenizer)
     rewards, _, S, T, word_seg = idistill.interaction_maps(model, teacher, batch, rows, layers)
     terms = idistill.total_loss(rewards, S, T, word_seg, lambda_intra=0.5, lambda_inter=2.0)
     terms["loss"].mean().backward()
@@ -692,7 +692,7 @@ def test_the_whole_method_against_one_pair_at_a_time(zoo, family, encoding):
 
     stock, stock_teacher = (copy.deepcopy(m.stock).double() for m in (model, teacher))
     stock.zero_grad()
-    precise = idistill.InteractionTeacher(stock_teacher, teacher.tokenizer, teacher.room)
+    precise = idistill.InteractionTeacher(stock_teacher, teacher.tokenizer)
     bt, intra, inter = zip(*(naive_terms(stock, precise, *x) for x in zip(examples, swap)))
     loss = sum(bt) + 0.5 * sum(intra) + 2 * sum(inter)
     (loss / 3).backward()
@@ -764,7 +764,7 @@ def test_teacher_maps_are_those_of_eager_attention(zoo, capsys, family):
     pairs = make_pairs(3) + [Pair("short", "good " * 25, "sorry")]
     encoder = Encoder(student_of(zoo)[1], 100, "truncate", teacher.tokenizer)
     examples, swap = encoder(pairs), np.array([True, False, True, False])
-    batch = teacher_batch(examples, swap, teacher.tokenizer, teacher.room)
+    batch = teacher_batch(examples, swap, teacher.tokenizer)
     verdict, maps = teacher(batch, layers=(1, 0, -1))
     close(teacher(batch)[0], verdict)
     eager = copy.deepcopy(teacher.stock)
@@ -780,9 +780,10 @@ def test_teacher_maps_are_those_of_eager_attention(zoo, capsys, family):
         over_c, over_r = (scalars[batch["seg"][b] == s].mean() for s in (1, 2))
         close(verdict[b], over_c - over_r, 1e-3)
     if family in ("bert", "roberta", "mpnet"):  # the last two count positions from pad + 1
-        teacher.stock(torch.full((1, teacher.room), 7))
+        positions = idistill.positions_of(teacher.stock)
+        teacher.stock(torch.full((1, positions), 7))
         with pytest.raises((IndexError, RuntimeError)):
-            teacher.stock(torch.full((1, teacher.room + 1), 7))
+            teacher.stock(torch.full((1, positions + 1), 7))
     turned = encoder([Pair(p.prompt, p.rejected, p.chosen) for p in pairs])
     verdicts = functools.partial(idistill.teacher_verdicts, teacher)
     there, back = (verdicts(e, 2, "cpu", no_amp) for e in (examples, turned))
@@ -867,9 +868,9 @@ def test_bad_model_is_named(zoo, argv, tmp_path, capsys, flag, family, fault, sa
 def test_a_teacher_whose_config_says_nothing_usual(zoo):
     """XLNet's -1 positions mean no limit. I-BERT's embeddings are no nn.Embedding: a teacher or one
     line. BigBird turns to full attention for good on short rows: the probe leaves it sparse."""
-    assert load_teacher(zoo("xlnet", "bert")).room == 10**6
+    assert idistill.positions_of(load_teacher(zoo("xlnet", "bert")).stock) == 10**6
     with contextlib.suppress(UserError):
-        assert load_teacher(zoo("ibert", "bert")).room == 127
+        assert idistill.positions_of(load_teacher(zoo("ibert", "bert")).stock) == 127
     big_bird = load_teacher(zoo("big_bird", "bert", attention_type="block_sparse")).stock
     assert big_bird.bert.attention_type == "block_sparse"
 
@@ -1435,7 +1436,7 @@ def test_maps_of_a_pair_are_those_of_training(whole_run):
     teacher = load_teacher(teacher)
     example = Encoder(tokenizer, 128, "truncate", teacher.tokenizer)([Pair(*texts)])
     batch = student_batch(example, tokenizer.pad_token_id)
-    rows = teacher_batch(example, np.array([False]), teacher.tokenizer, teacher.room)
+    rows = teacher_batch(example, np.array([False]), teacher.tokenizer)
     close(S, idistill.pool_words(RewardModel(stock)(batch, (-1,))[1][0], batch["word"], W))
     close(T, idistill.pool_words(teacher(rows, (-1,))[1][0], rows["word"], W))
 
@@ -3064,7 +3065,7 @@ def test_word_maps_are_those_of_training(judges, whole_run):
     close(word_seg, batch["word_seg"])
     naive, reader = [], teacher.model
     for swap in (False, True):
-        rows = teacher_batch(examples, np.full(5, swap), reader.tokenizer, reader.room)
+        rows = teacher_batch(examples, np.full(5, swap), reader.tokenizer)
         naive.append(idistill.pool_words(reader(rows, (-1,))[1][0], rows["word"], W))
     close(T, (naive[0] + naive[1]) / 2, 1e-3)
     assert differ(naive[0], naive[1])

@@ -75,8 +75,7 @@ class Setting:
     def teacher_rows(self, part: list[Example]) -> dict[str, Tensor]:
         """The batch that the teacher reads."""
         swap = np.zeros(len(part), dtype=bool)
-        tokenizer, room = self.teacher.tokenizer, self.teacher.room
-        return idistill.teacher_batch(part, swap, tokenizer, room, self.device)
+        return idistill.teacher_batch(part, swap, self.teacher.tokenizer, self.device)
 
     def student_rows(self, part: list[Example]) -> dict[str, Tensor]:
         """The packed batch."""
@@ -297,7 +296,8 @@ def time_arms(args) -> dict[str, dict]:
 
     def examples_of(tokenizer, teacher):
         pairs, _ = read_pairs(args.data)
-        encoder = Encoder(tokenizer, args.max_length, "drop", teacher.tokenizer)
+        of_teacher = (teacher.tokenizer, idistill.positions_of(teacher.stock))
+        encoder = Encoder(tokenizer, args.max_length, "drop", *of_teacher)
         examples = encoder(pairs[: args.pairs], progress="encoding")
         return examples[: len(examples) // args.batch_size * args.batch_size]  # whole batches
 

@@ -526,7 +526,7 @@ def look_inside(judge: Judge, teacher: idistill.InteractionTeacher, pairs: list[
             for name, value in zip(out, np.mean(shares, axis=0)):
                 out[name].append(float(value))
         order = np.zeros(len(few), bool)
-        rows = idistill.teacher_batch(few, order, teacher.tokenizer, teacher.room, judge.device)
+        rows = idistill.teacher_batch(few, order, teacher.tokenizer, judge.device)
         layers = ((-1,), (-1,))
         maps = idistill.interaction_maps(model, teacher, batch, rows, layers)
         _, _, (S,), (T,), word_seg = maps
@@ -816,7 +816,7 @@ class LexicalTarget:
         for start in range(0, min(fitted_on, len(examples)), 16):
             few = examples[start : start + 16]
             order = np.zeros(len(few), bool)
-            batch = idistill.teacher_batch(few, order, teacher.tokenizer, teacher.room)
+            batch = idistill.teacher_batch(few, order, teacher.tokenizer)
             word_seg = idistill.stack_rows([e.word_seg for e in few], -1, "cpu")
             with torch.no_grad():
                 _, (token_map,) = teacher(batch, (-1,))
@@ -943,7 +943,7 @@ def map_statistics(teacher, examples: list, counts: Counter) -> list[dict]:
         rows.append({"length": np.log(words[1:2] / words[2:3]), "verdict": 0.0})
     for is_swapped in (False, True):
         order = np.full(len(examples), is_swapped)
-        batch = idistill.teacher_batch(examples, order, teacher.tokenizer, teacher.room)
+        batch = idistill.teacher_batch(examples, order, teacher.tokenizer)
         inputs = {"input_ids": batch["ids"], "attention_mask": batch["mask"]}
         out = teacher.stock(**inputs, output_attentions=True)
         scalars, seg = out.logits[..., 0], batch["seg"]
