@@ -607,8 +607,8 @@ def measure_planted(size: Size, runs: list[str], held_out: dict[str, list[Pair]]
         right = {name: scored([m["margins"][name] for m in seeds.values()]) for name in size.sets}
         row = {name: over_prompts(values, groups[name]) for name, values in right.items()}
         if arm != "teacher":
-            of_seeds = [validation(size.dir / f"{arm}-{agreement}-{seed}") for seed in seeds]
-            row["validation"] = {"mean": float(np.mean(of_seeds)), "by_seed": of_seeds}
+            of_seeds = {s: validation(size.dir / f"{arm}-{agreement}-{s}") for s in seeds}
+            row["validation"] = {"mean": float(np.mean(list(of_seeds.values()))), "of": of_seeds}
         for key in MEASURES:
             values = [float(np.nanmean(m[key])) for m in seeds.values() if key in m]
             if values:
@@ -628,12 +628,15 @@ def measure_planted(size: Size, runs: list[str], held_out: dict[str, list[Pair]]
 
 
 def matched_arms(arms: dict[str, dict]) -> dict[str, str]:
-    """Of each target the arm whose lambda validates best, without a sentence: "ID" -> "ID@0.3"."""
+    """Of each target the arm whose lambda validates best, without a sentence, on the seeds that all
+    its lambdas have: "ID" -> "ID@0.3"."""
     best = {}
     for target in TARGET_ARMS:
-        names = [name for name in (target, f"{target}@0.3", f"{target}@0.1") if name in arms]
-        if names:
-            best[target] = max(names, key=lambda name: arms[name]["validation"]["mean"])
+        names = (target, f"{target}@0.3", f"{target}@0.1")
+        found = {name: arms[name]["validation"]["of"] for name in names if name in arms}
+        shared = set.intersection(*map(set, found.values())) if found else set()
+        if shared:
+            best[target] = max(found, key=lambda name: np.mean([found[name][s] for s in shared]))
     return best
 
 
