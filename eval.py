@@ -539,6 +539,7 @@ def save_figure(figure, path: str) -> None:
         figure.legend(entries.values(), entries.keys(), **place)
     with written(path, "wb") as f:
         figure.savefig(f, format=Path(path).suffix[1:].lower(), dpi=150)
+    print(f"wrote {path}")
 
 
 def plot_models(args, result: dict, view: Callable, names=None, height=3.2, **settings) -> None:
@@ -896,6 +897,7 @@ def show(args) -> None:
     save_json(args, {"models": pages})
     if args.html:
         write_html(pages, args.html)
+        print(f"wrote {args.html}")
     if args.plot:
         plot_show(pages, args.plot)
 
@@ -974,8 +976,8 @@ def print_page(page: dict) -> None:
     for s, side in ((1, "chosen"), (2, "rejected")):
         reward, attention = page["rewards"][s - 1], page["attention"][s - 1]
         most = [f"{words[w]} ({100 * attention[w]:.1f} %)" for w in np.argsort(attention)[::-1][:5]]
-        what = f"{100 * sum(attention):.0f} % of the attention is on words, most on"
-        print(f"\n{page['name']}, {side}, reward {reward:.3f}; {what} {', '.join(most)}")
+        what = f"its scoring position gives words {100 * sum(attention):.0f} % of its attention"
+        print(f"\n{page['name']}, {side}, reward {reward:.3f}; {what}, most to {', '.join(most)}")
         pale = [int(255 - 200 * a / (max(attention) or 1.0)) for a in attention]
         coloured = [f"\x1b[48;2;255;{p};{p}m\x1b[30m{w}\x1b[0m" for w, p in zip(words, pale)]
         for segment in (0, s):
@@ -984,24 +986,22 @@ def print_page(page: dict) -> None:
 
 
 def print_occlusion(pages: list[dict], most: int = 10) -> None:
-    """The words that move a reward most, the models side by side; a model that has read other words
-    (cut to another length) has a table of its own."""
+    """The words that add most to a margin, the models side by side; a model that has read other
+    words (cut to another length) has a table of its own."""
     tables = {}
     for page in pages:
         if page["occlusion"]:
             tables.setdefault(tuple(page["words"]), []).append(page)
     for words, group in tables.items():
         changes = np.array([page["occlusion"] for page in group])  # (models, 2, W)
-        shares = np.abs(changes).sum(1)
-        shares = shares / np.maximum(shares.sum(1, keepdims=True), 1e-30)
-        rows = []
-        for w in sorted(np.argsort(-shares.max(0), kind="stable")[:most]):
+        adds, rows = np.array([added_to_margin(page) for page in group]), []  # (models, W)
+        for w in sorted(np.argsort(-np.abs(adds).max(0), kind="stable")[:most]):
             segment = group[0]["segments"][w]
             sides = {0: [0, 1], 1: [0], 2: [1]}[segment]
             cells = [", ".join(f"{r[side, w]:+.3g}" for side in sides) for r in changes]
-            cells = [f"{cell} ({100 * share:.0f} %)" for cell, share in zip(cells, shares[:, w])]
-            rows.append([words[w], ("prompt", "chosen", "rejected")[segment], *cells])
-        what = "its change when a word is left out (share of the changes of all words)"
+            cells = [f"{cell} ({100 * add:+.0f} %)" for cell, add in zip(cells, adds[:, w])]
+            rows.append([words[w], ("prompt (both)", "chosen", "rejected")[segment], *cells])
+        what = "its change when a word is left out (what the word adds to the margin, + for chosen)"
         print(f"\nWhat moves the reward: {what}")
         print_rows(["left out", "of", *(page["name"] for page in group)], rows)
 
@@ -1105,10 +1105,10 @@ const ramp = (rgb, key, says) => "0" +
   `<i style="background:linear-gradient(90deg,#fff,rgb(${rgb}))"></i>${percent(tops[key])} ${says}`
 const shades = {  // of the words: title, scale
   attention: ["Where the scoring position looks", ramp(blue, "attention",
-    "of its attention (prompt: mean of both responses)")],
+    "of its attention (prompt: mean of both responses), on a square-root scale")],
   "left out": ["What moves the reward", ramp(blue, "left out", "for chosen, ") +
     ramp(orange, "left out", "for rejected: what the word adds to the margin, found by leaving " +
-    "it out, as a share of the changes of all words")] }
+    "it out, as a share of what all words add, on a square-root scale")] }
 for (const page of pages) {
   const root = add(document.body, "section"), [r_c, r_r] = page.rewards, W = page.words.length
   add(root, "h2", page.name).title = page.model

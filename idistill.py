@@ -19,8 +19,9 @@ The abstract says: the two flaws; an interaction-based language-understanding mo
 the RM simulates its attention through an attentional alignment objective; steadier, more general
 rewards. Our reading (no public code): every equation below, and the alignment by words.
 
-Letters, in every docstring: B pairs of a batch, n tokens, W words, H heads, d size of a head.
-s = segment: 0 prompt x, 1 chosen y_c, 2 rejected y_r; 3 = padding, or the teacher's [CLS], [SEP].
+Letters, in every docstring: N pairs, B of them in a batch, n tokens, W words, H heads (H_kv of
+keys), d size of a head, D of a hidden state. s = segment: 0 prompt x, 1 chosen y_c, 2 rejected y_r;
+3 = padding, or the teacher's [CLS], [SEP]. Maps are those of one layer, as a rule the last.
 
   packed row       u = [x | y_c | y_r]: n tokens, x is encoded once
   tree mask        query i sees key j  iff  j <= i and (s_j = 0 or s_j = s_i);
@@ -33,13 +34,13 @@ s = segment: 0 prompt x, 1 chosen y_c, 2 rejected y_r; 3 = padding, or the teach
                    loss -log sigmoid(verdict); its map T = mean over heads          (B, n, n)   (E4)
   word map         sum over the tokens of the attended word,
                    mean over the tokens of the attending word                       (B, W, W)   (E5)
-  blocks           intra: all word pairs but y_c x y_r;  inter: y_c x y_r, both ways
+  blocks           inter: a word of y_c and one of y_r, either way;  intra: all other word pairs
   alignment        L_intra = mean over rows i of KL(T_i || S_i), rows renormalised in the
                    intra block;  L_inter = the same in the inter block                          (E6)
   total            L = L_BT + lambda_intra L_intra + lambda_inter L_inter                       (E7)
 
-Part 1 is the method, on tensors and numbers. Part 2 trains it. Part 3 is what a program needs
-besides: models loaded and tried, processes, the run directory, the demo, the command line.
+Part 1 is the method. Part 2 trains it. Part 3 is what a program needs besides: models loaded and
+tried, processes, the run directory, the demo, the command line.
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ import data_prep
 from data_prep import Encoder, Example, Pair, UserError, bar, first_line, load_tokenizer, written
 
 # ==================================================================================================
-# Part 1: the method. Tensors and numbers only, so that each piece works in a notebook.
+# Part 1: the method. No files and no flags, so that each piece works in a notebook.
 # ==================================================================================================
 
 # ------------------------------------------------------------------------- the layout of a pair
@@ -188,8 +189,8 @@ class AttentionTap:
         query, key, scale, mask = tap.kept[-1]
 
     The k-th call of attention is layer k; negative numbers count from the last. Attention stays
-    fused everywhere: output_attentions=True would make it eager in every layer (0.6 of the speed,
-    twice the memory at 512 tokens). On exit the model is as it was.
+    fused everywhere: output_attentions=True would make it eager in every layer (1.6 times the
+    memory at 512 tokens). On exit the model is as it was.
 
     Raises UserError where the model does not call transformers' attention interface.
     """
@@ -231,7 +232,7 @@ class AttentionTap:
 
 
 def attention_probabilities(query: Tensor, key: Tensor, scale: float, visible: Tensor) -> Tensor:
-    """softmax(Q K^T * scale) over the visible keys, in fp32, head by head: (B, H, n, n)."""
+    """softmax(Q K^T * scale) over the visible keys, in fp32, of each head: (B, H, n, n)."""
     key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)  # queries share key heads
     with torch.autocast(query.device.type, enabled=False):
         logits = (query.float() * scale) @ key.float().transpose(2, 3)
@@ -246,7 +247,7 @@ def attention_map(query: Tensor, key: Tensor, scale: float, visible: Tensor) -> 
     """
     if query.shape[2] < LONG_ROW:
         return attention_probabilities(query, key, scale, visible).mean(dim=1)
-    # long rows: one head at a time, recomputed in backward, so that no head's map is kept
+    # long rows, the same mean: one head at a time, recomputed in backward, so that no map is kept
     H, H_kv = query.shape[1], key.shape[1]
     total = 0
     for h, q in enumerate(query.split(1, dim=1)):
@@ -284,16 +285,17 @@ class RewardModel(nn.Module):
         return rewards, maps
 
     def encode(self, batch: dict[str, Tensor]) -> Tensor:
-        """The last hidden state (B, n, k) of the packed rows, under the tree mask."""
+        """The last hidden state (B, n, D) of the packed rows, under the tree mask."""
         inputs = dict(attention_mask=tree_mask(batch["seg"]), position_ids=batch["pos"])
         return self.stock.base_model(batch["ids"], **inputs, use_cache=False).last_hidden_state
 
     def as_packed(self, heads: Tensor, batch: dict[str, Tensor]) -> Tensor:
-        """Queries or keys (B, H, n, d) in the order of the packed row: here as they are."""
+        """Queries or keys (B, H, n, d) in the order of the packed row. Here they are in it already;
+        SiameseRewardModel, in part 3, gathers them from two rows a pair."""
         return heads
 
     def rewards_at(self, hidden: Tensor, last: Tensor) -> Tensor:
-        """w.h at the two last tokens: hidden (B, n, k), last (B, 2) -> (B, 2)   (E1)."""
+        """w.h at the two last tokens: hidden (B, n, D), last (B, 2) -> (B, 2)   (E1)."""
         ends = hidden.gather(1, last[:, :, None].expand(-1, -1, hidden.shape[-1]))
         head = self.stock.score
         with torch.autocast(ends.device.type, enabled=False):  # rewards in bf16 tie often
@@ -338,12 +340,12 @@ class InteractionTeacher(nn.Module):
         return mean_c - mean_r, maps
 
     @staticmethod
-    def visible(tokens: Tensor, mask: Tensor | None) -> Tensor:
+    def visible(is_token: Tensor, layer_mask: Tensor | None) -> Tensor:
         """Tokens (B, n) that are no padding, within the layer's own mask: (B, 1, n or 1, n)."""
-        there = tokens.bool()[:, None, None, :]
-        if mask is None:
+        there = is_token.bool()[:, None, None, :]
+        if layer_mask is None:
             return there
-        there = there & (mask if mask.dtype == torch.bool else mask == 0)
+        there = there & (layer_mask if layer_mask.dtype == torch.bool else layer_mask == 0)
         return there | ~there.any(-1, keepdim=True)  # local layers leave padding without a key: NaN
 
 
@@ -355,8 +357,8 @@ def bt_loss(r_c: Tensor, r_r: Tensor) -> Tensor:
     return -F.logsigmoid(r_c - r_r)
 
 
-# Of d = r_c - r_r - margin, and of the same with the label flipped; flip_rate is the share of wrong
-# labels reckoned with, strength (B,) an ensemble's mean r_c - r_r. (B,) -> (B,).
+# Each takes d = r_c - r_r - margin, and the same with the label flipped, (B,) both; flip_rate, the
+# share of wrong labels reckoned with; strength (B,), an ensemble's mean r_c - r_r.
 
 
 def plain(d: Tensor, flipped: Tensor, flip_rate: float, strength: Tensor) -> Tensor:
@@ -375,7 +377,8 @@ def soft(d: Tensor, flipped: Tensor, flip_rate: float, strength: Tensor) -> Tens
 
 
 def robust(d: Tensor, flipped: Tensor, flip_rate: float, strength: Tensor) -> Tensor:
-    """Its mean over random flips is the clean loss (arXiv 2403.00409); it can be negative."""
+    """A loss whose mean over random flips is that of clean labels (arXiv 2403.00409); it can be
+    negative."""
     loss = -(1 - flip_rate) * F.logsigmoid(d) + flip_rate * F.logsigmoid(flipped)
     return loss / (1 - 2 * flip_rate)
 
@@ -394,7 +397,7 @@ def pair_loss(
         flip_rate: share of wrong labels that the loss reckons with.
         margin: (B,), by how much r_c is to exceed r_r (Llama 2, arXiv 2307.09288).
         strength: (B,), an ensemble's mean r_c - r_r (arXiv 2401.06080).
-        signed: the margin changes its sign with the label, as strength does (there, Eq. 6).
+        signed: the margin changes its sign with the label, as strength does (Eq. 6 there).
     """
     difference, strength = rewards[:, 0] - rewards[:, 1], torch.as_tensor(strength)
     d, flipped = difference - margin, -difference - (-margin if signed else margin)
@@ -454,7 +457,7 @@ def interaction_maps(model: RewardModel, teacher, batch: dict, teacher_rows: dic
 
 # -------------------------------------------------------------------------------------- alignment
 
-TINY = 1e-30  # inside logarithms and divisions; a larger one would end the gradient of a lost key
+TINY = 1e-30  # in logarithms and divisions; a larger one ends the gradient of keys of small share
 
 
 def block_masks(word_seg: Tensor, support: str = "full") -> tuple[Tensor, Tensor]:
@@ -500,6 +503,9 @@ def alignment_loss(T: Tensor, S: Tensor, block: Tensor, kind: str = "kl") -> Ten
     return rows.sum(-1) / block.any(-1).sum(-1).clamp_min(1)
 
 
+# Teacher's word map and block (B, W, W), word_seg (B, W), a seed for each pair -> target (B, W, W)
+
+
 def teacher_target(T, block, word_seg, seeds) -> Tensor:
     """The method: the teacher's map."""
     return T
@@ -520,7 +526,7 @@ def column_target(T, block, word_seg, seeds) -> Tensor:
 def shuffled_target(T, block, word_seg, seeds) -> Tensor:
     """Control: rows permuted inside each segment, by one seed a pair."""
     order = np.tile(np.arange(T.shape[1]), (len(T), 1))
-    for b, seed in enumerate(seeds):
+    for b, seed in zip(range(len(T)), seeds, strict=True):
         rng = np.random.default_rng(seed)
         for s in (0, 1, 2):
             words = np.flatnonzero(word_seg[b].cpu().numpy() == s)
@@ -556,7 +562,9 @@ def total_loss(
     seeds=(),
     **preference,
 ) -> dict[str, Tensor]:
-    """Every term of L per pair, (B,) each, and L itself as "loss"   (E7).
+    """Every term of L per pair, unweighted, (B,) each, and L itself as "loss"   (E7).
+
+    Training logs the mean of each; a further key is logged too.
 
     Args:
         rewards: (B, 2), r_c and r_r.
@@ -597,7 +605,7 @@ def total_loss(
 
 
 # ==================================================================================================
-# Part 2: training. The method is complete above.
+# Part 2: training. The method is complete above. RANK of WORLD is this process, see part 3.
 # ==================================================================================================
 
 
@@ -638,7 +646,7 @@ class Config:
     max_length: int = flag(1024, "longest prompt + response, in student tokens", low=1)
     overlong: str = flag(
         "truncate",
-        "longer pairs: truncate cuts the oldest of the prompt, never a response",
+        "longer pairs: truncate cuts the oldest of the prompt, and drops what still does not fit",
         ["truncate", "drop", "error"],
     )
     # baselines
@@ -734,7 +742,7 @@ class Phase:
     """What the loop trains: the teacher first, then the student.
 
     terms(index, epoch) -> per-pair terms (B,) with "loss", and "rewards" (B, 2); validate() -> dict
-    with "accuracy" and "loss". The best so far is written as RUN/name, a stock directory.
+    with "accuracy" and "bt". The best so far is written as RUN/name, a stock directory.
     """
 
     name: str
@@ -816,7 +824,7 @@ def fit(run: Run, phase: Phase) -> None:
     lengths = np.array([len(e.ids) for e in phase.examples])
     per_epoch = math.ceil(len(lengths) / cfg.batch_size)
     eval_every = cfg.eval_every or math.ceil(phase.steps / 2)
-    stream = cfg.seed + (name == "student")
+    stream = cfg.seed + (name == "student")  # teacher and student get the pairs in other orders
     optimizer = make_optimizer(phase.model, phase.lr, cfg.weight_decay)
     done, best = run.restore(phase, optimizer)
     phase.model.train()
@@ -846,8 +854,8 @@ def fit(run: Run, phase: Phase) -> None:
             run.log(phase=name, step=step, **{"val_" + k: v for k, v in value.items()})
             shown = ", ".join(f"{k} {v:.4f}" for k, v in value.items())
             progress.write(f"{name} step {step}: validation {shown}")
-            if [value["accuracy"], -value["loss"]] > best:
-                best = [value["accuracy"], -value["loss"]]
+            if [value["accuracy"], -value["bt"]] > best:
+                best = [value["accuracy"], -value["bt"]]
                 run.save_model(phase.model, phase.tokenizer, name)
         stop = run.agreed_stop()
         is_saved = step % cfg.save_every == 0 if cfg.save_every else is_due
@@ -914,7 +922,7 @@ def train_teacher(run: Run, teacher, examples, validation, swaps) -> None:
 
     def validate():
         verdicts = teacher_verdicts(teacher, validation, *run.scoring)
-        return {"accuracy": accuracy(verdicts), "loss": float(np.logaddexp(0, -verdicts).mean())}
+        return {"accuracy": accuracy(verdicts), "bt": float(np.logaddexp(0, -verdicts).mean())}
 
     steps = max(1, round(cfg.teacher_epochs * math.ceil(len(examples) / cfg.batch_size)))
     fit(run, Phase("teacher", teacher, tokenizer, examples, terms, validate, cfg.teacher_lr, steps))
@@ -932,9 +940,9 @@ def train_student(run: Run, model, tokenizer, teacher, layers, examples, validat
     def validate():
         rewards = score_pairs(model, validation, *run.scoring)
         margins = rewards[:, 0] - rewards[:, 1]
-        loss = float(np.logaddexp(0, -margins).mean())
+        bt = float(np.logaddexp(0, -margins).mean())
         spread = {"reward_mean": float(rewards.mean()), "reward_std": float(rewards.std())}
-        return {"accuracy": accuracy(margins), "loss": loss, **spread}
+        return {"accuracy": accuracy(margins), "bt": bt, **spread}
 
     steps = cfg.max_steps or max(1, round(cfg.epochs * math.ceil(len(examples) / cfg.batch_size)))
     fit(run, Phase("student", model, tokenizer, examples, terms, validate, cfg.lr, steps))
@@ -957,7 +965,7 @@ def train(cfg: Config) -> dict:
         run.begin(counts)
         started, validation, verdicts = time.perf_counter(), held["validation"], {}
 
-        def swaps(index: np.ndarray, epoch: int) -> np.ndarray:  # the order that the teacher reads
+        def swaps(index: np.ndarray, epoch: int) -> np.ndarray:  # the random order of (E4)
             return np.random.default_rng([cfg.seed, epoch, 12]).random(len(examples))[index] < 0.5
 
         if teacher is not None:
@@ -1027,7 +1035,7 @@ def print_table(results: dict) -> None:
 
 # ------------------------------------------------------------------------------ models at the door
 
-# There is no list of supported models: each is tried on eight tokens before any long work, and
+# There is no list of supported models: each is tried on a few tokens before any long work, and
 # refused with the reason and the flag that helps.
 
 HEADS = re.compile(r"(^|[._])(v_head|value_head|reward_head|regression_head|score|classifier)\b")
@@ -1839,7 +1847,7 @@ class Run:
     def restore(self, phase: Phase, optimizer) -> tuple[int, list[float]]:
         """--resume: weights, moments and log of the newest checkpoint, if it is of this phase.
 
-        Returns the steps done, and [accuracy, -loss] of the best validation.
+        Returns the steps done, and [accuracy, -bt] of the best validation.
         """
         if self.saved is None or self.saved[0] != phase.name:
             return 0, [-1.0, 0.0]
@@ -1912,8 +1920,10 @@ def demo_seed(cfg: Config, here: Path) -> dict[str, list[float]]:
     remove(here / "ablations.json")  # of the demo that this one replaces
     data_prep.write_demo_data(here / "data", cfg.seed, overwrite=True)
     make_demo_models(here, cfg.seed)
+    print("Three reward models:")
     for name, (_, purpose, _) in DEMO_ARMS.items():
-        print(f"--- {name}: {purpose}")
+        print(f"  {name}: {purpose}")
+    print("What follows is the log of ID; the two others train beside it.")
     spawned = multiprocessing.get_context("spawn")
     beside = spawned.Process(target=arms_beside, args=(cfg, here), daemon=True)
     beside.start()
@@ -1980,6 +1990,7 @@ def demo(cfg: Config, typed: dict) -> None:
         raise UserError("torchrun and --resume need --model beside them; the demo starts anew")
     roots = [root] + [root.with_name(f"{root.name}-{i}") for i in range(2, 1000)]
     seeds, tables = range(cfg.seed, cfg.seed + cfg.seeds), []
+    folder = "ablations/" + re.sub(r"[^\w.-]+", "_", " ".join(typed.values())).lstrip("-")
     made = [r for r in roots if all((r / f"seed{s}/demo.json").exists() for s in seeds)]
     if typed and made:
         root = made[-1]
@@ -1993,17 +2004,19 @@ def demo(cfg: Config, typed: dict) -> None:
             base = replace(Config(**DEMO), seed=seed, device=cfg.device, dtype=cfg.dtype)
             table = demo_seed(base, here)
         if typed:
-            table |= ablation(replace(cfg, seed=seed), here, typed)
+            table |= ablation(replace(cfg, seed=seed), here, folder, typed)
         tables.append(table)
     print_demo(tables)
     if not typed:
         print("\nWhere the cue lies (last column), who reads the content stays near 100, who reads")
         print("the cue falls towards 10. The teacher's map says what to read, a uniform one not.")
-    show = f"python eval.py show {here}/bt/student {here}/id/student --teacher {here}/id/teacher"
+    folders = ["bt", "id", folder] if typed else ["bt", "id"]
+    students = " ".join(f"{here}/{name}/student" for name in folders)
+    show = f"python eval.py show {students} --teacher {here}/id/teacher"
     print(f"Files: {here}. Look closer:\n  {show} --data {here}/data/cue-reversed.jsonl")
 
 
-def ablation(cfg: Config, here: Path, typed: dict[str, str]) -> dict[str, list[float]]:
+def ablation(cfg: Config, here: Path, folder: str, typed: dict) -> dict[str, list[float]]:
     """One arm with other flags, and those before it: {name: accuracy on each set}."""
     name, path = " ".join(typed.values()), here / "ablations.json"
     print(f"\n--- {name}")
@@ -2011,7 +2024,6 @@ def ablation(cfg: Config, here: Path, typed: dict[str, str]) -> dict[str, list[f
     of_teacher = {"teacher_epochs", "teacher_lr", "label_noise"}
     if not of_teacher & set(typed):  # the demo's teacher is reused
         flags = {"teacher": str(here / "id/teacher"), "teacher_epochs": 0.0}
-    folder = "ablations/" + re.sub(r"[^\w.-]+", "_", name).lstrip("-")
     sets = demo_arm(cfg, here, folder, **flags)
     rows[name] = [sets[s]["student"] for s in DEMO_SETS]
     with written(path) as f:

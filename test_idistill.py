@@ -1141,7 +1141,7 @@ def test_composite_decoder_resumes(zoo, argv, tmp_path):
     flags = dict(model=zoo("gemma3_vision"), align_target="uniform", teacher=None, max_steps=4)
     flags |= dict(val_data=write_pairs(tmp_path / "v.jsonl", turned), eval_every=1, lr=0.01)
     run = trained(argv, tmp_path / "a", **flags)
-    values = [line["val_loss"] for line in lines_of(run) if "val_loss" in line]
+    values = [line["val_bt"] for line in lines_of(run) if "val_bt" in line]
     assert min(values) == values[0] and values[-1] > values[0] + 0.1
     copy = without_newest(run, tmp_path / "b", "2-student-00000004")
     assert_same_run(run, trained(argv, copy, **flags, resume=True))
