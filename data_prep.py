@@ -36,6 +36,7 @@ from __future__ import annotations
 import argparse
 import codecs
 import difflib
+import functools
 import gzip
 import hashlib
 import io
@@ -51,7 +52,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from functools import lru_cache
-from itertools import compress, product
+from itertools import chain, compress, count, product
 from pathlib import Path
 from typing import NamedTuple
 from weakref import WeakSet
@@ -88,8 +89,8 @@ class Parser(argparse.ArgumentParser):
 
 @contextmanager
 def exit_codes():
-    """Ends a program as a shell expects: 2 and one line for a UserError, 130 for Ctrl-C, 141 for a
-    closed pipe."""
+    """Ends a program as a shell expects: 2 and one line for a UserError or what the disk refuses,
+    130 for Ctrl-C, 141 for a closed pipe."""
     for stream in (sys.stdout, sys.stderr):  # a console may lack a character: "?" in its place
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
@@ -99,11 +100,13 @@ def exit_codes():
     except BrokenPipeError:  # `| head` has seen enough; the flush at exit is to be quiet too
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141) from None
-    except (KeyboardInterrupt, UserError) as why:
+    except (KeyboardInterrupt, UserError, OSError) as why:
         for left in list(BARS):  # so that the message gets a line of its own
             left.close()
-        stopped = isinstance(why, KeyboardInterrupt)
-        print("\nstopped" if stopped else f"error: {why}", file=sys.stderr)
+        stopped, said = isinstance(why, KeyboardInterrupt), first_line(why)
+        if isinstance(why, OSError) and why.filename:
+            said = f"{why.filename}: {why.strerror}"
+        print("\nstopped" if stopped else f"error: {said}", file=sys.stderr)
         raise SystemExit(130 if stopped else 2) from None
 
 
@@ -213,12 +216,12 @@ TASK_FIELD = re.compile(
     r"(?!(?:has|is|n|num)_)(?:.*_)?"
     r"(?:(?:article|attachment|audio|background|context|conversation|demonstration|dialog|dialogue|"
     r"document|evidence|function|image|input|instruction|message|paragraph|passage|photo|picture|"
-    r"question|screenshot|tool|video)s?|history|knowledge|kwargs|media|persona|query|thinking|"
-    r"reasoning(?:_content|_details)?)"
+    r"preamble|premise|question|screenshot|snippet|tool|video)s?|developer|history|knowledge|kwargs|"
+    r"media|persona|query|thinking|reasoning(?:_content|_details)?)"
     r"(?:_(?:text|data|path|url|base64|bytes|call|definition|schema|list)s?)?"
 )
-SYSTEM_FIELDS = ("system", "system_prompt", "system_message", "system_instruction")
-OWN_FIELDS = {"prompt", "chosen", "rejected", "responses", "gold", *SYSTEM_FIELDS}
+SYSTEM_FIELD = re.compile(r"sys(tem)?(_(prompt|message|instruction|text))?s?")
+OWN_FIELDS = {"prompt", "chosen", "rejected", "responses", "gold"}
 OWN_FIELDS.add("reasoning")  # in a row a rater's, in a message the model's
 
 
@@ -232,17 +235,16 @@ def is_empty(value) -> bool:
 
 
 @lru_cache
-def changes_task(name: str) -> bool:
-    """Whether a field of this name holds a part of what the model is to read."""
-    snake_case = re.sub(r"(?<=[a-z])(?=[A-Z])|[^\w]", "_", name).lower()
-    return bool(TASK_FIELD.fullmatch(snake_case))
+def is_named(kind: re.Pattern, name: str) -> bool:
+    """Whether a field's name, in whatever spelling, is of a kind."""
+    return bool(kind.fullmatch(re.sub(r"(?<=[a-z])(?=[A-Z])|[^\w]", "_", name).lower()))
 
 
 def refuse_fields(holder: dict, own: set[str], where: str = "") -> None:
     """Raises UnusableField for a field that changes the task, has content, and is not used here.
     One that only repeats what prompt, chosen or rejected hold says nothing new."""
     for name, value in holder.items():
-        if name in own or not value or is_empty(value) or not changes_task(name):
+        if name in own or not value or is_empty(value) or not is_named(TASK_FIELD, name):
             continue
         used = json.dumps([holder.get(k) for k in ("prompt", "chosen", "rejected")], default=str)
         if json.dumps(value, default=str) not in used:
@@ -272,8 +274,8 @@ def check_messages(messages, name: str) -> list[dict]:
     checked = []
     for m in messages:
         if not isinstance(m, dict):
-            hint = "several answers to one prompt are for eval.py bestofn"
-            raise ValueError(f"{name} is a list, but not of messages; {hint}")
+            hint = "" if name == "prompt" else "; several answers are for eval.py bestofn"
+            raise ValueError(f"{name} is a list, but not of messages{hint}")
         refuse_fields(m, {"role", "content"}, f"{name}: ")
         content, role = text_of(m, name), m.get("role")
         if role not in ("system", "user", "assistant"):
@@ -342,8 +344,10 @@ def said_by(turns: list[dict]) -> list[tuple[str, str]]:
 
 
 def holds(turns: list[dict], prompt: list[dict]) -> bool:
-    """Whether the turns hold those of the prompt, one behind the other."""
-    starts = range(len(turns) - len(prompt) + 1)
+    """Whether the turns hold those of the prompt, one behind the other. Turns that begin with the
+    assistant's go on from the prompt, unless they begin with it."""
+    last = 0 if turns and turns[0]["role"] == "assistant" else len(turns)
+    starts = range(min(last, len(turns) - len(prompt)) + 1)
     return any(said_by(turns[k : k + len(prompt)]) == said_by(prompt) for k in starts)
 
 
@@ -394,7 +398,8 @@ def read_once(prompt: str, texts: list[str]) -> list[str]:
     if len(words_of(prompt)) < 3 or not all(text.startswith(prompt) for text in texts):
         return texts
     rests = [text[len(prompt) :] for text in texts]
-    ends_inside = prompt[-1].isalnum() and any(rest[:1].isalnum() for rest in rests)
+    seams = [prompt[-1] + rest[:1] for rest in rests]
+    ends_inside = any(len(s) == 2 and s.isalnum() and len(words_of(s)) == 1 for s in seams)
     if ends_inside or not all(rest.strip() for rest in rests):
         return texts
     return [without_blank(rest) for rest in rests]
@@ -403,7 +408,8 @@ def read_once(prompt: str, texts: list[str]) -> list[str]:
 def parse_item(row: dict, sides: dict[str, str | list], counts: Counter):
     """(prompt, answers, labels) of a row and its {name: answer}, in any of the forms that the head
     of this file lists. Raises ValueError, UnusableField or UnusablePair."""
-    refuse_fields(row, OWN_FIELDS)
+    of_system = [name for name in row if is_named(SYSTEM_FIELD, name)]
+    refuse_fields(row, OWN_FIELDS.union(of_system))
     given, texts = row.get("prompt"), list(sides.values())
     turns = split_dialogue(given, is_prompt=True) if isinstance(given, str) else None
     prompt = turns or ([] if is_empty(given) else check_messages(given, "prompt"))
@@ -417,15 +423,17 @@ def parse_item(row: dict, sides: dict[str, str | list], counts: Counter):
     elif turns:
         texts = [without_blank(text) for text in texts]
     elif prompt:
-        texts = read_once(given, texts) if isinstance(given, str) else texts
-    elif len(texts) == 2 and not TURN.search(texts[0]) and (parts := split_texts(*texts)):
+        answers = read_once(given, texts) if isinstance(given, str) else texts
+        counts["prompts cut out of answers that repeat them"] += answers is not texts
+        texts = answers
+    elif "chosen" in sides and not TURN.search(texts[0]) and (parts := split_texts(*texts)):
         counts["prompts read from the start that both texts share"] += 1
         prompt, texts = as_messages(parts[0]), list(parts[1:])
     elif given is None:
         why = 'there is no "prompt", and the texts share no start and are no dialogues'
         raise ValueError(why + ' ("\\n\\nHuman: ...\\n\\nAssistant: ..."); add the field "prompt"')
-    for name in SYSTEM_FIELDS:
-        if not is_empty(row.get(name)):
+    for name in of_system:
+        if not is_empty(row[name]):
             if not isinstance(row[name], str):
                 raise ValueError(f'the field "{name}" is no text')
             prompt = with_system(prompt, row[name])
@@ -443,7 +451,8 @@ def parse_pair(row: dict, counts: Counter | None = None) -> Pair:
     for name, side in sides.items():
         if side is None:
             there = ", ".join(map(str, row))[:200]
-            raise ValueError(f'the field "{name}" is missing; there are: {there}')
+            hint = " (candidates are for eval.py bestofn)" if "responses" in row else ""
+            raise ValueError(f'the field "{name}" is missing; there are: {there}{hint}')
     prompt, texts, labels = parse_item(row, sides, Counter() if counts is None else counts)
     for text, name in zip(texts, sides):
         if not text.strip():
@@ -654,7 +663,7 @@ def collect(sources: list, parse, skip_bad: bool) -> tuple[list, Counter]:
                 is_field = isinstance(why, UnusableField)
                 counts[f'with the field "{why.name}"' if is_field else "bad"] += 1
     if not items:
-        left_out = ", ".join(f"{v} {k}" for k, v in counts.items())
+        left_out = ", ".join(f"{v} {k}" for k, v in counts.items() if v)
         what = f"left out: {left_out}" if left_out else "it is empty"
         raise UserError(f"{', '.join(map(str, sources))}: no usable pair; {what}")
     counts["pairs"] = len(items)
@@ -687,7 +696,8 @@ def write_pairs(path: str | Path, pairs: list, overwrite: bool = False) -> None:
         is_plain = as_messages(text) == p.prompt and not split_dialogue(text, is_prompt=True)
         if is_plain and not all(y.startswith(text) for y in p.responses):  # read as a prompt again
             line["prompt"] = text
-        if not p.prompt:  # texts alone might be read as a prompt and its answers
+        is_raw = any(y.startswith("\n\nHuman:") for y in p.responses)
+        if not p.prompt or is_raw:  # texts might be read as a prompt and its answers
             for name in line.keys() & {"chosen", "rejected"}:
                 line[name] = [{"role": "assistant", "content": line[name]}]
             if "responses" in line:
@@ -767,9 +777,10 @@ def split_pairs(pairs: list, val: float, test: float) -> dict[str, list]:
 
 def unused_name(path: str, taken) -> str:
     """What a data file is called in tables: its name without ending; where that is taken, the whole
-    path."""
+    path; where that is too, numbered."""
     short = re.sub(r"\.(jsonl?|parquet)(\.gz)?$", "", Path(path).name)
-    return str(path) if short in taken else short
+    numbered = (f"{path} ({k})" for k in count(2))
+    return next(name for name in chain((short, str(path)), numbered) if name not in taken)
 
 
 def warn_of_leaks(pairs: list[Pair], held: dict[str, list[Pair]]) -> None:
@@ -1283,6 +1294,7 @@ class Formatter:
         self.bos = bos if first == [bos] else ""
         self.empty_block = re.compile("")
         if self.markup(PROBES[0])[1] is None:
+            self([{"role": "user", "content": "a"}], "b")  # raises what is wrong with it
             raise UserError(f"{tokenizer.name_or_path}: its chat template leaves the answers out")
         self.tags, self.empty_block = self.reasoning_block()
         self.known_markup.clear()  # anew, without such blocks
@@ -1417,11 +1429,15 @@ class Formatter:
             opening = next((end for end in ends if text.startswith(end)), "")
             if not re.search(r"\w", opening) or not all([*between, last]):
                 continue
-            pattern = "(.*?)".join(map(re.escape, [opening, *between, last.rstrip()]))
-            pattern += r"\s*" + self.empty_block.pattern
-            match = re.fullmatch(pattern, text, re.DOTALL)
-            if match and not any(map(self.control.search, match.groups())):
-                return [{"role": r, "content": c} for r, c in zip(roles, match.groups())]
+            contents, rest = [], text[len(opening) :]
+            for piece in between:
+                content, _, rest = rest.partition(piece)  # rest is empty where it is not there
+                contents.append(content)
+            close = re.escape(last.rstrip()) + r"\s*" + self.empty_block.pattern + r"\Z"
+            if end := re.search(close, rest):
+                contents.append(rest[: end.start()])
+                if not any(map(self.control.search, contents)):
+                    return [{"role": r, "content": c} for r, c in zip(roles, contents)]
         return None
 
 
@@ -1524,9 +1540,9 @@ class Encoder:
                 built.append((item, prompt, sides, texts))
             tokens = iter(tokenise(self.tokenizer, [t for *_, texts in built for t in texts]))
             fitted = []
-            for number, (*one, texts) in enumerate(built, start + 1):
+            for *one, texts in built:
                 whole = Fitted(*one, texts, [next(tokens) for _ in texts])
-                fitted.append(self.within_length(whole, number) if texts else None)
+                fitted.append(self.within_length(whole) if texts else None)
             left += sum(one is not None for one in fitted)
             yield fitted
         if refused and not left:
@@ -1550,13 +1566,13 @@ class Encoder:
         prompt = [{"role": m["role"], "content": clean(m["content"])} for m in prompt]
         return prompt, [clean(y) for y in sides]
 
-    def within_length(self, fitted: Fitted, number: int) -> Fitted | None:
+    def within_length(self, fitted: Fitted) -> Fitted | None:
         """The item within max_length, None where it is dropped. Raises UserError, see overlong."""
         longest = max(len(ids) for ids, _ in fitted.tokens)
         if longest <= self.max_length:
             return fitted
         if self.overlong == "error":
-            what = f"pair {fitted.item.id or number} has {longest} tokens"
+            what = f"pair {fitted.item.id or repr(fitted.responses[0][:30])} has {longest} tokens"
             how = "raise it, or use --overlong truncate or drop"
             raise UserError(f"{what}, over --max-length {self.max_length}; {how}")
         cut = None
@@ -1658,6 +1674,7 @@ def cut_runs(runs: list, room: int) -> list[tuple[np.ndarray, np.ndarray]]:
     n_x, n_c, n_r = (len(ids) for ids, _ in runs)
     if n_x + n_c + n_r <= room:
         return runs
+    room = max(0, room)
     keep_x = max(0, min(n_x, room - n_c - n_r))
     keep_c = min(n_c, max(room // 2, room - n_r))
     keep_r = min(n_r, room - keep_c)
@@ -1686,8 +1703,8 @@ NUMBERS = {  # flag -> (default, least, most, what it is)
     "limit": (0, 0, math.inf, "write only the first N pairs; 0: all"),
     "val-fraction": (0.0, 0, 1, "share of the prompts for FILE.val.jsonl"),
     "test-fraction": (0.0, 0, 1, "share of the prompts for FILE.test.jsonl"),
-    "pairs": (12_800, 1, math.inf, "synthetic: number of pairs"),
-    "responses": (0, 0, math.inf, "synthetic: N candidates with gold scores a prompt, no pairs"),
+    "pairs": (12_800, 1, 10**8, "synthetic: number of pairs"),
+    "responses": (0, 0, 10**4, "synthetic: N candidates with gold scores a prompt, no pairs"),
     "agreement": (0.9, 0, 1, "synthetic: share of pairs whose cue agrees with the label"),
     "seed": (0, 0, math.inf, "synthetic: seed"),
 }
@@ -1720,6 +1737,8 @@ def check_args(args: argparse.Namespace) -> None:
         value = getattr(args, name.replace("-", "_"))
         if not least <= value <= most:
             raise UserError(f"--{name} {value}: must lie in {least} to {most}")
+    if not Path(args.out).name or Path(args.out).is_dir():
+        raise UserError(f"--out {args.out}: is a folder; give the name of a file")
     if args.val_fraction + args.test_fraction >= 1:
         raise UserError("--val-fraction and --test-fraction leave no pairs to train on")
     if args.responses and (args.responses < 2 or args.source != ["synthetic"]):
@@ -1763,7 +1782,10 @@ def convert(args: argparse.Namespace) -> None:
     parts, out = split_pairs(items, args.val_fraction, args.test_fraction), Path(args.out)
     stem, _, end = out.name.partition(".jsonl")
     files = {"": out}
-    files |= {k: out.with_name(f"{stem}.{k}.jsonl{end}") for k in ("val", "test") if parts[k]}
+    others = {k: out.with_name(f"{stem}.{k}.jsonl{end}") for k in ("val", "test")}
+    files |= {k: path for k, path in others.items() if parts[k]}
+    if not parts[""]:
+        raise UserError(f"{out}: no pair is left for it; lower --val-fraction or --test-fraction")
     named = ("synthetic", "hh-rlhf", *BENCHMARKS)
     read = [Path(p).resolve() for p in [*args.source, *(args.input or [])] if p not in named]
     for path in files.values():  # all targets are checked before any is written
@@ -1772,11 +1794,15 @@ def convert(args: argparse.Namespace) -> None:
             raise UserError(f"{path}: is read too; choose another --out")
         if path.exists() and not args.overwrite:
             raise UserError(f"{path}: exists; choose another --out, or --overwrite")
+    say = functools.partial(print, file=sys.stderr if is_stream(out) else None)
     counted = {noun: counts.pop("pairs"), **counts, **repeated}
-    print("read: " + ", ".join(f"{v} {k}" for k, v in counted.items()))
+    say("read: " + ", ".join(f"{v} {k}" for k, v in counted.items() if v))
     for k, path in files.items():
         write_pairs(path, parts[k], args.overwrite)
-        print(f"wrote {len(parts[k])} {noun} to {path}")
+        say(f"wrote {len(parts[k])} {noun} to {path}")
+    for path in others.values():
+        if path not in files.values() and path.exists():
+            say(f"warning: {path} is of an earlier split, and may hold pairs of {out}")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -2545,7 +2545,7 @@ def test_hh_rlhf_from_files(tmp_path, capsys):
         (["d.jsonl"], "--out"),
         (["synthetic", "--val-fraction", 1, "--out", "x"], "--val-fraction"),
         (["synthetic", "--agreement", "nan", "--out", "x"], "--agreement"),
-        (["synthetic", "--pairs", 0, "--out", "x"], "--pairs 0: must lie in 1 to inf"),
+        (["synthetic", "--pairs", 0, "--out", "x"], "--pairs 0: must lie in 1 to 100000000"),
         (["synthetic", "--responses", 1, "--out", "x"], "--responses 1"),
         (["d.jsonl", "--input", "e.jsonl", "--out", "x"], "--input goes with"),
     ],
