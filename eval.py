@@ -154,7 +154,10 @@ class Judge:
             is_token, place = ids >= 0, torch.arange(ids.shape[1])
             # as the stock class: the last token that is not pad, even where pad = eos ends the text
             last = (place * (is_token & (ids != (-1 if pad is None else pad)))).argmax(1)
-            inputs = {"input_ids": ids.where(is_token, pad or 0), "attention_mask": is_token.long()}
+            inputs = {
+                "input_ids": ids.where(is_token, max(0, pad or 0)),
+                "attention_mask": is_token.long(),
+            }
             if self.pair_encoding and "token_type_ids" in self.encoder.tokenizer.model_input_names:
                 is_sep = ids == self.encoder.tokenizer.sep_token_id
                 behind = is_sep.cumsum(1) > is_sep.long()  # after the first [SEP]: the answer
@@ -325,9 +328,9 @@ def read_files(args, read: Callable = data_prep.read_pairs) -> dict[str, list]:
     files = {}
     for path in args.data:
         pairs, counts = read([path])
-        left_out = [f"{v} ({k})" for k, v in counts.items() if k != "pairs" and v]
-        if left_out:
-            print(f"{path}: left out " + ", ".join(left_out))
+        counted = [f"{v} {k}" for k, v in counts.items() if k != "pairs" and v]
+        if counted:
+            print(f"{path}: " + ", ".join(counted))
         if 0 < args.limit < len(pairs):
             rng = np.random.default_rng(args.seed)
             kept = rng.choice(len(pairs), args.limit, replace=False)
@@ -794,7 +797,7 @@ def word_maps(judge: Judge, teacher: Judge | None, examples: list[Example], laye
     """The maps of B pairs encoded for both models: the simulated map S of the student (E3, E5),
     mean of its --layers; T, the last of the teacher, mean of both orders, None without a teacher,
     (B, W, W) each; the segment of each word, -1 where one of the models does not see it, (B, W)."""
-    pad = judge.model.config.get_text_config().pad_token_id or 0
+    pad = max(0, judge.model.config.get_text_config().pad_token_id or 0)
     batch = idistill.student_batch(examples, pad, judge.device)
     student, layers = idistill.SiameseRewardModel(judge.model), tuple(pick_layers(judge, layers))
     reader, rows, found = teacher and teacher.model, None, []
@@ -934,8 +937,8 @@ def fitted_pair(judge: Judge, pair: Pair) -> Pair:
     """The pair as the judge reads it: cleaned, and cut where it is too long. Raises UserError."""
     fitted = next(iter(judge.encoder.fit([pair], RESPONSES, "")))[0]
     if fitted is None:
-        limit = judge.encoder.max_length
-        raise UserError(f"pair {pair.id}: does not fit into --max-length {limit}")
+        what = f"does not fit into the {judge.encoder.max_length} tokens of {judge.label}"
+        raise UserError(f"pair {pair.id or repr(pair.chosen[:30])}: {what}")
     chosen, rejected = fitted.responses
     return replace(pair, prompt=fitted.prompt, chosen=chosen, rejected=rejected)
 
@@ -948,6 +951,7 @@ def read_pair(judge: Judge, teacher: Judge | None, pair: Pair, args) -> list[dic
     (2, W) both; the map (W, W), its rows renormalised in their block."""
     pair = fitted_pair(judge, pair)
     example = judge.encoder([pair])[0]
+    is_cut = print_counts(judge, f"pair {pair.id}").get("cut for the teacher")
     rows, _ = response_rows([example])
     attention = []
     for s, shares in zip((1, 2), judge.end_attention(rows, args.layers, args.batch_size)):
@@ -964,8 +968,10 @@ def read_pair(judge: Judge, teacher: Judge | None, pair: Pair, args) -> list[dic
         shares = sum(idistill.renormalise(word_map, b) for b in idistill.block_masks(word_seg))
         page["map"] = shares[0].cpu().double().numpy().round(5).tolist()
         words, _, changes = occlusion(reader, pair, args.batch_size)
-        # a teacher may defuse other special tokens in the texts, which makes other words
-        page["occlusion"] = changes.T.tolist() if words == example.words else None
+        # a teacher may defuse other special tokens in the texts, which makes other words; and where
+        # it reads a part of the pair, a word left out lets another in
+        is_told = words == example.words and not (is_cut and reader is teacher)
+        page["occlusion"] = changes.T.tolist() if is_told else None
         pages.append(page)
     return pages
 
@@ -1617,6 +1623,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = ap.parse_args(argv)
     if not args.data:
         ap.error("--data is needed")
+    if getattr(args, "stages", 2) > 1000:
+        ap.error(f"--stages {args.stages}: at most 1000")
     least = {"batch_size": 1, "max_length": 0, "limit": 0, "seed": 0, "stages": 2}
     for name, low in least.items():
         value = getattr(args, name, low)
@@ -1631,13 +1639,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def check_outputs(args) -> None:
     """Before the long work: what is to be written can be, and is no input, nor named twice;
     pictures can be drawn. Raises UserError."""
-    inputs = [*args.data, *filter(None, [getattr(args, "edits", None)])]
-    taken = {Path(file).resolve(): "an input" for file in inputs}
+    more = filter(None, [getattr(args, flag, None) for flag in ("edits", "teacher")])
+    inputs, taken = [Path(p).resolve() for p in [*args.data, *args.models, *more]], {}
     for flag in WRITTEN:
         path = getattr(args, flag, None)
-        if not path:
-            continue
-        if data_prep.is_stream(path):
+        if not path or data_prep.is_stream(path):
             continue
         place = Path(path).resolve()
         aside = Path(f"{place}.tmp")
@@ -1651,6 +1657,8 @@ def check_outputs(args) -> None:
         except OSError as why:
             raise UserError(f"--{flag} {path}: cannot be written ({why.strerror})") from None
         for target in (place, aside):
+            if any(target == p or target.exists() and target.is_relative_to(p) for p in inputs):
+                taken[target] = "an input, or a part of one"
             if target in taken:
                 what = f"{target.name} is {taken[target]}; choose another"
                 raise UserError(f"--{flag} {path}: {what}")

@@ -87,7 +87,17 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 import data_prep
-from data_prep import Encoder, Example, Pair, UserError, bar, first_line, load_tokenizer, written
+from data_prep import (
+    Encoder,
+    Example,
+    Formatter,
+    Pair,
+    UserError,
+    bar,
+    first_line,
+    load_tokenizer,
+    written,
+)
 
 # ==================================================================================================
 # Part 1: the method. No files and no flags, so that each piece works in a notebook.
@@ -637,7 +647,7 @@ class Config:
     align_layers: str = flag("last", "last, middle, all, or student:teacher pairs as 12:3,-1:-1")
     align_target: str = flag("teacher", "the map to match; the others are controls", ALIGN_TARGETS)
     align_support: str = flag("full", "causal = only where the student attends", ["full", "causal"])
-    teacher_epochs: float = flag(1.0, "passes of the teacher over the data; 0 = use it as it is")
+    teacher_epochs: float = flag(1.0, "passes of the teacher over the data; 0: as it is", high=1e6)
     encoding: str = flag(
         "packed",
         "siamese = two causal rows a pair: for any decoder, and faster from about 2,000 tokens",
@@ -661,10 +671,10 @@ class Config:
     label_noise: float = flag(0.0, "share of training labels flipped on purpose", high=1)
     center_rewards: float = flag(0.0, "weight of (r_c + r_r)^2 (arXiv 2312.09244)")
     # optimiser
-    epochs: float = flag(1.0, "passes of the student over the training pairs")
+    epochs: float = flag(1.0, "passes of the student over the training pairs", high=1e6)
     max_steps: int = flag(0, "steps of the student in place of --epochs; 0 = --epochs decides")
     batch_size: int = flag(16, "pairs a step, over all processes", low=1)
-    grad_accum: int = flag(1, "micro-batches a step is cut into (less memory, same loss)", low=1)
+    grad_accum: int = flag(1, "micro-batches a step is cut into (less memory)", low=1)
     lr: float = flag(1e-5, "peak learning rate of the student (AdamW)")
     teacher_lr: float = flag(5e-5, "peak learning rate of the teacher (AdamW)")
     warmup: float = flag(0.05, "share of the steps with rising rate, then cosine to 0", high=1)
@@ -1087,13 +1097,17 @@ def configs_of(config) -> list:
 
 
 def choose_pad(tokenizer, rows: int) -> None:
-    """A pad token that is not the end token, if possible within the model's `rows` of embeddings.
+    """A pad token that never ends a text, if possible within the model's `rows` of embeddings.
 
     The stock class reads the reward at the right-most token that is not pad: with pad = eos it
     would skip the end token (transformers #35352). Any other special token serves.
     """
     tokenizer.padding_side = "right"
     unfit = {None, tokenizer.eos_token_id}
+    with suppress(UserError):  # nor one that may end the scored string
+        for last_word in ("yes", "\ue000"):
+            text = Formatter(tokenizer)([{"role": "user", "content": "hi"}], last_word)
+            unfit.update(tokenizer(text, add_special_tokens=False)["input_ids"][-1:])
     candidates = (tokenizer.pad_token_id, tokenizer.unk_token_id, *tokenizer.all_special_ids)
     spare = [i for i in candidates if i not in unfit and i < rows]
     if spare:
@@ -1292,7 +1306,12 @@ def probe_student(model: RewardModel, name: str, max_length: int = 0, layers=())
 def load_teacher(name: str, seed: int = 0) -> InteractionTeacher:
     """A stock token classifier with one label in fp32, tried on four tokens. Raises UserError."""
     tokenizer = load_tokenizer(name)
-    config = load(transformers.AutoConfig, name, num_labels=1)
+    config = load(transformers.AutoConfig, name)
+    kind = (getattr(config, "architectures", None) or [""])[0]
+    if kind.endswith("Classification") and config.num_labels != 1:
+        what = f"{kind} has a head of {config.num_labels} labels, a teacher's has 1"
+        raise UserError(f"{name}: {what}; take the encoder without it")
+    config.num_labels = 1
     torch.manual_seed(seed + 1)
     if type(config) not in transformers.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING:
         what = f"{config.model_type} has no token-classification class"
@@ -1362,7 +1381,13 @@ def maps_of_pair(student, teacher, prompt, chosen: str, rejected: str, layers=(-
     probe_student(model, model.stock.name_or_path, 0, layers)
     length = positions_of(model.stock)
     of_teacher = (teacher.tokenizer, positions_of(teacher.stock))
-    examples = Encoder(tokenizer, length, "truncate", *of_teacher)([Pair(prompt, chosen, rejected)])
+    if not (isinstance(chosen, str) and isinstance(rejected, str)):
+        raise UserError("chosen and rejected must be texts")
+    try:
+        pair = Pair(data_prep.check_messages(prompt, "prompt"), chosen, rejected)
+    except ValueError as why:
+        raise UserError(str(why)) from None
+    examples = Encoder(tokenizer, length, "truncate", *of_teacher)([pair])
     if not examples:
         raise UserError(f"the pair does not fit into the student's {length} positions")
     batch = student_batch(examples, pad_id_of(model.stock), model.stock.device)
@@ -1530,7 +1555,7 @@ def encode_all(cfg: Config, model, tokenizer, teacher, pairs, held_pairs, counts
             runs = [np.concatenate([ids for ids, _ in e.runs]) for e in examples]
             read.append((cfg.teacher, teacher.stock, runs))
         for model_name, stock, rows in read:
-            known, largest = stock.get_input_embeddings().num_embeddings, max(map(np.max, rows))
+            known, largest = stock.get_input_embeddings().num_embeddings, np.concatenate(rows).max()
             if largest >= known:
                 what = f"the pairs hold the token id {largest}, the model has {known} embeddings"
                 raise UserError(f"{model_name}: {what}")
@@ -1587,7 +1612,8 @@ def set_up_device(cfg):
 def distribute(run: Run, model: nn.Module) -> None:
     """Under torchrun: gradients are averaged over the processes; --fsdp: weights, gradients and
     optimizer are split among them too (FSDP2). One engine for both: without it each process is a
-    group of its own that holds all."""
+    group of its own that holds all. The step is that of one process, but for a teacher's dropout,
+    which each process (and each micro-batch) draws for itself."""
     if WORLD == 1:
         return
     shard = run.cfg.fsdp
@@ -1668,7 +1694,7 @@ class Run:
     outputs = ("checkpoints", "results.json", "student", "teacher", "metrics.jsonl")
     may_change = (  # flags that change no step
         *("resume", "overwrite", "output_dir", "eval_data", "log_every", "save_every", "device"),
-        *("fsdp", "grad_accum", "gradient_checkpointing"),
+        *("fsdp", "gradient_checkpointing"),
     )
     gathered = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
@@ -1747,8 +1773,11 @@ class Run:
             raise UserError(f"{self.dir}: {what}")
 
     def checksums(self) -> dict[str, int]:
-        """CRC-32 of each file of training and validation pairs."""
-        files = [Path(p) for p in [*self.cfg.data, *self.cfg.val_data] if Path(p).is_file()]
+        """CRC-32 of each file of training and validation pairs, also of those inside folders."""
+        files = []
+        for source in [*self.cfg.data, *self.cfg.val_data]:
+            path = Path(source if Path(source).exists() else source.rpartition(":")[0] or source)
+            files += filter(Path.is_file, [path, *sorted(path.rglob("*"))])
         return {str(path): zlib.crc32(path.read_bytes()) for path in files}
 
     def begin(self, counts: Counter) -> None:
@@ -1791,7 +1820,8 @@ class Run:
         self.stop = number
         signal.signal(number, signal.SIG_DFL)  # a second one ends at once
         if RANK == 0:
-            print("\nstopping after this step; once more ends at once", file=sys.stderr)
+            said = "stopping after this step (scoring goes to its end)"
+            print(f"\n{said}; once more ends at once", file=sys.stderr)
 
     def agreed_stop(self) -> int:
         """The signal that any process has had, the same answer in all of them; 0 = none."""
@@ -1917,7 +1947,8 @@ def demo_seed(cfg: Config, here: Path) -> dict[str, list[float]]:
     """Pairs, models, all arms of one seed: {arm: accuracy on each set}, kept as demo.json."""
     print(f"\nseed {cfg.seed}: pairs of a small language. The response that names an item of the")
     print("prompt's topic is chosen; in 90 % of the training pairs a closing cue goes with it.")
-    remove(here / "ablations.json")  # of the demo that this one replaces
+    for name in ("demo.json", "ablations.json"):  # of the demo that this one replaces
+        remove(here / name)
     data_prep.write_demo_data(here / "data", cfg.seed, overwrite=True)
     make_demo_models(here, cfg.seed)
     print("Three reward models:")

@@ -50,6 +50,7 @@ from data_prep import (
     Parser,
     UserError,
     bar,
+    cut_runs,
     exit_codes,
     first_line,
     read_pairs,
@@ -380,6 +381,9 @@ def two_steps(args, arm: str, tokens: int, pairs: int) -> dict[str, float]:
         return random_pairs(pairs, tokens, (len(tokenizer), len(teacher.tokenizer)))
 
     setting = set_up(args, examples_of)
+    for example in setting.examples:
+        room = idistill.positions_of(setting.teacher.stock) - 4
+        example.runs = cut_runs(example.runs, room)
     optimizer = idistill.make_optimizer(setting.student, 0.0, 0.0)
     seconds = [train(setting, arm, [np.arange(pairs)], optimizer) for _ in range(2)]
     return {"seconds": seconds[1], "peak_bytes": peak_memory(setting.device)}
@@ -414,9 +418,7 @@ def print_memory(rows: dict[str, dict]) -> None:
 
 def save_json(args, rows: dict) -> None:
     """Puts the rows under --name into the file --json; what is there under other names stays."""
-    path, held = Path(args.json), {}
-    if path.exists():
-        held = json.loads(path.read_text(encoding="utf-8"))
+    path, held = Path(args.json), idistill.read_rows(Path(args.json))
     device = f"{platform.machine()} CPU, threads: {torch.get_num_threads()}"
     if torch.cuda.is_available():
         device = torch.cuda.get_device_name()
@@ -479,6 +481,10 @@ def check_args(args) -> None:
             import trl  # noqa: F401
         except ImportError:
             raise UserError("the arm trl needs TRL: pip install trl") from None
+    if args.json:
+        idistill.read_rows(Path(args.json))  # or UserError, before the timing
+    if args.seed < 0:
+        raise UserError("--seed must be at least 0")
     if args.shrink and (args.shrink[0] < 8 or args.shrink[0] % 8 or args.shrink[1] < 1):
         raise UserError("--shrink: HIDDEN is a multiple of 8 (four heads), LAYERS at least 1")
 

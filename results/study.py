@@ -887,7 +887,8 @@ def register_lexical(common: dict, run: Path) -> dict[str, list[float]]:
     """
     teacher = idistill.load_teacher(str(run / "teacher")).eval()
     tokenizer, cfg = load_tokenizer(common["model"]), idistill.Config(**common)
-    encoder = Encoder(tokenizer, cfg.max_length, "truncate", teacher.tokenizer)
+    positions = idistill.positions_of(teacher.stock)
+    encoder = Encoder(tokenizer, cfg.max_length, "truncate", teacher.tokenizer, positions)
     files = (cfg.data, cfg.val_data, cfg.eval_data, cfg.val_fraction, cfg.val_max, cfg.seed)
     target = LexicalTarget(teacher, encoder(read_splits(*files)[0]))
     idistill.ALIGN_TARGETS["lexical"] = target
@@ -904,7 +905,8 @@ def gate(most: str = "1500") -> None:
     teacher.stock.set_attn_implementation("eager")
     pairs = short_pairs(TRAIN_FILE, student, (0, PLANTED.splits["clean"][0], 90, None))
     pairs += short_pairs(TEST_FILE, student)
-    encoder = Encoder(load_tokenizer(student), 256, "truncate", teacher.tokenizer)
+    positions = idistill.positions_of(teacher.stock)
+    encoder = Encoder(load_tokenizer(student), 256, "truncate", teacher.tokenizer, positions)
     examples = encoder(pairs[: int(most)])
     counts = Counter(word.lower() for e in examples for word in e.words)
     rows = []
