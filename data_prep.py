@@ -687,7 +687,7 @@ def write_pairs(path: str | Path, pairs: list, overwrite: bool = False) -> None:
     """One JSON line a pair (or prompt with candidates), gzipped where the name ends in .gz; written
     aside, then renamed. Raises UserError."""
     path = Path(path)
-    if path.exists() and not overwrite:
+    if path.exists() and not (overwrite or is_stream(path)):
         raise UserError(f"{path}: exists; choose another --out, or --overwrite")
     lines = []
     for p in pairs:
@@ -1792,7 +1792,7 @@ def convert(args: argparse.Namespace) -> None:
         targets = (path.resolve(), Path(f"{path}.tmp").resolve())
         if any(target.is_relative_to(place) for target in targets for place in read):
             raise UserError(f"{path}: is read too; choose another --out")
-        if path.exists() and not args.overwrite:
+        if path.exists() and not (args.overwrite or is_stream(path)):
             raise UserError(f"{path}: exists; choose another --out, or --overwrite")
     say = functools.partial(print, file=sys.stderr if is_stream(out) else None)
     counted = {noun: counts.pop("pairs"), **counts, **repeated}

@@ -106,6 +106,7 @@ SPECIAL = {  # kind of tokenizer -> its special tokens
     "chat": dict(PAD_IS_END, additional_special_tokens=[IM_START]),
     "bos": dict(bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<unk>"),
     "nopad": dict(eos_token=END_OF_TEXT),
+    "pad ends": dict(eos_token=END_OF_TEXT, pad_token=IM_END, unk_token=IM_START),
     "bert": {f"{k}_token": f"[{k.upper()}]" for k in ("pad", "unk", "cls", "sep", "mask")},
 }
 
@@ -131,7 +132,8 @@ def make_tokenizer(kind: str, to: Path) -> None:
     if kind == "bos":
         inner.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=ends[:1])
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, **special)
-    tokenizer.chat_template = CHATML if kind == "chat" else None
+    ends_with_pad = CHATML.replace("<|im_end|>\n", "<|im_end|>")
+    tokenizer.chat_template = {"chat": CHATML, "pad ends": ends_with_pad}.get(kind)
     tokenizer.save_pretrained(to)
 
 
@@ -558,6 +560,8 @@ def test_targets_by_hand():
             rows = [row / row.sum() for row in T[b] * block[b] if row.sum() > 0]
             mean = torch.stack(rows or [torch.zeros(6)]).mean(0)
             close(column[b], mean.expand(6, 6), 1e-5)
+    with pytest.raises(ValueError, match="shorter"):
+        targets["shuffled"](T, None, WORD_SEG, seeds=())
     seeds = [[5, 0, b] for b in range(4)]
     shuffled = targets["shuffled"](T, None, WORD_SEG, seeds)
     again = targets["shuffled"](T[1:], None, WORD_SEG[1:], seeds[1:])
@@ -712,6 +716,7 @@ def test_the_whole_method_against_one_pair_at_a_time(zoo, family, encoding):
 SIAMESE = ("gemma2", "qwen3_5")  # eager attention takes no tree mask; recurrent layers
 STUDENTS = [(family, "chat") for family in DECODERS]
 STUDENTS += [("llama", "bos"), ("llama", "nopad"), ("gpt2", "nopad"), ("gemma3_vision", "bos")]
+STUDENTS += [("llama", "pad ends")]
 
 
 @pytest.mark.parametrize("family, kind", STUDENTS)
@@ -847,6 +852,7 @@ BAD_MODELS = [  # flag, family, its fault: what is done to the folder or its con
     ("teacher", "bert", "a layer lacks", ["lack 16 tensors", "layer.1."]),
     ("teacher", "bert", "not finite", ["not finite"]),
     ("teacher", "bert", "no pad", ["no pad"]),
+    ("teacher", "bert", TWO_LABELS, ["has a head of 2 labels"]),
     ("teacher", "squeezebert", "", ["SqueezeBert", "probabilities"]),  # its maps are scores
     ("teacher", "longformer", "", ["Longformer", "probabilities"]),  # its maps are bands
     ("teacher", "fnet", "", ["FNet"]),  # no maps
@@ -1118,6 +1124,8 @@ def test_output_directory_is_protected(zoo, argv, tmp_path, capsys):
     no(out, "--lr was 0.001, is 0.5", lr=0.5, resume=True)
     write_pairs(Path(data), make_pairs(20, seed=5))
     no(out, "d.jsonl changed", resume=True)
+    cfg = idistill.Config(data=[f"{foreign}:train"], output_dir=str(out))
+    assert set(idistill.Run(cfg).checksums()) == set(map(str, files))  # of folders too
     write_pairs(Path(data), make_pairs(20))
     no(out, "student, an input", model=out / "student", overwrite=True)
     no(out, "nowhere/m", model="nowhere/m", overwrite=True)
@@ -1540,6 +1548,7 @@ OF_SYSTEM = {  # (SYSTEM, "a", "b")
     "system field": sides("a", "b", prompt="q", system="S"),
     "system field and turn": sides("a", "b", prompt=SYSTEM, system="S "),
     "system text ahead of HH as the prompt": sides(" a", " b", prompt="S" + HH),
+    "system field by another name": sides("a", "b", prompt="q", systemPrompt="S"),
 }
 ONE = "one two three"
 CODE = ("  a\n  b \n", "b: \n\nreally")
@@ -1551,6 +1560,18 @@ FORMS = {  # name -> (row, the fields of the pair it is)
     "HH, code": (sides(HH + " " + CODE[0], HH + "\n" + CODE[1]), (user("q"), *CODE)),
     "a dialogue that is quoted": (sides("a", "b", prompt=QUOTED), (user(QUOTED), "a", "b")),
     "prompt again": (sides(LONG + " 4", LONG + "\n5", prompt=LONG), (user(LONG), "4", "5")),
+    "prompt again, CJK": (
+        sides("你好吗好", "你好吗不", prompt="你好吗"),
+        (user("你好吗"), "好", "不"),
+    ),
+    "an answer that goes on": (
+        sides(*(talk("q", "x", "q", y)[1:] for y in "ab"), prompt=user("q")),
+        (talk("q", "x", "q"), "a", "b"),
+    ),
+    "answers like dialogues": (
+        sides(*([says("assistant", HH + y)] for y in "ab"), prompt="q"),
+        (user("q"), HH + "a", HH + "b"),
+    ),
     "prompt in one": (sides(LONG + " 4", "5", prompt=LONG), (user(LONG), LONG + " 4", "5")),
     "a greeting returned": (sides("Hi you", "Hi", prompt="Hi"), (user("Hi"), "Hi you", "Hi")),
     "a longer word": (sides(ONE + "fold", ONE, prompt=ONE), (user(ONE), ONE + "fold", ONE)),
@@ -1576,6 +1597,7 @@ def test_forms_of_a_pair(tmp_path, name):
     assert data_prep.read_pairs([tmp_path / "again.jsonl.gz"])[0] == read
     shared = counts["prompts read from the start that both texts share"]
     assert shared == ("implicit" in name)
+    assert counts["prompts cut out of answers that repeat them"] == ("prompt again" in name)
 
 
 def second(raw: bytes) -> bytes:
@@ -1821,7 +1843,7 @@ def test_leaks_are_said_of_real_data_alone(tmp_path, capsys):
     demo = [write_pairs(tmp_path / f"{k}.jsonl", some) for k, some in made.items()]
     pairs, sets, counts = data_prep.read_splits(demo[:1], [], demo * 2, 0.2, 99, seed=0)
     assert "warning" not in capsys.readouterr().out and counts["pairs"] == 600
-    assert list(sets)[1:3] == [demo[0], "other"] and set(demo) < set(sets)  # no name is taken twice
+    assert list(sets)[1:3] == [demo[0], "other"] and len(sets) == 5  # no name is taken twice
     assert len(pairs) + len(sets["validation"]) == 600 and 60 < len(sets["validation"]) <= 99
 
 
@@ -2322,6 +2344,9 @@ def test_contents_in_another_template_are_said_once(tokenizer_of, capsys):
     """And what only quotes the model's own markup is defused, not unwrapped."""
     encoder = Encoder(tokenizer_of("chat"), 200)
     foreign = Pair("<s>[INST] 2+2? [/INST]", "4</s>", "5</s>")
+    twice = IM.format("user", "x") * 2 + IM.format("assistant", "y")
+    assert Encoder(encoder.tokenizer, 9000)([Pair(twice * 20 + "!", "a", "b")])  # at once
+    capsys.readouterr()
     quoted = Pair(user("Why " + IM.format("user", "x")), "a", "b")
     half = Pair(user(IM.format("user", "x") + IM.format("assistant", "y")), "a<|im_end|>", "b")
     pairs = [foreign, quoted, half, *make_pairs(7)]
@@ -2548,6 +2573,8 @@ def test_hh_rlhf_from_files(tmp_path, capsys):
         (["synthetic", "--pairs", 0, "--out", "x"], "--pairs 0: must lie in 1 to 100000000"),
         (["synthetic", "--responses", 1, "--out", "x"], "--responses 1"),
         (["d.jsonl", "--input", "e.jsonl", "--out", "x"], "--input goes with"),
+        (["d.jsonl", "--out", "."], "is a folder"),
+        (["synthetic", "--pairs", 1, "--out", "x" * 300], "File name too long"),
     ],
 )
 def test_bad_flags_are_named(tmp_path, monkeypatch, capsys, flags, mention):
@@ -2791,6 +2818,7 @@ def test_bad_input_of_eval_is_one_line(judges, zoo, whole_run, tmp_path, capsys,
         ("accuracy", [model, *good, "--limit", "-3"], "is -3"),
         ("accuracy", [model, *good, "--max-length", 4000], "128 positions"),
         ("accuracy", [model, *good, "--json", data], "is an input"),
+        ("accuracy", [model, *good, "--dump", f"{model}/config.json"], "a part of one"),
         ("accuracy", [model, *good, "--json", tmp_path], "directory"),
         ("accuracy", [model, *good, "--dump", f"{data}/x"], "cannot be written"),
         ("accuracy", [model, *good, "--strength", "x", "--dump", "x"], "written by --dump"),
