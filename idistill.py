@@ -1465,9 +1465,11 @@ def check_config(cfg: Config) -> bool:
     if not cfg.epochs and not cfg.max_steps:
         raise UserError("--epochs 0 needs --max-steps")
     if cfg.method == "bt":
-        if cfg.lambda_score:
+        of_map = [f for f in fields(cfg) if f.name.startswith(("lambda_", "align_"))]
+        unread = [f.name for f in of_map if getattr(cfg, f.name) not in (f.default, 0.0)]
+        if unread:
             alone = "the verdict alone: with --lambda-intra 0 --lambda-inter 0"
-            raise UserError(f"--lambda-score needs a teacher: --method id ({alone})")
+            raise UserError(f"{option_of(unread[0])} needs --method id ({alone})")
         cfg.lambda_intra = cfg.lambda_inter = 0.0
     has_maps = cfg.lambda_intra > 0 or cfg.lambda_inter > 0
     needs_teacher = cfg.lambda_score > 0 or (has_maps and cfg.align_target != "uniform")

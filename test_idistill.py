@@ -1399,6 +1399,7 @@ BAD_FLAGS = [  # what is said, flags (data may be rows)
     ("--max-length 5", dict(max_length=5)),
     ("--lr must be a finite number from 0, is -1.0", dict(lr=-1)),
     ("--lambda-score", dict(method="bt", lambda_score=1)),
+    ("--align-loss needs --method id", dict(method="bt", align_loss="mse")),
     ("30 of 30 pairs lack the field strength", dict(preference_loss="soft")),
     ("--margin-field margin", dict(margin_field="margin")),
     ("--flip-negative-strength", dict(flip_negative_strength=True)),
