@@ -128,7 +128,7 @@ def written(path: str | Path, mode: str = "w"):
     target = aside = Path(path)
     if not is_stream(path):
         target = target.resolve()  # a link stays one
-        aside = Path(f"{target}.tmp")
+        aside = Path(f"{target}.{os.getpid()}.tmp")  # no file of the user's
     try:
         aside.parent.mkdir(parents=True, exist_ok=True)
         with open(aside, mode, encoding=None if "b" in mode else "utf-8") as f:
@@ -220,7 +220,7 @@ TASK_FIELD = re.compile(
     r"media|persona|query|thinking|reasoning(?:_content|_details)?)"
     r"(?:_(?:text|data|path|url|base64|bytes|call|definition|schema|list)s?)?"
 )
-SYSTEM_FIELD = re.compile(r"sys(tem)?(_(prompt|message|instruction|text))?s?")
+SYSTEM_FIELD = re.compile(r"system(_(prompt|message|instructions?|text))?|sys_prompt")
 OWN_FIELDS = {"prompt", "chosen", "rejected", "responses", "gold"}
 OWN_FIELDS.add("reasoning")  # in a row a rater's, in a message the model's
 
@@ -1788,9 +1788,8 @@ def convert(args: argparse.Namespace) -> None:
         raise UserError(f"{out}: no pair is left for it; lower --val-fraction or --test-fraction")
     named = ("synthetic", "hh-rlhf", *BENCHMARKS)
     read = [Path(p).resolve() for p in [*args.source, *(args.input or [])] if p not in named]
-    for path in files.values():  # all targets are checked before any is written
-        targets = (path.resolve(), Path(f"{path}.tmp").resolve())
-        if any(target.is_relative_to(place) for target in targets for place in read):
+    for path in files.values():  # all are checked before any is written
+        if any(path.resolve().is_relative_to(place) for place in read):
             raise UserError(f"{path}: is read too; choose another --out")
         if path.exists() and not (args.overwrite or is_stream(path)):
             raise UserError(f"{path}: exists; choose another --out, or --overwrite")

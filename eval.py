@@ -25,6 +25,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
+import os
 import re
 import sys
 import textwrap
@@ -1646,23 +1647,20 @@ def check_outputs(args) -> None:
         if not path or data_prep.is_stream(path):
             continue
         place = Path(path).resolve()
-        aside = Path(f"{place}.tmp")
+        aside = Path(f"{place}.{os.getpid()}.tmp")
         try:
             aside.parent.mkdir(parents=True, exist_ok=True)
             if place.is_dir():
                 raise OSError(0, "is a directory")
-            if not aside.exists():
-                aside.touch()
-                aside.unlink()
+            aside.touch()
+            aside.unlink()
         except OSError as why:
             raise UserError(f"--{flag} {path}: cannot be written ({why.strerror})") from None
-        for target in (place, aside):
-            if any(target == p or target.exists() and target.is_relative_to(p) for p in inputs):
-                taken[target] = "an input, or a part of one"
-            if target in taken:
-                what = f"{target.name} is {taken[target]}; choose another"
-                raise UserError(f"--{flag} {path}: {what}")
-            taken[target] = f"written by --{flag} too"
+        if any(place == p or place.exists() and place.is_relative_to(p) for p in inputs):
+            taken[place] = "an input, or a part of one"
+        if place in taken:
+            raise UserError(f"--{flag} {path}: is {taken[place]}; choose another")
+        taken[place] = f"written by --{flag} too"
     if args.plot:
         canvas()
         if Path(args.plot).suffix.lower() not in (".png", ".pdf", ".svg"):

@@ -1788,6 +1788,8 @@ class Run:
             self.handlers[number] = signal.signal(number, self.on_signal)
         if RANK > 0:
             return
+        for half in list(self.dir.rglob("*.tmp")):  # a kill came while it was written
+            remove(half)
         if self.saved is None:
             for name in self.outputs:  # checkpoints first: killed in here, a resumed run begins
                 remove(self.dir / name)
