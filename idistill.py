@@ -1468,8 +1468,9 @@ def check_config(cfg: Config) -> bool:
         of_map = [f for f in fields(cfg) if f.name.startswith(("lambda_", "align_"))]
         unread = [f.name for f in of_map if getattr(cfg, f.name) not in (f.default, 0.0)]
         if unread:
-            alone = "the verdict alone: with --lambda-intra 0 --lambda-inter 0"
-            raise UserError(f"{option_of(unread[0])} needs --method id ({alone})")
+            how = "--method id; the verdict alone: with --lambda-intra 0 --lambda-inter 0"
+            how = how if cfg.lambda_score else "--method id"
+            raise UserError(f"{option_of(unread[0])} needs {how}")
         cfg.lambda_intra = cfg.lambda_inter = 0.0
     has_maps = cfg.lambda_intra > 0 or cfg.lambda_inter > 0
     needs_teacher = cfg.lambda_score > 0 or (has_maps and cfg.align_target != "uniform")
