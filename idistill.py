@@ -87,17 +87,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 import data_prep
-from data_prep import (
-    Encoder,
-    Example,
-    Formatter,
-    Pair,
-    UserError,
-    bar,
-    first_line,
-    load_tokenizer,
-    written,
-)
+from data_prep import Encoder, Example, Pair, UserError, bar, first_line, load_tokenizer, written
 
 # ==================================================================================================
 # Part 1: the method. No files and no flags, so that each piece works in a notebook.
@@ -1106,7 +1096,7 @@ def choose_pad(tokenizer, rows: int) -> None:
     unfit = {None, tokenizer.eos_token_id}
     with suppress(UserError):  # nor one that may end the scored string
         for last_word in ("yes", "\ue000"):
-            text = Formatter(tokenizer)([{"role": "user", "content": "hi"}], last_word)
+            text = data_prep.Formatter(tokenizer)([{"role": "user", "content": "hi"}], last_word)
             unfit.update(tokenizer(text, add_special_tokens=False)["input_ids"][-1:])
     candidates = (tokenizer.pad_token_id, tokenizer.unk_token_id, *tokenizer.all_special_ids)
     spare = [i for i in candidates if i not in unfit and i < rows]
