@@ -10,8 +10,9 @@
     python data_prep.py synthetic --pairs 500 --responses 16 --out data/candidates.jsonl
 
 A pair is one JSON line {"prompt": text or [{"role", "content"}, ...], "chosen": text, "rejected":
-text} and, if known, "system" (the system turn), "source", "subset", "id", "margin" (how much
-better, from 0), "strength" (an ensemble's mean reward of chosen minus rejected). Also read:
+text} and, if known, "system" or "system_prompt" (the system turn), "source", "subset", "id",
+"margin" (how much better, from 0), "strength" (an ensemble's mean reward of chosen minus rejected).
+Also read:
   - whole conversations as chosen and rejected, with or without a prompt (TRL, OpenRLHF);
   - HH-RLHF dialogues ("\\n\\nHuman: ... \\n\\nAssistant: ..."), whole or as the prompt;
   - two whole texts without a prompt: the start that they share is the prompt (TRL);
@@ -89,8 +90,8 @@ class Parser(argparse.ArgumentParser):
 
 @contextmanager
 def exit_codes():
-    """Ends a program as a shell expects: 2 and one line for a UserError or what the disk refuses,
-    130 for Ctrl-C, 141 for a closed pipe."""
+    """Ends a program as a shell expects: 2 and one line for a UserError or an OSError, 130 for
+    Ctrl-C, 141 for a closed pipe."""
     for stream in (sys.stdout, sys.stderr):  # a console may lack a character: "?" in its place
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
@@ -128,7 +129,7 @@ def written(path: str | Path, mode: str = "w"):
     target = aside = Path(path)
     if not is_stream(path):
         target = target.resolve()  # a link stays one
-        aside = Path(f"{target}.{os.getpid()}.tmp")  # no file of the user's
+        aside = Path(f"{target}.unfinished")
     try:
         aside.parent.mkdir(parents=True, exist_ok=True)
         with open(aside, mode, encoding=None if "b" in mode else "utf-8") as f:
@@ -216,8 +217,8 @@ TASK_FIELD = re.compile(
     r"(?!(?:has|is|n|num)_)(?:.*_)?"
     r"(?:(?:article|attachment|audio|background|context|conversation|demonstration|dialog|dialogue|"
     r"document|evidence|function|image|input|instruction|message|paragraph|passage|photo|picture|"
-    r"preamble|premise|question|screenshot|snippet|tool|video)s?|developer|history|knowledge|kwargs|"
-    r"media|persona|query|thinking|reasoning(?:_content|_details)?)"
+    r"preamble|premise|question|screenshot|snippet|tool|video)s?|history|knowledge|kwargs|media|"
+    r"persona|query|thinking|reasoning(?:_content|_details)?)"
     r"(?:_(?:text|data|path|url|base64|bytes|call|definition|schema|list)s?)?"
 )
 SYSTEM_FIELD = re.compile(r"system(_(prompt|message|instructions?|text))?|sys_prompt")
@@ -393,9 +394,10 @@ def split_texts(chosen: str, rejected: str) -> tuple[str, str, str] | None:
 
 
 def read_once(prompt: str, texts: list[str]) -> list[str]:
-    """The answers without a prompt that all of them repeat. One or two words in common are a
-    greeting; and a prompt that ends inside a word of the answers is no part of them."""
-    if len(words_of(prompt)) < 3 or not all(text.startswith(prompt) for text in texts):
+    """The answers without a prompt that all of them repeat. One or two words in common (or seven
+    characters, where each is a word) are a greeting; a prompt may not end inside a word."""
+    least = 8 if re.fullmatch(f"[{CJK}]", prompt[-1:]) else 3
+    if len(words_of(prompt)) < least or not all(text.startswith(prompt) for text in texts):
         return texts
     rests = [text[len(prompt) :] for text in texts]
     seams = [prompt[-1] + rest[:1] for rest in rests]
@@ -1739,6 +1741,8 @@ def check_args(args: argparse.Namespace) -> None:
             raise UserError(f"--{name} {value}: must lie in {least} to {most}")
     if not Path(args.out).name or Path(args.out).is_dir():
         raise UserError(f"--out {args.out}: is a folder; give the name of a file")
+    if is_stream(args.out) and (args.val_fraction or args.test_fraction):
+        raise UserError(f"--out {args.out}: parts need the name of a file")
     if args.val_fraction + args.test_fraction >= 1:
         raise UserError("--val-fraction and --test-fraction leave no pairs to train on")
     if args.responses and (args.responses < 2 or args.source != ["synthetic"]):

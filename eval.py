@@ -25,7 +25,6 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
-import os
 import re
 import sys
 import textwrap
@@ -973,6 +972,8 @@ def read_pair(judge: Judge, teacher: Judge | None, pair: Pair, args) -> list[dic
         # it reads a part of the pair, a word left out lets another in
         is_told = words == example.words and not (is_cut and reader is teacher)
         page["occlusion"] = changes.T.tolist() if is_told else None
+        if not is_told:
+            print(f"{reader.label} reads a part of the pair, or other words: no occlusion of it")
         pages.append(page)
     return pages
 
@@ -1647,7 +1648,7 @@ def check_outputs(args) -> None:
         if not path or data_prep.is_stream(path):
             continue
         place = Path(path).resolve()
-        aside = Path(f"{place}.{os.getpid()}.tmp")
+        aside = Path(f"{place}.unfinished")
         try:
             aside.parent.mkdir(parents=True, exist_ok=True)
             if place.is_dir():
@@ -1656,8 +1657,8 @@ def check_outputs(args) -> None:
             aside.unlink()
         except OSError as why:
             raise UserError(f"--{flag} {path}: cannot be written ({why.strerror})") from None
-        if any(place == p or place.exists() and place.is_relative_to(p) for p in inputs):
-            taken[place] = "an input, or a part of one"
+        if any(map(place.is_relative_to, inputs)):
+            taken[place] = "an input, or in the folder of one"
         if place in taken:
             raise UserError(f"--{flag} {path}: is {taken[place]}; choose another")
         taken[place] = f"written by --{flag} too"

@@ -1298,16 +1298,17 @@ def load_teacher(name: str, seed: int = 0) -> InteractionTeacher:
     tokenizer = load_tokenizer(name)
     config = load(transformers.AutoConfig, name)
     kind = (getattr(config, "architectures", None) or [""])[0]
-    if kind.endswith("Classification") and config.num_labels != 1:
-        what = f"{kind} has a head of {config.num_labels} labels, a teacher's has 1"
-        raise UserError(f"{name}: {what}; take the encoder without it")
-    config.num_labels = 1
+    labels, config.num_labels = config.num_labels, 1
     torch.manual_seed(seed + 1)
     if type(config) not in transformers.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING:
         what = f"{config.model_type} has no token-classification class"
         raise UserError(f"{name}: {what}; a teacher is a bidirectional encoder")
     options = dict(config=config, dtype=torch.float32, output_loading_info=True)
-    model, info = load(transformers.AutoModelForTokenClassification, name, **options)
+    try:
+        model, info = load(transformers.AutoModelForTokenClassification, name, **options)
+    except UserError as why:
+        has_head = kind.endswith("Classification") and labels != 1
+        raise UserError(f"{why} ({kind} of {labels} labels)" if has_head else str(why)) from None
     base = model.base_model_prefix + "."  # a missing head is new, and trained
     refuse_missing(name, model, [k for k in info["missing_keys"] if k.startswith(base)])
     for kinds in (("pad", "pad"), ("sep", "eos"), ("cls", "bos")):
@@ -1526,6 +1527,17 @@ def load_models(run: Run, needs_teacher: bool, is_trained: bool):
     return model, tokenizer, teacher, layers
 
 
+@contextmanager
+def frozen_objects():
+    """What is alive before is not looked through for garbage: a quarter of the time of encoding."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+@frozen_objects()
 def encode_all(cfg: Config, model, tokenizer, teacher, pairs, held_pairs, counts: Counter):
     """(examples of the training pairs, {name: examples} of the held-out ones); counts are printed.
 
@@ -1536,7 +1548,6 @@ def encode_all(cfg: Config, model, tokenizer, teacher, pairs, held_pairs, counts
     if teacher is not None:
         of_teacher = (teacher.tokenizer, min(positions_of(teacher.stock), 2 * cfg.max_length))
     encoder, encoded = Encoder(tokenizer, cfg.max_length, cfg.overlong, *of_teacher), {}
-    gc.freeze()  # or a quarter of the time goes into looking through the libraries' objects
     for name, part in {"training": pairs, **held_pairs}.items():
         encoder.counts.clear()
         encoded[name] = examples = encoder(part, progress=f"encoding {name}")
@@ -1553,7 +1564,6 @@ def encode_all(cfg: Config, model, tokenizer, teacher, pairs, held_pairs, counts
                 what = f"the pairs hold the token id {largest}, the model has {known} embeddings"
                 raise UserError(f"{model_name}: {what}")
         counts.update({f"{what} ({name})": k for what, k in encoder.counts.items()})
-    gc.unfreeze()
     print("data: " + ", ".join(f"{k} {what}" for what, k in counts.items() if k))
     return encoded.pop("training"), encoded
 
@@ -1685,9 +1695,9 @@ class Run:
     """
 
     outputs = ("checkpoints", "results.json", "student", "teacher", "metrics.jsonl")
-    may_change = (  # flags that change no step
+    may_change = (  # flags that change no step (grad_accum: but for a teacher's dropout)
         *("resume", "overwrite", "output_dir", "eval_data", "log_every", "save_every", "device"),
-        *("fsdp", "gradient_checkpointing"),
+        *("fsdp", "grad_accum", "gradient_checkpointing"),
     )
     gathered = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
@@ -1756,8 +1766,9 @@ class Run:
         was = {**asdict(Config()), **before["flags"]}
         fixed = [k for k in now if k not in self.may_change and was[k] != now[k]]
         changed = [f"{option_of(k)} was {was[k]!r}, is {now[k]!r}" for k in fixed]
-        read, inputs = before.get("inputs", {}), self.checksums().items()
-        changed += [f"{path} changed" for path, crc in inputs if read.get(path, crc) != crc]
+        read, inputs = before.get("inputs", {}), self.checksums()
+        both = sorted(read.keys() | inputs.keys()) if read else ()
+        changed += [f"{path} changed" for path in both if read.get(path) != inputs.get(path)]
         if changed:
             what = f"--resume with other flags or pairs: {'; '.join(changed)}"
             raise UserError(f"{self.dir}: {what}. Restore them, or start anew with --overwrite")
@@ -1779,8 +1790,6 @@ class Run:
             self.handlers[number] = signal.signal(number, self.on_signal)
         if RANK > 0:
             return
-        for half in list(self.dir.rglob("*.tmp")):  # a kill came while it was written
-            remove(half)
         if self.saved is None:
             for name in self.outputs:  # checkpoints first: killed in here, a resumed run begins
                 remove(self.dir / name)

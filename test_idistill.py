@@ -815,6 +815,9 @@ def spoil(folder: Path, fault) -> None:
         tensors = {name: t for name, t in tensors.items() if ".1." not in name}
     elif fault == "a head of another name":
         tensors["value_head.weight"] = torch.ones(1, 32)
+    elif fault == "two labels":
+        tensors |= {"classifier.weight": torch.ones(2, 32), "classifier.bias": torch.ones(2)}
+        edit(config, architectures=["BertForTokenClassification"])
     save_file(tensors, weights, {"format": "pt"})
     if fault == "torn":
         weights.write_bytes(weights.read_bytes()[:5000])
@@ -852,7 +855,7 @@ BAD_MODELS = [  # flag, family, its fault: what is done to the folder or its con
     ("teacher", "bert", "a layer lacks", ["lack 16 tensors", "layer.1."]),
     ("teacher", "bert", "not finite", ["not finite"]),
     ("teacher", "bert", "no pad", ["no pad"]),
-    ("teacher", "bert", TWO_LABELS, ["has a head of 2 labels"]),
+    ("teacher", "bert", "two labels", ["BertForTokenClassification of 2 labels"]),
     ("teacher", "squeezebert", "", ["SqueezeBert", "probabilities"]),  # its maps are scores
     ("teacher", "longformer", "", ["Longformer", "probabilities"]),  # its maps are bands
     ("teacher", "fnet", "", ["FNet"]),  # no maps
@@ -1551,7 +1554,7 @@ OF_SYSTEM = {  # (SYSTEM, "a", "b")
     "system text ahead of HH as the prompt": sides(" a", " b", prompt="S" + HH),
     "system field by another name": sides("a", "b", prompt="q", systemPrompt="S"),
 }
-ONE = "one two three"
+ONE, CJK = "one two three", "你好吗我很好谢谢"
 CODE = ("  a\n  b \n", "b: \n\nreally")
 NUMBERED = (user("q"), "a", "b", "", "", "", 0.5, -0.1)
 FORMS = {  # name -> (row, the fields of the pair it is)
@@ -1561,9 +1564,10 @@ FORMS = {  # name -> (row, the fields of the pair it is)
     "HH, code": (sides(HH + " " + CODE[0], HH + "\n" + CODE[1]), (user("q"), *CODE)),
     "a dialogue that is quoted": (sides("a", "b", prompt=QUOTED), (user(QUOTED), "a", "b")),
     "prompt again": (sides(LONG + " 4", LONG + "\n5", prompt=LONG), (user(LONG), "4", "5")),
-    "prompt again, CJK": (
-        sides("你好吗好", "你好吗不", prompt="你好吗"),
-        (user("你好吗"), "好", "不"),
+    "prompt again, CJK": (sides(CJK + "好", CJK + "不", prompt=CJK), (user(CJK), "好", "不")),
+    "a greeting in CJK": (
+        sides("你好吗好", "你好吗", prompt="你好吗"),
+        (user("你好吗"), "你好吗好", "你好吗"),
     ),
     "an answer that goes on": (
         sides(*(talk("q", "x", "q", y)[1:] for y in "ab"), prompt=user("q")),
@@ -2817,7 +2821,7 @@ def test_bad_input_of_eval_is_one_line(judges, zoo, whole_run, tmp_path, capsys,
         ("accuracy", [model, *good, "--limit", "-3"], "is -3"),
         ("accuracy", [model, *good, "--max-length", 4000], "128 positions"),
         ("accuracy", [model, *good, "--json", data], "is an input"),
-        ("accuracy", [model, *good, "--dump", f"{model}/config.json"], "a part of one"),
+        ("accuracy", [model, *good, "--dump", f"{model}/config.json"], "in the folder of one"),
         ("accuracy", [model, *good, "--json", tmp_path], "directory"),
         ("accuracy", [model, *good, "--dump", f"{data}/x"], "cannot be written"),
         ("accuracy", [model, *good, "--strength", "x", "--dump", "x"], "written by --dump"),
