@@ -129,7 +129,7 @@ def written(path: str | Path, mode: str = "w"):
     target = aside = Path(path)
     if not is_stream(path):
         target = target.resolve()  # a link stays one
-        aside = Path(f"{target}.unfinished")
+        aside = unfinished(target)
     try:
         aside.parent.mkdir(parents=True, exist_ok=True)
         with open(aside, mode, encoding=None if "b" in mode else "utf-8") as f:
@@ -148,6 +148,11 @@ def written(path: str | Path, mode: str = "w"):
                 aside.unlink()
         said = cause.strerror or cause
         raise UserError(f"{path}: cannot be written ({said}); what was there is whole") from None
+
+
+def unfinished(path: str | Path) -> Path:
+    """Where a file is written before it is renamed."""
+    return Path(f"{path}.unfinished")
 
 
 def is_stream(path: str | Path) -> bool:
@@ -200,6 +205,11 @@ class Candidates:
 
     def __post_init__(self):
         self.prompt = as_messages(self.prompt)
+
+
+def called(item: Pair | Candidates) -> str:
+    """What an item is called in messages: its id, or how its first response begins."""
+    return item.id or repr(item.responses[0][:30])
 
 
 def as_messages(prompt: str | list[dict]) -> list[dict]:
@@ -510,13 +520,17 @@ FILE_END = r"\.(jsonl?|ndjson|gz|parquet|arrow|[ct]sv|txt|zip|zst)$"
 HUB_ID = re.compile(rf"(?i)(?!.*{FILE_END})[\w-][\w.-]*/[\w-][\w.-]*")
 
 
+def without_split(source: str) -> tuple[str, str]:
+    """PATH:SPLIT -> (PATH, SPLIT); the split is empty where none is named."""
+    folder, _, split = source.rpartition(":")
+    return (source, "") if not folder or Path(source).exists() else (folder, split)
+
+
 def read_rows(source: str):
     """Yields (where, row) of a file, of a folder that datasets wrote, or of a data set of the hub;
     a row is bytes that are still to be decoded, or an object. Raises UserError."""
     source = str(source)
-    folder, _, split = source.rpartition(":")
-    if not folder or Path(source).exists():
-        folder, split = source, ""
+    folder, split = without_split(source)
     is_hub_id = HUB_ID.fullmatch(folder) and not Path(folder).parent.exists()
     saved = [Path(folder) / name for name in ("state.json", "dataset_dict.json")]
     if folder == "hh-rlhf" and not Path(source).exists():  # its helpful half: training's default
@@ -1574,7 +1588,7 @@ class Encoder:
         if longest <= self.max_length:
             return fitted
         if self.overlong == "error":
-            what = f"pair {fitted.item.id or repr(fitted.responses[0][:30])} has {longest} tokens"
+            what = f"pair {called(fitted.item)} has {longest} tokens"
             how = "raise it, or use --overlong truncate or drop"
             raise UserError(f"{what}, over --max-length {self.max_length}; {how}")
         cut = None
@@ -1792,8 +1806,9 @@ def convert(args: argparse.Namespace) -> None:
         raise UserError(f"{out}: no pair is left for it; lower --val-fraction or --test-fraction")
     named = ("synthetic", "hh-rlhf", *BENCHMARKS)
     read = [Path(p).resolve() for p in [*args.source, *(args.input or [])] if p not in named]
-    for path in files.values():  # all are checked before any is written
-        if any(path.resolve().is_relative_to(place) for place in read):
+    for path in files.values():  # all targets are checked before any is written
+        targets = (path.resolve(), unfinished(path).resolve())
+        if any(target.is_relative_to(place) for target in targets for place in read):
             raise UserError(f"{path}: is read too; choose another --out")
         if path.exists() and not (args.overwrite or is_stream(path)):
             raise UserError(f"{path}: exists; choose another --out, or --overwrite")

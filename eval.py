@@ -146,18 +146,15 @@ class Judge:
             token = self.encoder.tokenizer.convert_ids_to_tokens(largest)
             what = f"the texts hold the token {token!r}, number {largest}, beyond its {size}"
             raise UserError(f"{self.name}: {what} embeddings; the tokenizer is another model's")
-        pad = self.model.config.get_text_config().pad_token_id
         order = np.argsort([-len(row) for row in rows], kind="stable")
         parts = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
         for index in bar(parts, self.label, unit="batch"):
             ids = pad_sequence([torch.tensor(rows[i]) for i in index], True, -1)
             is_token, place = ids >= 0, torch.arange(ids.shape[1])
             # as the stock class: the last token that is not pad, even where pad = eos ends the text
-            last = (place * (is_token & (ids != (-1 if pad is None else pad)))).argmax(1)
-            inputs = {
-                "input_ids": ids.where(is_token, max(0, pad or 0)),
-                "attention_mask": is_token.long(),
-            }
+            last = (place * (is_token & (ids != self.pad))).argmax(1)
+            ids_in = ids.where(is_token, max(0, self.pad))
+            inputs = {"input_ids": ids_in, "attention_mask": is_token.long()}
             if self.pair_encoding and "token_type_ids" in self.encoder.tokenizer.model_input_names:
                 is_sep = ids == self.encoder.tokenizer.sep_token_id
                 behind = is_sep.cumsum(1) > is_sep.long()  # after the first [SEP]: the answer
@@ -167,6 +164,12 @@ class Judge:
                     inputs["attention_mask"][b, slice(*hidden[i])] = 0
                 inputs["position_ids"] = place.repeat(len(index), 1)  # OPT would count by the mask
             yield index, {k: v.to(self.device) for k, v in inputs.items()}, last.to(self.device)
+
+    @property
+    def pad(self) -> int:
+        """The pad token, -1 = none."""
+        pad = idistill.pad_id_of(self.model)
+        return -1 if pad is None else pad
 
     @torch.no_grad()
     def score_rows(self, rows: list[list[int]], batch_size: int, hidden: list | None = None):
@@ -247,7 +250,7 @@ def is_teacher(name: str) -> bool:
     if (Path(name) / "student" / "config.json").exists():
         raise UserError(f"{name}: is a run, no model; give {name}/student (or {name}/teacher)")
     config = idistill.load(transformers.AutoConfig, name)
-    kind = (getattr(config, "architectures", None) or ["a model without architecture"])[0]
+    kind = idistill.saved_class(config) or "a model without architecture"
     if not kind.endswith(("ForSequenceClassification", "ForTokenClassification")):
         what = "has no reward head (train one: python idistill.py --model ...)"
         raise UserError(f"{name}: {kind} {what}")
@@ -263,9 +266,8 @@ def open_judge(name: str, args) -> Judge:
     tokenizer = data_prep.load_tokenizer(name)
     if is_teacher(name):  # its own tokens serve where the student's words are asked for
         model = idistill.load_teacher(name)
-        positions = idistill.positions_of(model.stock)
-        length = min(positions, 2 * args.max_length or positions)
-        encoder = Encoder(tokenizer, 10**9, "truncate", model.tokenizer, length)
+        of_teacher = idistill.reading_of(model, args.max_length)
+        encoder = Encoder(tokenizer, 10**9, "truncate", *of_teacher)
     else:
         options = {"dtype": torch.bfloat16 if args.dtype == "bf16" else torch.float32}
         auto = transformers.AutoModelForSequenceClassification
@@ -797,8 +799,7 @@ def word_maps(judge: Judge, teacher: Judge | None, examples: list[Example], laye
     """The maps of B pairs encoded for both models: the simulated map S of the student (E3, E5),
     mean of its --layers; T, the last of the teacher, mean of both orders, None without a teacher,
     (B, W, W) each; the segment of each word, -1 where one of the models does not see it, (B, W)."""
-    pad = max(0, judge.model.config.get_text_config().pad_token_id or 0)
-    batch = idistill.student_batch(examples, pad, judge.device)
+    batch = idistill.student_batch(examples, max(0, judge.pad), judge.device)
     student, layers = idistill.SiameseRewardModel(judge.model), tuple(pick_layers(judge, layers))
     reader, rows, found = teacher and teacher.model, None, []
     for is_swapped in (False, True) if teacher else (False,):
@@ -938,7 +939,7 @@ def fitted_pair(judge: Judge, pair: Pair) -> Pair:
     fitted = next(iter(judge.encoder.fit([pair], RESPONSES, "")))[0]
     if fitted is None:
         what = f"does not fit into the {judge.encoder.max_length} tokens of {judge.label}"
-        raise UserError(f"pair {pair.id or repr(pair.chosen[:30])}: {what}")
+        raise UserError(f"pair {data_prep.called(pair)}: {what}")
     chosen, rejected = fitted.responses
     return replace(pair, prompt=fitted.prompt, chosen=chosen, rejected=rejected)
 
@@ -951,7 +952,7 @@ def read_pair(judge: Judge, teacher: Judge | None, pair: Pair, args) -> list[dic
     (2, W) both; the map (W, W), its rows renormalised in their block."""
     pair = fitted_pair(judge, pair)
     example = judge.encoder([pair])[0]
-    is_cut = print_counts(judge, f"pair {pair.id}").get("cut for the teacher")
+    is_cut = "cut for the teacher" in print_counts(judge, f"pair {data_prep.called(pair)}")
     rows, _ = response_rows([example])
     attention = []
     for s, shares in zip((1, 2), judge.end_attention(rows, args.layers, args.batch_size)):
@@ -1625,13 +1626,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = ap.parse_args(argv)
     if not args.data:
         ap.error("--data is needed")
-    if getattr(args, "stages", 2) > 1000:
-        ap.error(f"--stages {args.stages}: at most 1000")
-    least = {"batch_size": 1, "max_length": 0, "limit": 0, "seed": 0, "stages": 2}
-    for name, low in least.items():
+    bounds = {"batch_size": (1,), "max_length": (0,), "limit": (0,), "seed": (0,)}
+    bounds["stages"] = (2, 1000)
+    for name, (low, *high) in bounds.items():
         value = getattr(args, name, low)
-        if value < low:
-            ap.error(f"--{name.replace('_', '-')} must be at least {low}, is {value}")
+        if value < low or value > max(high, default=value):
+            most = "".join(f" and at most {k}" for k in high)
+            ap.error(f"--{name.replace('_', '-')} must be at least {low}{most}, is {value}")
     if len(set(map(Path, args.models))) < len(args.models):
         ap.error("a model is named twice")
     args.names = display_names(args.models)
@@ -1648,20 +1649,23 @@ def check_outputs(args) -> None:
         if not path or data_prep.is_stream(path):
             continue
         place = Path(path).resolve()
-        aside = Path(f"{place}.unfinished")
+        aside = data_prep.unfinished(place)
         try:
             aside.parent.mkdir(parents=True, exist_ok=True)
             if place.is_dir():
                 raise OSError(0, "is a directory")
-            aside.touch()
-            aside.unlink()
+            if not aside.exists():
+                aside.touch()
+                aside.unlink()
         except OSError as why:
             raise UserError(f"--{flag} {path}: cannot be written ({why.strerror})") from None
-        if any(map(place.is_relative_to, inputs)):
-            taken[place] = "an input, or in the folder of one"
-        if place in taken:
-            raise UserError(f"--{flag} {path}: is {taken[place]}; choose another")
-        taken[place] = f"written by --{flag} too"
+        for target in (place, aside):
+            if any(map(target.is_relative_to, inputs)):
+                taken[target] = "an input, or in the folder of one"
+            if target in taken:
+                what = f"{target.name} is {taken[target]}; choose another"
+                raise UserError(f"--{flag} {path}: {what}")
+            taken[target] = f"written by --{flag} too"
     if args.plot:
         canvas()
         if Path(args.plot).suffix.lower() not in (".png", ".pdf", ".svg"):

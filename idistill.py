@@ -869,7 +869,7 @@ def fit(run: Run, phase: Phase) -> None:
 
 def not_finite(name: str, step: int, sums: dict, pairs: list[Pair]) -> UserError:
     """What to say when a loss turns to NaN or infinity."""
-    ids = ", ".join(p.id or repr(p.chosen[:30]) for p in pairs[:8])
+    ids = ", ".join(map(data_prep.called, pairs[:8]))
     what = f"loss {sums['loss']}, gradient norm {sums['grad_norm']}, on the pairs {ids} ..."
     advice = "the last checkpoint stays; try a lower learning rate or --dtype fp32"
     return UserError(f"{name} step {step}: not finite: {what}; {advice}")
@@ -1076,6 +1076,18 @@ def refuse_missing(name: str, model, keys: list[str], heads=()) -> None:
         raise UserError(f"{name}: {what}{there}")
 
 
+def reading_of(teacher: InteractionTeacher, max_length: int = 0) -> tuple:
+    """(tokenizer, tokens of its longest row) of a teacher, as Encoder takes them: no longer than
+    two sequences of the student, where a max_length is given."""
+    positions = positions_of(teacher.stock)
+    return teacher.tokenizer, min(positions, 2 * max_length or positions)
+
+
+def saved_class(config) -> str:
+    """The class that a checkpoint was saved from, "" where its config does not say."""
+    return (getattr(config, "architectures", None) or [""])[0]
+
+
 def pad_id_of(stock) -> int:
     return stock.config.get_text_config().pad_token_id
 
@@ -1095,8 +1107,9 @@ def choose_pad(tokenizer, rows: int) -> None:
     tokenizer.padding_side = "right"
     unfit = {None, tokenizer.eos_token_id}
     with suppress(UserError):  # nor one that may end the scored string
+        formatter = data_prep.Formatter(tokenizer)
         for last_word in ("yes", "\ue000"):
-            text = data_prep.Formatter(tokenizer)([{"role": "user", "content": "hi"}], last_word)
+            text = formatter([{"role": "user", "content": "hi"}], last_word)
             unfit.update(tokenizer(text, add_special_tokens=False)["input_ids"][-1:])
     candidates = (tokenizer.pad_token_id, tokenizer.unk_token_id, *tokenizer.all_special_ids)
     spare = [i for i in candidates if i not in unfit and i < rows]
@@ -1113,7 +1126,7 @@ def load_student(name: str, seed: int = 0, max_length: int = 0):
     """
     tokenizer = load_tokenizer(name)
     config = load(transformers.AutoConfig, name)
-    kind = (getattr(config, "architectures", None) or [""])[0]
+    kind = saved_class(config)
     if kind.endswith("ForSequenceClassification") and config.num_labels != 1:
         raise UserError(f"{name}: {kind} has {config.num_labels} labels, a reward model has 1")
     if type(config) not in transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
@@ -1297,7 +1310,7 @@ def load_teacher(name: str, seed: int = 0) -> InteractionTeacher:
     """A stock token classifier with one label in fp32, tried on four tokens. Raises UserError."""
     tokenizer = load_tokenizer(name)
     config = load(transformers.AutoConfig, name)
-    kind = (getattr(config, "architectures", None) or [""])[0]
+    kind = saved_class(config)
     labels, config.num_labels = config.num_labels, 1
     torch.manual_seed(seed + 1)
     if type(config) not in transformers.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING:
@@ -1371,14 +1384,13 @@ def maps_of_pair(student, teacher, prompt, chosen: str, rejected: str, layers=(-
         raise UserError(f"layers {layers}: {what}")
     probe_student(model, model.stock.name_or_path, 0, layers)
     length = positions_of(model.stock)
-    of_teacher = (teacher.tokenizer, positions_of(teacher.stock))
     if not (isinstance(chosen, str) and isinstance(rejected, str)):
         raise UserError("chosen and rejected must be texts")
     try:
         pair = Pair(data_prep.check_messages(prompt, "prompt"), chosen, rejected)
     except ValueError as why:
         raise UserError(str(why)) from None
-    examples = Encoder(tokenizer, length, "truncate", *of_teacher)([pair])
+    examples = Encoder(tokenizer, length, "truncate", *reading_of(teacher))([pair])
     if not examples:
         raise UserError(f"the pair does not fit into the student's {length} positions")
     batch = student_batch(examples, pad_id_of(model.stock), model.stock.device)
@@ -1546,7 +1558,7 @@ def encode_all(cfg: Config, model, tokenizer, teacher, pairs, held_pairs, counts
     """
     of_teacher = ()
     if teacher is not None:
-        of_teacher = (teacher.tokenizer, min(positions_of(teacher.stock), 2 * cfg.max_length))
+        of_teacher = reading_of(teacher, cfg.max_length)
     encoder, encoded = Encoder(tokenizer, cfg.max_length, cfg.overlong, *of_teacher), {}
     for name, part in {"training": pairs, **held_pairs}.items():
         encoder.counts.clear()
@@ -1559,7 +1571,8 @@ def encode_all(cfg: Config, model, tokenizer, teacher, pairs, held_pairs, counts
             runs = [np.concatenate([ids for ids, _ in e.runs]) for e in examples]
             read.append((cfg.teacher, teacher.stock, runs))
         for model_name, stock, rows in read:
-            known, largest = stock.get_input_embeddings().num_embeddings, np.concatenate(rows).max()
+            known = stock.get_input_embeddings().num_embeddings
+            largest = max(row.max(initial=0) for row in rows)
             if largest >= known:
                 what = f"the pairs hold the token id {largest}, the model has {known} embeddings"
                 raise UserError(f"{model_name}: {what}")
@@ -1780,7 +1793,7 @@ class Run:
         """CRC-32 of each file of training and validation pairs, also of those inside folders."""
         files = []
         for source in [*self.cfg.data, *self.cfg.val_data]:
-            path = Path(source if Path(source).exists() else source.rpartition(":")[0] or source)
+            path = Path(data_prep.without_split(source)[0])
             files += filter(Path.is_file, [path, *sorted(path.rglob("*"))])
         return {str(path): zlib.crc32(path.read_bytes()) for path in files}
 

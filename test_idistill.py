@@ -1830,6 +1830,8 @@ def test_splits_share_no_prompt(tmp_path, capsys):
     shutil.copy(tmp_path / "out.jsonl.gz", raw)
     inside = ["hh-rlhf", "--subsets", "helpful-base", "--input", tmp_path / "raw", "--overwrite"]
     refused(capsys, data_prep.main, [*inside, "--out", raw], "is read too")
+    aside = shutil.copy(data, f"{data}.x.unfinished")  # what is written aside first
+    refused(capsys, data_prep.main, [aside, "--out", f"{data}.x"], "is read too")
 
 
 def test_leaks_are_said_of_real_data_alone(tmp_path, capsys):

@@ -297,8 +297,7 @@ def time_arms(args) -> dict[str, dict]:
 
     def examples_of(tokenizer, teacher):
         pairs, _ = read_pairs(args.data)
-        of_teacher = (teacher.tokenizer, idistill.positions_of(teacher.stock))
-        encoder = Encoder(tokenizer, args.max_length, "drop", *of_teacher)
+        encoder = Encoder(tokenizer, args.max_length, "drop", *idistill.reading_of(teacher))
         examples = encoder(pairs[: args.pairs], progress="encoding")
         return examples[: len(examples) // args.batch_size * args.batch_size]  # whole batches
 
@@ -381,9 +380,9 @@ def two_steps(args, arm: str, tokens: int, pairs: int) -> dict[str, float]:
         return random_pairs(pairs, tokens, (len(tokenizer), len(teacher.tokenizer)))
 
     setting = set_up(args, examples_of)
+    _, longest = idistill.reading_of(setting.teacher)
     for example in setting.examples:
-        room = idistill.positions_of(setting.teacher.stock) - 4
-        example.runs = cut_runs(example.runs, room)
+        example.runs = cut_runs(example.runs, longest - 4)
     optimizer = idistill.make_optimizer(setting.student, 0.0, 0.0)
     seconds = [train(setting, arm, [np.arange(pairs)], optimizer) for _ in range(2)]
     return {"seconds": seconds[1], "peak_bytes": peak_memory(setting.device)}

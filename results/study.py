@@ -887,8 +887,7 @@ def register_lexical(common: dict, run: Path) -> dict[str, list[float]]:
     """
     teacher = idistill.load_teacher(str(run / "teacher")).eval()
     tokenizer, cfg = load_tokenizer(common["model"]), idistill.Config(**common)
-    positions = idistill.positions_of(teacher.stock)
-    encoder = Encoder(tokenizer, cfg.max_length, "truncate", teacher.tokenizer, positions)
+    encoder = Encoder(tokenizer, cfg.max_length, "truncate", *idistill.reading_of(teacher))
     files = (cfg.data, cfg.val_data, cfg.eval_data, cfg.val_fraction, cfg.val_max, cfg.seed)
     target = LexicalTarget(teacher, encoder(read_splits(*files)[0]))
     idistill.ALIGN_TARGETS["lexical"] = target
@@ -905,8 +904,7 @@ def gate(most: str = "1500") -> None:
     teacher.stock.set_attn_implementation("eager")
     pairs = short_pairs(TRAIN_FILE, student, (0, PLANTED.splits["clean"][0], 90, None))
     pairs += short_pairs(TEST_FILE, student)
-    positions = idistill.positions_of(teacher.stock)
-    encoder = Encoder(load_tokenizer(student), 256, "truncate", teacher.tokenizer, positions)
+    encoder = Encoder(load_tokenizer(student), 256, "truncate", *idistill.reading_of(teacher))
     examples = encoder(pairs[: int(most)])
     counts = Counter(word.lower() for e in examples for word in e.words)
     rows = []
