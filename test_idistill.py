@@ -646,8 +646,9 @@ def naive_read(stock, ids: torch.Tensor):
     return reward, query[0], key[0], scale
 
 
-def naive_terms(stock, teacher: idistill.InteractionTeacher, example: Example, swap: bool) -> list:
-    """L_BT, L_intra and L_inter of one pair in float64, straight from the equations."""
+def naive_terms(stock, teacher, length: int, example: Example, runs: list, swap: bool) -> list:
+    """L_BT, L_intra and L_inter of one pair in float64, straight from the equations; the teacher's
+    runs are uncut, its row has at most `length` tokens."""
     # (E1) two ordinary rows, which share no computation
     x, y_c, y_r = (torch.from_numpy(example.ids[example.seg == s]) for s in (0, 1, 2))
     r_c, q_c, k_c, scale = naive_read(stock, torch.cat([x, y_c]))
@@ -656,11 +657,13 @@ def naive_terms(stock, teacher: idistill.InteractionTeacher, example: Example, s
     Q, K = torch.cat([q_c, q_r[:, len(x) :]], 1), torch.cat([k_c, k_r[:, len(x) :]], 1)
     n = Q.shape[1]
     S = naive_map(Q, K, scale, torch.ones(n, n))
-    # (E4)
+    # (E4) the oldest of x go where the row is too long
     cls, sep = teacher.tokenizer.cls_token_id, teacher.tokenizer.sep_token_id
-    x_run, *responses = example.runs
+    (x_ids, x_word), *responses = runs
+    lost = max(0, 4 + sum(len(ids) for ids, _ in runs) - length)
+    x_word = np.where(np.isin(x_word, x_word[:lost]), -1, x_word)  # a word that is cut is no word
     ids, word = [cls], [-1]
-    for run in [x_run, *responses[:: -1 if swap else 1]]:
+    for run in [(x_ids[lost:], x_word[lost:]), *responses[:: -1 if swap else 1]]:
         ids += [*run[0], sep]
         word += [*run[1], -1]
     teacher.stock.set_attn_implementation("eager")
@@ -683,9 +686,11 @@ def test_the_whole_method_against_one_pair_at_a_time(zoo, family, encoding):
     """Values and gradients of L: a padded batch in float32 against plain rows in float64."""
     model, tokenizer = student_of(zoo, family, encoding=encoding)
     teacher = teacher_of(zoo, "modernbert")
-    encoder = Encoder(tokenizer, 100, "truncate", teacher.tokenizer, teacher_length=30)
+    uncut = [e.runs for e in Encoder(tokenizer, 100, "truncate", teacher.tokenizer)(make_pairs(3))]
+    length = max(sum(len(ids) for ids, _ in runs) for runs in uncut) + 2
+    encoder = Encoder(tokenizer, 100, "truncate", teacher.tokenizer, length)
     examples = encoder(make_pairs(3))
-    assert encoder.counts["cut for the teacher"]  # it does not see all words that the student sees
+    assert encoder.counts["cut for the teacher"]  # at least one pair loses its first words
     swap, layers = np.array([True, False, True]), ((-1,), (-1,))
     batch = student_batch(examples, tokenizer.pad_token_id)
     rows = teacher_batch(examples, swap, teacher.tokenizer)
@@ -697,7 +702,8 @@ def test_the_whole_method_against_one_pair_at_a_time(zoo, family, encoding):
     stock, stock_teacher = (copy.deepcopy(m.stock).double() for m in (model, teacher))
     stock.zero_grad()
     precise = idistill.InteractionTeacher(stock_teacher, teacher.tokenizer)
-    bt, intra, inter = zip(*(naive_terms(stock, precise, *x) for x in zip(examples, swap)))
+    terms_of = functools.partial(naive_terms, stock, precise, length)
+    bt, intra, inter = zip(*map(terms_of, examples, uncut, swap))
     loss = sum(bt) + 0.5 * sum(intra) + 2 * sum(inter)
     (loss / 3).backward()
     for name, values in dict(bt=bt, intra=intra, inter=inter).items():
@@ -1848,7 +1854,8 @@ def test_leaks_are_said_of_real_data_alone(tmp_path, capsys):
     demo = [write_pairs(tmp_path / f"{k}.jsonl", some) for k, some in made.items()]
     pairs, sets, counts = data_prep.read_splits(demo[:1], [], demo * 2, 0.2, 99, seed=0)
     assert "warning" not in capsys.readouterr().out and counts["pairs"] == 600
-    assert list(sets)[1:3] == [demo[0], "other"] and len(sets) == 5  # no name is taken twice
+    assert list(sets)[1:3] == [demo[0], "other"] and set(demo) < set(sets)
+    assert len(sets) == 5  # no name is taken twice
     assert len(pairs) + len(sets["validation"]) == 600 and 60 < len(sets["validation"]) <= 99
 
 
