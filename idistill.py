@@ -247,7 +247,7 @@ def attention_map(query: Tensor, key: Tensor, scale: float, visible: Tensor) -> 
     """
     if query.shape[2] < LONG_ROW:
         return attention_probabilities(query, key, scale, visible).mean(dim=1)
-    # long rows, the same mean: one head at a time, recomputed in backward, so that no map is kept
+    # long rows, the same mean: one head at a time, recomputed in backward; no head's map is kept
     H, H_kv = query.shape[1], key.shape[1]
     total = 0
     for h, q in enumerate(query.split(1, dim=1)):
