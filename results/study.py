@@ -711,7 +711,6 @@ def draw_seeds(names: list[str], columns: dict[str, list[dict]], path: Path) -> 
 
 # --------------------------------- readings: one choice changed at a time on the generated language
 
-DEMO_TEACHER = {"teacher_epochs": 8.0, "teacher_lr": 2e-3}
 COLUMNS = ("validation", "in-distribution", "cue-neutral", "cue-reversed")
 READINGS = {  # against the demo's default: KL, last layer, frozen teacher of 8 epochs, lambda 1
     "default": {},
@@ -728,8 +727,6 @@ READINGS = {  # against the demo's default: KL, last layer, frozen teacher of 8 
     "verdict and map": {"lambda_score": 1.0},
     "clip apart": {"pull": "clip apart", "clip": 2.0},
     "warm-up": {"pull": "warm-up"},
-    "one-layer teacher": DEMO_TEACHER,
-    "one-layer teacher, to the first": {**DEMO_TEACHER, "align_layers": "0:0"},
     "BT": BT,
 }
 TARGETS = ("teacher", "shuffled", "column", "lexical", "uniform")
@@ -751,18 +748,6 @@ def demo_seed(seed: int) -> tuple[Path, dict]:
         **{"max_length": 128, "dtype": "fp32", "batch_size": 32, "lr": 1e-3, "epochs": 2.0},
         **{"eval_every": 400, "seed": seed, **frozen(here / "id")},
     }
-
-
-def one_layer_teacher(here: Path) -> str:
-    """The untrained teacher of a seed of the demo, without its second layer."""
-    to = here / "models/one-layer-teacher"
-    if not to.exists():
-        teacher = idistill.load_teacher(str(here / "models/teacher"))
-        inner, config = teacher.stock.model, teacher.stock.config
-        inner.layers, config.layer_types = inner.layers[:1], config.layer_types[:1]
-        config.num_hidden_layers = 1
-        idistill.save_stock(teacher.stock, teacher.tokenizer, to)
-    return str(to)
 
 
 def readings(seeds: str = "5", *names: str) -> None:
@@ -787,19 +772,14 @@ def readings(seeds: str = "5", *names: str) -> None:
             continue
         if is_new and name.startswith("lexical"):
             register_lexical(common, here / "id")
-        if name.startswith("one-layer"):
-            common["teacher"] = one_layer_teacher(here)
-        results = read_json(train(folder, **{**common, **READINGS[name]}) / "results.json")
-        row = out.setdefault(name, {key: [] for key in ("commit", "pull", "teacher", *COLUMNS)})
-        row["teacher"].append(results["sets"]["cue-reversed"]["teacher"])
+        results = read_json(train(folder, **common, **READINGS[name]) / "results.json")
+        row = out.setdefault(name, {key: [] for key in ("commit", "pull", *COLUMNS)})
         row["commit"].append((folder / "commit").read_text())
         row["pull"].append(read_json(folder / "pull.json"))
         for column in COLUMNS:
             row[column].append(results["sets"][column]["student"])
     here, common = demo_seed(0)
-    teachers = {"two layers": here / "id", "one layer": here / "readings/one-layer-teacher"}
-    there = {layers: run for layers, run in teachers.items() if (run / "results.json").exists()}
-    distances = {layers: register_lexical(common, run) for layers, run in there.items()}
+    distances = register_lexical(common, here / "id")
     save_json("readings.json", {"demo": demo, "distances": distances, "readings": out})
     print("\naccuracy %, mean ± standard error over seeds")
     rows = {name: ["", *over_seeds(row.values())] for name, row in demo.items()}
