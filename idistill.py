@@ -1912,26 +1912,32 @@ class Run:
 # The demo's flags; the teacher's recipe was chosen by validation accuracy.
 DEMO = dict(batch_size=32, lr=1e-3, teacher_lr=2e-3, epochs=2.0, teacher_epochs=8.0)
 DEMO |= dict(max_length=128, dtype="fp32", eval_every=400, log_every=20)
-DEMO_LAYERS = 2  # of student and teacher
+DEMO_LAYERS = (2, 1)  # of student and teacher
+DEMO_MAP = {"align_layers": "0:0"}  # the teacher's one layer, taught early enough to be used
 DEMO_SETS = ("in-distribution", "cue-neutral", "cue-reversed")  # the cue is right in 90, 50, 10 %
 DEMO_ARMS = {  # name -> folder, purpose, flags
     "BT": ("bt", "the plain reward model", {"method": "bt"}),
-    "ID": ("id", "the method: a teacher, then a student pulled to its map", {}),
-    "ID, uniform target": ("uniform", "control: a map of nothing", {"align_target": "uniform"}),
+    "ID": ("id", "the method: a teacher, then a student pulled to its map", DEMO_MAP),
+    "ID, uniform target": (
+        "uniform",
+        "control: a map of nothing",
+        {**DEMO_MAP, "align_target": "uniform"},
+    ),
 }
 
 
 def make_demo_models(here: Path, seed: int) -> None:
     """A word-level Llama and a word-level ModernBERT, untrained, as ordinary directories."""
     tokenizer = load_tokenizer(str(here / "data"))
-    size = dict(vocab_size=len(tokenizer), hidden_size=64, num_hidden_layers=DEMO_LAYERS)
-    size |= dict(num_attention_heads=4, intermediate_size=128, max_position_embeddings=256)
+    size = dict(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128)
+    size |= dict(num_attention_heads=4, max_position_embeddings=256)
     size |= dict(pad_token_id=0, bos_token_id=2, eos_token_id=4, cls_token_id=2, sep_token_id=3)
     torch.manual_seed(seed)
-    student = transformers.LlamaForCausalLM(transformers.LlamaConfig(**size))
+    of_student, of_teacher = (dict(num_hidden_layers=k) for k in DEMO_LAYERS)
+    student = transformers.LlamaForCausalLM(transformers.LlamaConfig(**size, **of_student))
     # all layers global, larger initial weights: with 0.02, or a post-norm BERT, it does not learn
     extra = dict(num_labels=1, initializer_range=0.1, global_attn_every_n_layers=1)
-    config = transformers.ModernBertConfig(**size, **extra)
+    config = transformers.ModernBertConfig(**size, **of_teacher, **extra)
     teacher = transformers.ModernBertForTokenClassification(config)
     for model, name in ((student, "student"), (teacher, "teacher")):
         model.save_pretrained(here / "models" / name)
@@ -2027,7 +2033,7 @@ def demo(cfg: Config, typed: dict) -> None:
     typed: {field of cfg: value} of the flags on the command line.
     """
     check_config(replace(cfg, model="-", teacher="-", data=["-"], output_dir="-"))
-    parse_layers(cfg.align_layers, DEMO_LAYERS, DEMO_LAYERS)
+    parse_layers(cfg.align_layers, *DEMO_LAYERS)
     typed = as_typed(typed)
     if lacking := needed_fields(cfg):
         raise UserError(f"{', '.join(lacking.values())}: the demo's pairs lack {min(lacking)}")
@@ -2060,7 +2066,7 @@ def demo(cfg: Config, typed: dict) -> None:
         print("the cue falls towards 10. The teacher's map says what to read, a uniform one not.")
     folders = ["bt", "id", folder] if typed else ["bt", "id"]
     students = " ".join(f"{here}/{name}/student" for name in folders)
-    show = f"python eval.py show {students} --teacher {here}/id/teacher"
+    show = f"python eval.py show {students} --teacher {here}/id/teacher --layers 0"
     print(f"Files: {here}. Look closer:\n  {show} --data {here}/data/cue-reversed.jsonl")
 
 
@@ -2163,7 +2169,8 @@ def main(argv: list[str] | None = None) -> None:
         if not cfg.model:
             if cfg.teacher or cfg.data or cfg.val_data or cfg.eval_data:
                 raise UserError("--model is needed beside --teacher and data; without: the demo")
-            return demo(Config(**{**DEMO, **typed}), typed)
+            of_map = {} if cfg.method == "bt" else DEMO_MAP
+            return demo(Config(**{**DEMO, **of_map, **typed}), typed)
         print_table(train(cfg))
         folder = Path(cfg.output_dir) / "student"
         print(f"\nreward model: {folder}  (a stock AutoModelForSequenceClassification directory)")

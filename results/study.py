@@ -712,12 +712,12 @@ def draw_seeds(names: list[str], columns: dict[str, list[dict]], path: Path) -> 
 # --------------------------------- readings: one choice changed at a time on the generated language
 
 COLUMNS = ("validation", "in-distribution", "cue-neutral", "cue-reversed")
-READINGS = {  # against the demo's default: KL, last layer, frozen teacher of 8 epochs, lambda 1
+READINGS = {  # against the demo's default: KL, first layer, frozen teacher of 8 epochs, lambda 1
     "default": {},
     "mse": {"align_loss": "mse"},
     "mse, lambda 30": {"align_loss": "mse", "lambda_intra": 30.0, "lambda_inter": 30.0},
-    "middle layer": {"align_layers": "middle"},
-    "all layers": {"align_layers": "all"},
+    "last layer": {"align_layers": "last"},
+    "both layers": {"align_layers": "0:0,1:0"},
     "causal support": {"align_support": "causal"},
     "intra only": {"lambda_inter": 0.0},
     "inter only": {"lambda_intra": 0.0},
@@ -727,7 +727,7 @@ READINGS = {  # against the demo's default: KL, last layer, frozen teacher of 8 
     "verdict and map": {"lambda_score": 1.0},
     "clip apart": {"pull": "clip apart", "clip": 2.0},
     "warm-up": {"pull": "warm-up"},
-    "BT": BT,
+    "BT": {**BT, "align_layers": "last"},
 }
 TARGETS = ("teacher", "shuffled", "column", "lexical", "uniform")
 for target, weight in product(TARGETS, (0.1, 0.3, 1.0)):  # controls, their pull to be matched
@@ -746,7 +746,7 @@ def demo_seed(seed: int) -> tuple[Path, dict]:
         "data": [str(here / "data/train.jsonl")],
         "eval_data": [str(here / f"data/{name}.jsonl") for name in COLUMNS[1:]],
         **{"max_length": 128, "dtype": "fp32", "batch_size": 32, "lr": 1e-3, "epochs": 2.0},
-        **{"eval_every": 400, "seed": seed, **frozen(here / "id")},
+        **{"eval_every": 400, "seed": seed, **idistill.DEMO_MAP, **frozen(here / "id")},
     }
 
 
