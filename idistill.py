@@ -1982,7 +1982,7 @@ def demo_seed(cfg: Config, here: Path) -> dict[str, list[float]]:
     beside = spawned.Process(target=arms_beside, args=(cfg, here), daemon=True)
     beside.start()
     try:
-        demo_arm(cfg, here, "id")
+        demo_arm(cfg, here, "id", **DEMO_MAP)
         beside.join()
     finally:
         beside.terminate()
