@@ -529,7 +529,7 @@ def look_inside(judge: Judge, teacher: idistill.InteractionTeacher, pairs: list[
         rows = idistill.teacher_batch(few, order, teacher.tokenizer, judge.device)
         layers = ((-1,), (-1,))
         maps = idistill.interaction_maps(model, teacher, batch, rows, layers)
-        _, _, (S,), (T,), word_seg = maps
+        _, (S,), (T,), word_seg, _ = maps
         for name, block in zip(("kl_intra", "kl_inter"), idistill.block_masks(word_seg)):
             out[name] += idistill.alignment_loss(T, S, block).tolist()
     return out
@@ -713,8 +713,7 @@ def draw_seeds(names: list[str], columns: dict[str, list[dict]], path: Path) -> 
 
 DEMO_TEACHER = {"teacher_epochs": 8.0, "teacher_lr": 2e-3}
 COLUMNS = ("validation", "in-distribution", "cue-neutral", "cue-reversed")
-READINGS = {  # against the demo's default: KL, last layer, frozen teacher of 8 epochs, lambda 1
-    "default": {},
+READINGS = {  # one change each of the demo's ID: KL, last layer, teacher of 8 epochs, lambda 1
     "mse": {"align_loss": "mse"},
     "mse, lambda 30": {"align_loss": "mse", "lambda_intra": 30.0, "lambda_inter": 30.0},
     "middle layer": {"align_layers": "middle"},
@@ -730,7 +729,6 @@ READINGS = {  # against the demo's default: KL, last layer, frozen teacher of 8 
     "warm-up": {"pull": "warm-up"},
     "one-layer teacher": DEMO_TEACHER,
     "one-layer teacher, to the first": {**DEMO_TEACHER, "align_layers": "0:0"},
-    "BT": BT,
 }
 TARGETS = ("teacher", "shuffled", "column", "lexical", "uniform")
 for target, weight in product(TARGETS, (0.1, 0.3, 1.0)):  # controls, their pull to be matched
