@@ -808,9 +808,9 @@ def word_maps(judge: Judge, teacher: Judge | None, examples: list[Example], laye
             rows = idistill.teacher_batch(examples, swap, reader.tokenizer, teacher.device)
         with judge.amp():
             found.append(idistill.interaction_maps(student, reader, batch, rows, (layers, (-1,))))
-    _, _, S, _, word_seg = found[0]
-    T = sum(maps[0] for *_, maps, _ in found) / 2 if teacher else None
-    return sum(S) / len(S), T, word_seg.masked_fill(found[-1][-1] < 0, -1)
+    _, S, _, word_seg, _ = found[0]
+    T = sum(T for _, _, (T,), _, _ in found) / 2 if teacher else None
+    return sum(S) / len(S), T, word_seg.masked_fill(found[-1][3] < 0, -1)
 
 
 def teacher_agreement(judge: Judge, teacher: Judge, examples: list[Example], args) -> dict:

@@ -31,12 +31,14 @@ keys), d size of a head, D of a hidden state. s = segment: 0 prompt x, 1 chosen 
   simulated map    S = mean over heads of softmax(Q K^T / sqrt(d)), the mask lifted (B, n, n)   (E3)
   teacher          reads [CLS] x [SEP] y_a [SEP] y_b [SEP], (a, b) a random order of (c, r);
                    verdict = mean of a scalar per token over y_c - the same over y_r;
-                   loss -log sigmoid(verdict); its map T = mean over heads          (B, n, n)   (E4)
+                   loss -log sigmoid(verdict); scored: mean of both orders;
+                   its map T = mean over heads                                      (B, n, n)   (E4)
   word map         sum over the tokens of the attended word,
                    mean over the tokens of the attending word                       (B, W, W)   (E5)
   blocks           inter: a word of y_c and one of y_r, either way;  intra: all other word pairs
   alignment        L_intra = mean over rows i of KL(T_i || S_i), rows renormalised in the
-                   intra block;  L_inter = the same in the inter block                          (E6)
+                   intra block;  L_inter = the same in the inter block;  of several
+                   layers the mean                                                              (E6)
   total            L = L_BT + lambda_intra L_intra + lambda_inter L_inter                       (E7)
 
 Part 1 is the method. Part 2 trains it. Part 3 is what a program needs besides: models loaded and
@@ -71,6 +73,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from itertools import product
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -181,12 +184,21 @@ transformers.AttentionInterface.register(TAP, tapped_attention)
 AttentionMaskInterface.register(TAP, sdpa_mask)
 
 
+class Tapped(NamedTuple):
+    """What one layer's attention was computed from."""
+
+    query: Tensor  # (B, H, n, d), after rotation
+    key: Tensor  # (B, H_kv, n, d), after rotation
+    scale: float  # 1 / sqrt(d) as a rule
+    mask: Tensor | None  # (B or 1, 1, n, n), boolean or added to the logits; None = all is seen
+
+
 class AttentionTap:
-    """Keeps Q and K, after rotation, of chosen layers in one forward pass.
+    """Keeps Q and K of chosen layers in one forward pass.
 
         with AttentionTap(model, layers=(-1,)) as tap:
             model(...)
-        query, key, scale, mask = tap.kept[-1]
+        query, key = tap.kept[-1].query, tap.kept[-1].key
 
     The k-th call of attention is layer k; negative numbers count from the last. Attention stays
     fused everywhere: output_attentions=True would make it eager in every layer (1.6 times the
@@ -203,8 +215,9 @@ class AttentionTap:
 
     def see(self, query: Tensor, key: Tensor, scale: float | None, mask: Tensor | None) -> None:
         scale = query.shape[-1] ** -0.5 if scale is None else scale
-        self.kept[self.calls] = (query, key, scale, mask)
-        outdated = self.calls + min((0, *self.layers))  # too early for any negative number
+        self.kept[self.calls] = Tapped(query, key, scale, mask)
+        # no -k can mean a layer so far back: without this all Q and K would live till the end
+        outdated = self.calls + min((0, *self.layers))
         if outdated not in self.layers:
             self.kept.pop(outdated, None)
         self.calls += 1
@@ -279,9 +292,9 @@ class RewardModel(nn.Module):
         visible = (batch["seg"] != 3)[:, None, None, :]
         maps = []
         for layer in layers:
-            query, key, scale, _ = tap.kept[layer]
-            query, key = self.as_packed(query, batch), self.as_packed(key, batch)
-            maps.append(attention_map(query, key, scale, visible))
+            tapped = tap.kept[layer]
+            query, key = (self.as_packed(heads, batch) for heads in (tapped.query, tapped.key))
+            maps.append(attention_map(query, key, tapped.scale, visible))
         return rewards, maps
 
     def encode(self, batch: dict[str, Tensor]) -> Tensor:
@@ -331,13 +344,13 @@ class InteractionTeacher(nn.Module):
                 out = self.stock(**inputs)
             for layer in layers:
                 query, key, scale, mask = tap.kept[layer]
-                maps.append(attention_map(query, key, scale, self.visible(batch["mask"], mask)))
+                visible = self.visible(batch["mask"], mask)
+                maps.append(attention_map(query, key, scale, visible))
 
         # (E4) The verdict: mean over the tokens of y_c minus the same over y_r.
-        scalars, in_c, in_r = out.logits[..., 0].float(), batch["seg"] == 1, batch["seg"] == 2
-        mean_c = (scalars * in_c).sum(1) / in_c.sum(1).clamp_min(1)
-        mean_r = (scalars * in_r).sum(1) / in_r.sum(1).clamp_min(1)
-        return mean_c - mean_r, maps
+        scalars, seg = out.logits[..., 0].float(), batch["seg"]
+        v_c, v_r = ((scalars * (seg == s)).sum(1) / (seg == s).sum(1).clamp_min(1) for s in (1, 2))
+        return v_c - v_r, maps
 
     @staticmethod
     def visible(is_token: Tensor, layer_mask: Tensor | None) -> Tensor:
@@ -352,42 +365,37 @@ class InteractionTeacher(nn.Module):
 # -------------------------------------------------------------------------------- preference losses
 
 
-def bt_loss(r_c: Tensor, r_r: Tensor) -> Tensor:
-    """Bradley-Terry, per pair   (E2): (B,), (B,) -> (B,)."""
-    return -F.logsigmoid(r_c - r_r)
+# Each takes gap = r_c - r_r - margin, and the same with the label flipped, (B,) both; flip_rate,
+# the share of wrong labels reckoned with; strength (B,), an ensemble's mean r_c - r_r.
 
 
-# Each takes d = r_c - r_r - margin, and the same with the label flipped, (B,) both; flip_rate, the
-# share of wrong labels reckoned with; strength (B,), an ensemble's mean r_c - r_r.
+def bt_loss(gap: Tensor, *_) -> Tensor:
+    """Bradley-Terry of the pair as labelled   (E2): (B,) -> (B,)."""
+    return -F.logsigmoid(gap)
 
 
-def plain(d: Tensor, flipped: Tensor, flip_rate: float, strength: Tensor) -> Tensor:
-    """BT of the pair as labelled   (E2)."""
-    return -F.logsigmoid(d)
-
-
-def smooth(d: Tensor, flipped: Tensor, flip_rate: float, strength: Tensor) -> Tensor:
+def smooth(gap: Tensor, flipped: Tensor, flip_rate: float, strength: Tensor) -> Tensor:
     """Label smoothing: conservative BT (Mitchell's cDPO, Eq. 3; arXiv 2401.06080, Eq. 5)."""
-    return -(1 - flip_rate) * F.logsigmoid(d) - flip_rate * F.logsigmoid(flipped)
+    return -(1 - flip_rate) * F.logsigmoid(gap) - flip_rate * F.logsigmoid(flipped)
 
 
-def soft(d: Tensor, flipped: Tensor, flip_rate: float, strength: Tensor) -> Tensor:
+def soft(gap: Tensor, flipped: Tensor, flip_rate: float, strength: Tensor) -> Tensor:
     """Label smoothing only where an ensemble doubts the label (arXiv 2401.06080, section 2.5)."""
-    return smooth(d, flipped, flip_rate * (strength < 0), strength)
+    return smooth(gap, flipped, flip_rate * (strength < 0), strength)
 
 
-def robust(d: Tensor, flipped: Tensor, flip_rate: float, strength: Tensor) -> Tensor:
+def robust(gap: Tensor, flipped: Tensor, flip_rate: float, strength: Tensor) -> Tensor:
     """A loss whose mean over random flips is that of clean labels (arXiv 2403.00409); it can be
     negative."""
-    loss = -(1 - flip_rate) * F.logsigmoid(d) + flip_rate * F.logsigmoid(flipped)
+    loss = -(1 - flip_rate) * F.logsigmoid(gap) + flip_rate * F.logsigmoid(flipped)
     return loss / (1 - 2 * flip_rate)
 
 
-PREFERENCE_LOSSES = {"bt": plain, "smooth": smooth, "soft": soft, "robust": robust}
+PREFERENCE_LOSSES = {"bt": bt_loss, "smooth": smooth, "soft": soft, "robust": robust}
 
 
 def pair_loss(
-    rewards: Tensor, preference_loss="bt", flip_rate=0.1, margin=0.0, strength=0.0, signed=False
+    rewards: Tensor, *, preference_loss="bt", flip_rate=0.1, margin=0.0, strength=0.0, signed=False
 ) -> Tensor:
     """BT or one of its variants against wrong labels, per pair: (B, 2) -> (B,).
 
@@ -400,8 +408,8 @@ def pair_loss(
         signed: the margin changes its sign with the label, as strength does (Eq. 6 there).
     """
     difference, strength = rewards[:, 0] - rewards[:, 1], torch.as_tensor(strength)
-    d, flipped = difference - margin, -difference - (-margin if signed else margin)
-    return PREFERENCE_LOSSES[preference_loss](d, flipped, flip_rate, strength)
+    gap, flipped = difference - margin, -difference + (margin if signed else -margin)
+    return PREFERENCE_LOSSES[preference_loss](gap, flipped, flip_rate, strength)
 
 
 # ----------------------------------------------------------------- from token maps to word maps
@@ -415,12 +423,12 @@ def pool_words(token_map: Tensor, word: Tensor, W: int) -> Tensor:
     matrix takes 1.4 times as long at 150 tokens, 16 times at 8,192.
     """
     B, n = word.shape
-    place = word + 1  # place 0 takes the tokens that belong to no word
+    slot = word + 1  # slot 0 takes the tokens that belong to no word
     attended = token_map.new_zeros(B, n, W + 1)
-    attended = attended.scatter_add(2, place[:, None, :].expand(B, n, n), token_map)
+    attended = attended.scatter_add(2, slot[:, None, :].expand(B, n, n), token_map)
     sums = token_map.new_zeros(B, W + 1, W + 1)
-    sums = sums.scatter_add(1, place[:, :, None].expand(B, n, W + 1), attended)
-    tokens = token_map.new_zeros(B, W + 1).scatter_add(1, place, token_map.new_ones(B, n))
+    sums = sums.scatter_add(1, slot[:, :, None].expand(B, n, W + 1), attended)
+    tokens = token_map.new_zeros(B, W + 1).scatter_add(1, slot, token_map.new_ones(B, n))
     return sums[:, 1:, 1:] / tokens[:, 1:, None].clamp_min(1)
 
 
@@ -439,8 +447,9 @@ def interaction_maps(model: RewardModel, teacher, batch: dict, teacher_rows: dic
             pairs; None where a control needs no map of a teacher.
         layers: ((student's), (teacher's)), aligned in this order.
 
-    Returns rewards (B, 2); verdict (B,) or None; student's and teacher's word maps (B, W, W), one
-    for each layer (teacher's None without one); word_seg (B, W), -1 = unseen by one of the models.
+    Returns the first arguments of total_loss: rewards (B, 2); student's and teacher's word maps
+    (B, W, W), one for each layer (teacher's None without one); word_seg (B, W), -1 = unseen by one
+    of the models that are there; verdict (B,) or None.
     """
     word_seg = batch["word_seg"]
     W = word_seg.shape[1]
@@ -452,7 +461,7 @@ def interaction_maps(model: RewardModel, teacher, batch: dict, teacher_rows: dic
         word_seg = word_seg.masked_fill(~seen_words(teacher_rows["word"], W), -1)
     rewards, S = model(batch, layers[0])
     student_maps = [pool_words(token_map, batch["word"], W) for token_map in S]
-    return rewards, verdict, student_maps, teacher_maps, word_seg
+    return rewards, student_maps, teacher_maps, word_seg, verdict
 
 
 # -------------------------------------------------------------------------------------- alignment
@@ -463,7 +472,7 @@ TINY = 1e-30  # in logarithms and divisions; a larger one ends the gradient of k
 def block_masks(word_seg: Tensor, support: str = "full") -> tuple[Tensor, Tensor]:
     """Segments (B, W) of the words -> the block sets intra and inter, (B, W, W), True = inside.
 
-    support "causal" keeps what the student really attends: no later word, no inter block.
+    support "causal" keeps what the student really attends, by words: no later one, no inter block.
     """
     s_i, s_j = word_seg[:, :, None], word_seg[:, None, :]
     real = (s_i >= 0) & (s_j >= 0)
@@ -503,7 +512,8 @@ def alignment_loss(T: Tensor, S: Tensor, block: Tensor, kind: str = "kl") -> Ten
     return rows.sum(-1) / block.any(-1).sum(-1).clamp_min(1)
 
 
-# Teacher's word map and block (B, W, W), word_seg (B, W), a seed for each pair -> target (B, W, W)
+# Teacher's word map (None: no teacher) and block (B, W, W), word_seg (B, W), a seed for each pair
+# -> target (B, W, W), whose rows are renormalised in the block afterwards.
 
 
 def teacher_target(T, block, word_seg, seeds) -> Tensor:
@@ -559,12 +569,12 @@ def total_loss(
     align_loss="kl",
     align_target="teacher",
     align_support="full",
-    seeds=(),
+    shuffle_seeds=(),
     **preference,
 ) -> dict[str, Tensor]:
-    """Every term of L per pair, unweighted, (B,) each, and L itself as "loss"   (E7).
+    """The terms of L that there are per pair, unweighted, (B,) each, and L as "loss"   (E7).
 
-    Training logs the mean of each; a further key is logged too.
+    Training logs the mean of each; a further key is logged too. Alignment: nats a row under KL.
 
     Args:
         rewards: (B, 2), r_c and r_r.
@@ -572,10 +582,10 @@ def total_loss(
         word_seg: (B, W) segment of each word, -1 = unseen by one of the models.
         verdict: (B,), the teacher's; only lambda_score needs it.
         lambda_intra, lambda_inter: weights of the two alignment losses.
-        lambda_score: weight of MarginMSE against the verdict (arXiv 2010.02666).
+        lambda_score: weight of MarginMSE against the verdict, in one order (arXiv 2010.02666).
         center_rewards: weight of the squared sum of a pair's rewards (arXiv 2312.09244).
         align_loss, align_target, align_support: see ALIGN_LOSSES, ALIGN_TARGETS, block_masks.
-        seeds: one a pair, for the shuffled target.
+        shuffle_seeds: one a pair, for the shuffled target.
         preference: see pair_loss; whatever it says, its loss is the term "bt".
     """
     blocks = block_masks(word_seg, align_support)
@@ -583,7 +593,7 @@ def total_loss(
     target = ALIGN_TARGETS[align_target]
     for S, T in zip(student_maps, teacher_maps):
         intra, inter = (
-            alignment_loss(target(T, block, word_seg, seeds), S, block, align_loss)
+            alignment_loss(target(T, block, word_seg, shuffle_seeds), S, block, align_loss)
             for block in blocks
         )
         L_intra = L_intra + intra / len(student_maps)
@@ -601,11 +611,15 @@ def total_loss(
         + lambda_score * L_score
         + center_rewards * L_center
     )
-    return dict(loss=L, bt=L_BT, intra=L_intra, inter=L_inter, score=L_score, center=L_center)
+    terms = dict(loss=L, bt=L_BT, center=L_center)  # what nothing was computed for stays out
+    if student_maps:
+        terms |= dict(intra=L_intra, inter=L_inter)
+    return terms if verdict is None else terms | dict(score=L_score)
 
 
 # ==================================================================================================
-# Part 2: training. The method is complete above. RANK of WORLD is this process, see part 3.
+# Part 2: training. The method is complete above. RANK of WORLD is this process, run.scoring is
+# (pairs at once, device, autocast): see part 3.
 # ==================================================================================================
 
 
@@ -777,7 +791,8 @@ def learning_rate(step: int, steps: int, warmup: float) -> float:
 def plan_epoch(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
     """Steps of one epoch as index arrays: shuffled, then sorted by length in windows of 64 steps.
 
-    On HH-RLHF with 16 pairs a step: padding 58 % without, 22 % in windows of 8 steps, 5 % in 64.
+    On HH-RLHF with 16 pairs a step (measured, not kept): padding 58 % without, 22 % in windows of 8
+    steps, 5 % in 64.
     """
     rng = np.random.default_rng([seed, epoch, 11])
     order, steps = rng.permutation(len(lengths)), []
@@ -878,10 +893,13 @@ def not_finite(name: str, step: int, sums: dict, pairs: list[Pair]) -> UserError
 # -------------------------------------------------------------- a whole run, from pairs to table
 
 
-LOSS_OPTIONS = (  # arguments of total_loss that are flags too
-    *("lambda_intra", "lambda_inter", "lambda_score", "center_rewards", "preference_loss"),
-    *("align_loss", "align_target", "align_support", "flip_rate"),
+SPLIT_OPTIONS = (  # arguments of read_splits that are flags too
+    *("data", "val_data", "eval_data", "val_fraction", "val_max", "seed"),
+    *("label_noise", "flip_negative_strength"),
 )
+LOSS_OPTIONS = [  # arguments of total_loss and pair_loss that are flags too
+    f.name for f in fields(Config) for of in (total_loss, pair_loss) if f.name in of.__kwdefaults__
+]
 
 
 def distillation_terms(model, teacher, part: list[Example], swap, layers, seeds, cfg) -> dict:
@@ -898,7 +916,7 @@ def distillation_terms(model, teacher, part: list[Example], swap, layers, seeds,
     batch = student_batch(part, pad_id_of(model.stock), device)
     if teacher is not None:
         rows = teacher_batch(part, swap, teacher.tokenizer, device)
-    rewards, verdict, S, T, word_seg = interaction_maps(model, teacher, batch, rows, layers)
+    read = interaction_maps(model, teacher, batch, rows, layers)
     options = {name: getattr(cfg, name) for name in LOSS_OPTIONS}
     extras = {
         name: torch.tensor([getattr(e.pair, name) for e in part], device=device)
@@ -906,8 +924,7 @@ def distillation_terms(model, teacher, part: list[Example], swap, layers, seeds,
     }
     options |= dict(margin=extras.get(cfg.margin_field, 0.0), strength=extras.get("strength", 0.0))
     options["signed"] = cfg.margin_field == "strength"
-    terms = total_loss(rewards, S, T, word_seg, verdict, seeds=seeds, **options)
-    return {**terms, "rewards": rewards.detach()}
+    return {**total_loss(*read, shuffle_seeds=seeds, **options), "rewards": read[0].detach()}
 
 
 def train_teacher(run: Run, teacher, examples, validation, swaps) -> None:
@@ -918,7 +935,7 @@ def train_teacher(run: Run, teacher, examples, validation, swaps) -> None:
         part, swap = [examples[i] for i in index], swaps(index, epoch)
         verdict, _ = teacher(teacher_batch(part, swap, tokenizer, run.device))
         rewards = torch.stack([verdict, -verdict], dim=1).detach() / 2
-        return {"loss": bt_loss(verdict, torch.zeros_like(verdict)), "rewards": rewards}
+        return {"loss": bt_loss(verdict), "rewards": rewards}
 
     def validate():
         verdicts = teacher_verdicts(teacher, validation, *run.scoring)
@@ -955,9 +972,9 @@ def train(cfg: Config) -> dict:
     """
     needs_teacher = check_config(cfg)
     with Run(cfg) as run:
-        noise = dict(label_noise=cfg.label_noise, flip_negative_strength=cfg.flip_negative_strength)
-        args = (cfg.data, cfg.val_data, cfg.eval_data, cfg.val_fraction, cfg.val_max, cfg.seed)
-        pairs, held_pairs, counts = data_prep.read_splits(*args, needed=needed_fields(cfg), **noise)
+        options = {name: getattr(cfg, name) for name in SPLIT_OPTIONS}
+        read = data_prep.read_splits(**options, needed=needed_fields(cfg))
+        pairs, held_pairs, counts = read
         resumes_student = run.saved is not None and run.saved[0] == "student"
         is_trained = resumes_student and cfg.teacher_epochs > 0  # its teacher is in RUN/teacher
         model, tokenizer, teacher, layers = load_models(run, needs_teacher, is_trained)
@@ -1398,7 +1415,7 @@ def maps_of_pair(student, teacher, prompt, chosen: str, rejected: str, layers=(-
     modes = [(m, m.training) for m in (model.stock, teacher.stock)]
     for m, _ in modes:
         m.eval()
-    _, _, S, T, word_seg = interaction_maps(model, teacher, batch, rows, (layers, layers))
+    _, S, T, word_seg, _ = interaction_maps(model, teacher, batch, rows, (layers, layers))
     for m, was_training in modes:
         m.train(was_training)
     seen = (word_seg[0] >= 0).cpu()
@@ -2114,7 +2131,7 @@ def typed_flags(argv: list[str] | None = None) -> dict:
         value = getattr(config, f.name)
         kinds = {bool: {"action": "store_true"}, list: {"nargs": "+"}}
         kind = kinds.get(type(value), {"type": type(value), "choices": f.metadata["choices"]})
-        shown = "" if value in ("", [], False) else f" (default: {value})"
+        shown = "" if value is False or value in ("", []) else f" (default: {value})"
         about = f.metadata["help"] + shown
         group.add_argument(option_of(f.name), default=argparse.SUPPRESS, help=about, **kind)
     return vars(parser.parse_args(argv))

@@ -134,23 +134,21 @@ def two_row_loss(setting: Setting, part: list[Example]) -> Tensor:
     mask = idistill.stack_rows([np.ones(len(row)) for row in rows], 0, setting.device)
     out = stock(input_ids=ids, attention_mask=mask, use_cache=False)
     r_c, r_r = out.logits[:, 0].float().chunk(2)
-    return idistill.bt_loss(r_c, r_r)
+    return idistill.bt_loss(r_c - r_r)
 
 
 def packed_loss(setting: Setting, part: list[Example]) -> Tensor:
     """c: plain BT as idistill.py trains it -> (B,)."""
     rewards, _ = setting.student(setting.student_rows(part))
-    return idistill.bt_loss(*rewards.T)
+    return idistill.bt_loss(rewards[:, 0] - rewards[:, 1])
 
 
 def method_loss(setting: Setting, part: list[Example]) -> Tensor:
     """d: interaction distillation as idistill.py trains it, last layer to last layer -> (B,)."""
     batches = setting.student_rows(part), setting.teacher_rows(part)
     last = (-1,), (-1,)
-    rewards, verdict, S, T, word_seg = idistill.interaction_maps(
-        setting.student, setting.teacher, *batches, last
-    )
-    return idistill.total_loss(rewards, S, T, word_seg, verdict)["loss"]
+    read = idistill.interaction_maps(setting.student, setting.teacher, *batches, last)
+    return idistill.total_loss(*read)["loss"]
 
 
 def eager_loss(setting: Setting, part: list[Example]) -> Tensor:

@@ -529,7 +529,7 @@ def look_inside(judge: Judge, teacher: idistill.InteractionTeacher, pairs: list[
         rows = idistill.teacher_batch(few, order, teacher.tokenizer, judge.device)
         layers = ((-1,), (-1,))
         maps = idistill.interaction_maps(model, teacher, batch, rows, layers)
-        _, _, (S,), (T,), word_seg = maps
+        _, (S,), (T,), word_seg, _ = maps
         for name, block in zip(("kl_intra", "kl_inter"), idistill.block_masks(word_seg)):
             out[name] += idistill.alignment_loss(T, S, block).tolist()
     return out
@@ -712,8 +712,7 @@ def draw_seeds(names: list[str], columns: dict[str, list[dict]], path: Path) -> 
 # --------------------------------- readings: one choice changed at a time on the generated language
 
 COLUMNS = ("validation", "in-distribution", "cue-neutral", "cue-reversed")
-READINGS = {  # against the demo's default: KL, first layer, frozen teacher of 8 epochs, lambda 1
-    "default": {},
+READINGS = {  # one change each of the demo's ID: KL, first layer, teacher of 8 epochs, lambda 1
     "mse": {"align_loss": "mse"},
     "mse, lambda 30": {"align_loss": "mse", "lambda_intra": 30.0, "lambda_inter": 30.0},
     "last layer": {"align_layers": "last"},
@@ -727,7 +726,6 @@ READINGS = {  # against the demo's default: KL, first layer, frozen teacher of 8
     "verdict and map": {"lambda_score": 1.0},
     "clip apart": {"pull": "clip apart", "clip": 2.0},
     "warm-up": {"pull": "warm-up"},
-    "BT": {**BT, "align_layers": "last"},
 }
 TARGETS = ("teacher", "shuffled", "column", "lexical", "uniform")
 for target, weight in product(TARGETS, (0.1, 0.3, 1.0)):  # controls, their pull to be matched
