@@ -770,7 +770,7 @@ def readings(seeds: str = "5", *names: str) -> None:
             continue
         if is_new and name.startswith("lexical"):
             register_lexical(common, here / "id")
-        results = read_json(train(folder, **common, **READINGS[name]) / "results.json")
+        results = read_json(train(folder, **{**common, **READINGS[name]}) / "results.json")
         row = out.setdefault(name, {key: [] for key in ("commit", "pull", *COLUMNS)})
         row["commit"].append((folder / "commit").read_text())
         row["pull"].append(read_json(folder / "pull.json"))
