@@ -225,11 +225,12 @@ def as_messages(prompt: str | list[dict]) -> list[dict]:
 # "chat_history", "image_url", "available_tools", but no "question_id" and no "num_images".
 TASK_FIELD = re.compile(
     r"(?!(?:has|is|n|num)_)(?:.*_)?"
-    r"(?:(?:article|attachment|audio|background|context|conversation|demonstration|dialog|dialogue|"
-    r"document|evidence|function|image|input|instruction|message|paragraph|passage|photo|picture|"
-    r"preamble|premise|question|screenshot|snippet|tool|video)s?|history|knowledge|kwargs|media|"
-    r"persona|query|thinking|reasoning(?:_content|_details)?)"
-    r"(?:_(?:text|data|path|url|base64|bytes|call|definition|schema|list)s?)?"
+    r"(?:(?:article|attachment|audio|background|choice|context|conversation|demonstration|dialog|"
+    r"dialogue|document|evidence|function|image|input|instruction|message|option|paragraph|passage|"
+    r"photo|picture|pixel_value|post|preamble|premise|question|screenshot|snippet|tool|turn|video)s?|"
+    r"history|knowledge|kwargs|media|persona|prefill|preprompt|query|user_prompt|thinking|"
+    r"reasoning(?:_content|_details)?)"
+    r"(?:_(?:text|data|path|url|base64|bytes|call|definition|schema|list|chosen|rejected)s?)?"
 )
 SYSTEM_FIELD = re.compile(r"system(_(prompt|message|instructions?|text))?|sys_prompt")
 OWN_FIELDS = {"prompt", "chosen", "rejected", "responses", "gold"}
@@ -251,14 +252,27 @@ def is_named(kind: re.Pattern, name: str) -> bool:
     return bool(kind.fullmatch(re.sub(r"(?<=[a-z])(?=[A-Z])|[^\w]", "_", name).lower()))
 
 
+def texts_in(value) -> list[str]:
+    """All texts inside a value, and numbers as texts."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        return list(chain.from_iterable(map(texts_in, value)))
+    return [] if value is None else [str(value)]
+
+
 def refuse_fields(holder: dict, own: set[str], where: str = "") -> None:
     """Raises UnusableField for a field that changes the task, has content, and is not used here.
-    One that only repeats what prompt, chosen or rejected hold says nothing new."""
+    A number (a turn's, say) changes nothing, nor do texts that prompt, chosen or rejected repeat:
+    those of one or two words as a whole text there."""
     for name, value in holder.items():
-        if name in own or not value or is_empty(value) or not is_named(TASK_FIELD, name):
+        is_number = isinstance(value, int | float)
+        if name in own or is_number or is_empty(value) or not is_named(TASK_FIELD, name):
             continue
-        used = json.dumps([holder.get(k) for k in ("prompt", "chosen", "rejected")], default=str)
-        if json.dumps(value, default=str) not in used:
+        said = ["user", "assistant"]
+        said += texts_in([holder.get(k) for k in ("prompt", "chosen", "rejected")])
+        new = [text for text in texts_in(value) if text not in said]
+        if any(len(words_of(text)) < 3 or not any(text in s for s in said) for text in new):
             why = f'{where}the field "{name}" changes the task and has no place here'
             raise UnusableField(name, f"{why}; write it into the prompt, or empty it")
 
@@ -417,6 +431,9 @@ def read_once(prompt: str, texts: list[str]) -> list[str]:
     return [without_blank(rest) for rest in rests]
 
 
+MESSAGES_AS_TEXT = re.compile(r"""\s*\[\s*\{\s*['"](role|content)['"]\s*:""")
+
+
 def parse_item(row: dict, sides: dict[str, str | list], counts: Counter):
     """(prompt, answers, labels) of a row and its {name: answer}, in any of the forms that the head
     of this file lists. Raises ValueError, UnusableField or UnusablePair."""
@@ -426,6 +443,8 @@ def parse_item(row: dict, sides: dict[str, str | list], counts: Counter):
     turns = split_dialogue(given, is_prompt=True) if isinstance(given, str) else None
     prompt = turns or ([] if is_empty(given) else check_messages(given, "prompt"))
     is_text = {isinstance(side, str) for side in texts}
+    if any(isinstance(y, str) and MESSAGES_AS_TEXT.match(y) for y in (given, *texts)):
+        raise ValueError("messages are written as a text (of a CSV file?); make them a JSON list")
     if len(is_text) > 1:
         raise ValueError(f"one of {' and '.join(sides)} is a text, the other is not")
     talks = [split_dialogue(text) for text in texts] if True in is_text else texts
@@ -433,6 +452,8 @@ def parse_item(row: dict, sides: dict[str, str | list], counts: Counter):
     if False in is_text or all(talk and (is_raw or holds(talk[:-1], prompt)) for talk in talks):
         prompt, texts = parse_conversations(dict(zip(sides, talks)), prompt)
     elif turns:
+        if all(re.match(r"\s*Assistant:", text) for text in texts):
+            texts = [text.partition("Assistant:")[2] for text in texts]
         texts = [without_blank(text) for text in texts]
     elif prompt:
         answers = read_once(given, texts) if isinstance(given, str) else texts
@@ -834,8 +855,8 @@ def read_splits(
     for name, flag in (needed or {}).items():
         if missing := sum(getattr(p, name) is None for p in pairs):
             which = f"{', '.join(data)}: {missing} of {len(pairs)} pairs lack the field {name}"
-            hint = "eval.py accuracy MODEL... --strength OUT writes strengths"
-            raise UserError(f"{which} that {flag} needs ({hint})")
+            hint = " (eval.py accuracy MODEL... --strength OUT writes strengths)"
+            raise UserError(f"{which} that {flag} needs" + hint * (name == "strength"))
     counts.update(repetitions(pairs)[1])
     held = {}
     if val_data:
@@ -1462,7 +1483,8 @@ def find_words(content: str, text: str, start: int, stop: int) -> list[tuple[int
     one that it left out."""
     words = words_of(content)[::-1]  # from the end: what goes is mostly the reasoning ahead
     there = [(a + start, b + start) for a, b in words_of(text[start:stop])][::-1]
-    said = [content[a:b] for a, b in words], [text[a:b] for a, b in there]
+    # a template may change the case
+    said = [content[a:b].casefold() for a, b in words], [text[a:b].casefold() for a, b in there]
     spans = [(-1, -1)] * len(words)
     for a, b, size in difflib.SequenceMatcher(None, *said).get_matching_blocks():
         spans[a : a + size] = there[b : b + size]
@@ -1759,10 +1781,17 @@ def check_args(args: argparse.Namespace) -> None:
         raise UserError(f"--out {args.out}: parts need the name of a file")
     if args.val_fraction + args.test_fraction >= 1:
         raise UserError("--val-fraction and --test-fraction leave no pairs to train on")
-    if args.responses and (args.responses < 2 or args.source != ["synthetic"]):
-        raise UserError(f"--responses {args.responses}: the source synthetic takes it, at least 2")
-    if args.input and args.source[0].partition(":")[0] not in ("hh-rlhf", *BENCHMARKS):
+    of_synthetic = ("pairs", "responses", "agreement", "seed")
+    typed = [name for name in of_synthetic if getattr(args, name) != NUMBERS[name][0]]
+    if typed and args.source != ["synthetic"]:
+        raise UserError(f"--{typed[0]}: only the source synthetic takes it")
+    if args.responses == 1:
+        raise UserError("--responses 1: at least 2")
+    source = args.source[0].partition(":")[0]
+    if args.input and source not in ("hh-rlhf", *BENCHMARKS):
         raise UserError("--input goes with hh-rlhf or a benchmark; other files are a SOURCE")
+    if args.subsets != HH_SUBSETS and (args.input or source != "hh-rlhf"):
+        raise UserError("--subsets: names folders of hh-rlhf on the hub, without --input")
 
 
 def read_source(args: argparse.Namespace) -> tuple[list, Counter]:

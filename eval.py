@@ -77,14 +77,15 @@ class Judge:
         if isinstance(self.model, InteractionTeacher):
             return self.verdicts(items, batch_size), [responses(item) for item in items]
         encode = self.question_answer_rows if self.pair_encoding else self.template_rows
-        texts, rows = [], {}  # equal strings are scored once (RM-Bench has many)
+        texts, rows, rewards = [], [], {}
         for encoded in encode(items, responses):
             texts.append([text for text, _ in encoded])
-            rows |= encoded
-        rewards = dict(zip(rows, self.score_rows(list(rows.values()), batch_size)))
+            rows.append([tuple(ids) for _, ids in encoded])
+        unique = list(dict.fromkeys(chain.from_iterable(rows)))  # RM-Bench repeats many
+        rewards = dict(zip(unique, self.score_rows(unique, batch_size)))
         out = np.full((len(items), max(len(responses(item)) for item in items)), np.nan, np.float32)
-        for row, strings in zip(out, texts):
-            row[: len(strings)] = [rewards[text] for text in strings]
+        for line, tokens in zip(out, rows):
+            line[: len(tokens)] = [rewards[ids] for ids in tokens]
         return out, texts
 
     def verdicts(self, pairs: list[Pair], batch_size: int) -> np.ndarray:
@@ -248,7 +249,7 @@ def is_teacher(name: str) -> bool:
     """Whether a model is an interaction teacher, by its config alone. Raises UserError for what is
     neither that nor a reward model."""
     if (Path(name) / "student" / "config.json").exists():
-        raise UserError(f"{name}: is a run, no model; give {name}/student (or {name}/teacher)")
+        raise UserError(f"{name}: is a run, no model; give {name}/student")
     config = idistill.load(transformers.AutoConfig, name)
     kind = idistill.saved_class(config) or "a model without architecture"
     if not kind.endswith(("ForSequenceClassification", "ForTokenClassification")):
@@ -1596,7 +1597,11 @@ FLAGS = {  # flag: (its verbs, "" for all; default; help)
     "--dump": ("accuracy", None, "file: a line a pair, RewardBench's keys, exact scored strings"),
     "--strength": ("accuracy", None, "file: the pairs, strength = mean margin of all models"),
     "--teacher": ("attention show", None, "RUN/teacher to compare the simulated maps with"),
-    "--layers": ("attention show", "last", "layers to average: last, all, or numbers as 0,-1"),
+    "--layers": (
+        "attention show",
+        "last",
+        "layers to average: last, all, or numbers, as --layers=-1,0",
+    ),
     "--stages": ("attention", 10, "stages, by token position"),
     "--span": ("attention", "response", "what is cut into stages: the response, all: prompt too"),
     "--pair": ("show", "0", "id of the pair, or its number from 0"),
@@ -1633,7 +1638,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         if value < low or value > max(high, default=value):
             most = "".join(f" and at most {k}" for k in high)
             ap.error(f"--{name.replace('_', '-')} must be at least {low}{most}, is {value}")
-    if len(set(map(Path, args.models))) < len(args.models):
+    if len({Path(model).resolve() for model in args.models}) < len(args.models):
         ap.error("a model is named twice")
     args.names = display_names(args.models)
     return args

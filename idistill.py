@@ -1494,6 +1494,13 @@ def check_config(cfg: Config) -> bool:
         cfg.lambda_intra = cfg.lambda_inter = 0.0
     has_maps = cfg.lambda_intra > 0 or cfg.lambda_inter > 0
     needs_teacher = cfg.lambda_score > 0 or (has_maps and cfg.align_target != "uniform")
+    if cfg.align_support == "causal" and not cfg.lambda_intra and has_maps:
+        raise UserError("--align-support causal has no inter block: give --lambda-intra above 0")
+    unread = {"flip_rate": cfg.preference_loss == "bt", "fsdp": WORLD == 1}
+    unread |= dict.fromkeys(("align_loss", "align_target", "align_support"), not has_maps)
+    for f in fields(cfg):
+        if unread.get(f.name) and getattr(cfg, f.name) != f.default:
+            print(f"warning: {option_of(f.name)} changes nothing here")
     defaults = {"output_dir": f"runs/{Path(cfg.model).name}-{cfg.method}"}
     if needs_teacher:
         defaults["teacher"] = "answerdotai/ModernBERT-base"
@@ -2188,6 +2195,8 @@ def main(argv: list[str] | None = None) -> None:
                 raise UserError("--model is needed beside --teacher and data; without: the demo")
             of_map = {} if cfg.method == "bt" else DEMO_MAP
             return demo(Config(**{**DEMO, **of_map, **typed}), typed)
+        if cfg.seeds > 1:
+            raise UserError("--seeds repeats the demo; with --model give --seed")
         print_table(train(cfg))
         folder = Path(cfg.output_dir) / "student"
         print(f"\nreward model: {folder}  (a stock AutoModelForSequenceClassification directory)")

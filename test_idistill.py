@@ -1411,6 +1411,8 @@ BAD_FLAGS = [  # what is said, flags (data may be rows)
     ("--max-length 5", dict(max_length=5)),
     ("--lr must be a finite number from 0, is -1.0", dict(lr=-1)),
     ("--lambda-score", dict(method="bt", lambda_score=1)),
+    ("--align-support causal", dict(align_support="causal", lambda_intra=0)),
+    ("--seeds", dict(seeds=2)),
     ("--align-loss needs --method id", dict(method="bt", align_loss="mse")),
     ("30 of 30 pairs lack the field strength", dict(preference_loss="soft")),
     ("--margin-field margin", dict(margin_field="margin")),
@@ -1545,6 +1547,7 @@ OF_QUESTION = {  # rows that all are the pair (user("q"), "a", "b")
     "HH, single line breaks": sides("Human: q\nAssistant: a", "Human: q\nAssistant: b"),
     "HH, empty prompt": sides(HH + " a", HH + " b", prompt=[]),
     "HH as the prompt": sides(" a", "b", prompt=HH),
+    "HH cut ahead of the answer": sides("\n\nAssistant: a", "Assistant: b", prompt=HH[:-12]),
     "HH as prompt and in the texts": sides(HH + " a", HH + " b", prompt=HH),
     "HH in the texts alone": sides(HH + " a", HH + " b", prompt="q"),
     "empty fields that would change the task": sides("a", "b", **EMPTY),
@@ -1572,6 +1575,10 @@ FORMS = {  # name -> (row, the fields of the pair it is)
     **{name: (row, (SYSTEM, "a", "b")) for name, row in OF_SYSTEM.items()},
     "HH, code": (sides(HH + " " + CODE[0], HH + "\n" + CODE[1]), (user("q"), *CODE)),
     "a dialogue that is quoted": (sides("a", "b", prompt=QUOTED), (user(QUOTED), "a", "b")),
+    "the prompt under other names": (
+        sides("a", "b", prompt=LONG, user_prompt=LONG, turns=[{"input": "What is 2"}], turn=1),
+        (user(LONG), "a", "b"),
+    ),
     "prompt again": (sides(LONG + " 4", LONG + "\n5", prompt=LONG), (user(LONG), "4", "5")),
     "prompt again, CJK": (sides(CJK + "好", CJK + "不", prompt=CJK), (user(CJK), "好", "不")),
     "a greeting in CJK": (
@@ -1625,7 +1632,7 @@ def with_field(**change) -> bytes:
 
 CALL = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "weather"}}]}
 THOUGHT = says("assistant", "a") | {"reasoning": "r"}
-TASK_FIELDS = "input chat_history image_url toolDefinitions documents chat_template_kwargs"
+TASK_FIELDS = "input chat_history image_url toolDefinitions documents chat_template_kwargs turns"
 REFUSED = {  # name -> (the file, what is said of line 2)
     "not JSON": (second(b"{oops"), "not JSON"),
     "a list": (second(b"[1]"), "not a JSON object"),
@@ -1642,6 +1649,7 @@ REFUSED = {  # name -> (the file, what is said of line 2)
     ),
     "content null": (with_field(prompt=user(None)), "content"),
     "unknown role": (with_field(prompt=[says("\x1b[31m", "hi")]), "x1b[31m"),
+    "messages as text": (with_field(chosen=json.dumps(ANSWER_A)), "written as a text"),
     "an image": (with_field(prompt=user([{"type": "image", "url": "u"}])), "type 'image'"),
     "two system turns": (with_field(prompt=SYSTEM, system="T"), "two system"),
     "half a surrogate pair": (with_field(chosen="\ud83d"), "surrogate"),
@@ -2588,6 +2596,8 @@ def test_hh_rlhf_from_files(tmp_path, capsys):
         (["synthetic", "--pairs", 0, "--out", "x"], "--pairs 0: must lie in 1 to 100000000"),
         (["synthetic", "--responses", 1, "--out", "x"], "--responses 1"),
         (["d.jsonl", "--input", "e.jsonl", "--out", "x"], "--input goes with"),
+        (["d.jsonl", "--pairs", 5, "--out", "x"], "--pairs: only the source synthetic"),
+        (["d.jsonl", "--subsets", "a", "--out", "x"], "--subsets"),
         (["d.jsonl", "--out", "."], "is a folder"),
         (["synthetic", "--pairs", 1, "--out", "x" * 300], "File name too long"),
     ],
