@@ -1790,8 +1790,9 @@ def check_args(args: argparse.Namespace) -> None:
     source = args.source[0].partition(":")[0]
     if args.input and source not in ("hh-rlhf", *BENCHMARKS):
         raise UserError("--input goes with hh-rlhf or a benchmark; other files are a SOURCE")
-    if args.subsets != HH_SUBSETS and (args.input or source != "hh-rlhf"):
-        raise UserError("--subsets: names folders of hh-rlhf on the hub, without --input")
+    has_folders = source == "hh-rlhf" and (not args.input or any(map(os.path.isdir, args.input)))
+    if args.subsets != HH_SUBSETS and not has_folders:
+        raise UserError("--subsets: only hh-rlhf takes it, from the hub or folders of --input")
 
 
 def read_source(args: argparse.Namespace) -> tuple[list, Counter]:
