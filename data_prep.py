@@ -263,11 +263,12 @@ def texts_in(value) -> list[str]:
 
 def refuse_fields(holder: dict, own: set[str], where: str = "") -> None:
     """Raises UnusableField for a field that changes the task, has content, and is not used here.
-    A number (a turn's, say) changes nothing, nor do texts that prompt, chosen or rejected repeat:
-    those of one or two words as a whole text there."""
+    Texts that prompt, chosen or rejected repeat say nothing new: those of one or two words as a
+    whole text there. Nor does the number of a turn, or of turns."""
     for name, value in holder.items():
-        is_number = isinstance(value, int | float)
-        if name in own or is_number or is_empty(value) or not is_named(TASK_FIELD, name):
+        if name in own or not value or is_empty(value) or not is_named(TASK_FIELD, name):
+            continue
+        if isinstance(value, int) and name in ("turn", "turns"):
             continue
         said = ["user", "assistant"]
         said += texts_in([holder.get(k) for k in ("prompt", "chosen", "rejected")])

@@ -1597,11 +1597,7 @@ FLAGS = {  # flag: (its verbs, "" for all; default; help)
     "--dump": ("accuracy", None, "file: a line a pair, RewardBench's keys, exact scored strings"),
     "--strength": ("accuracy", None, "file: the pairs, strength = mean margin of all models"),
     "--teacher": ("attention show", None, "RUN/teacher to compare the simulated maps with"),
-    "--layers": (
-        "attention show",
-        "last",
-        "layers to average: last, all, or numbers, as --layers=-1,0",
-    ),
+    "--layers": ("attention show", "last", "layers to average: last, all, numbers: --layers=-1,0"),
     "--stages": ("attention", 10, "stages, by token position"),
     "--span": ("attention", "response", "what is cut into stages: the response, all: prompt too"),
     "--pair": ("show", "0", "id of the pair, or its number from 0"),

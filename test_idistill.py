@@ -1666,6 +1666,7 @@ REFUSED = {  # name -> (the file, what is said of line 2)
         f"field {k}": (with_field(**{k: ["x"]}), f'the field "{k}" changes the task')
         for k in TASK_FIELDS.split()
     },
+    "a number of images": (with_field(images=3), 'the field "images" changes the task'),
 }
 APART = "1 the conversations part before their last turn"
 OTHER = "1 the conversations do not hold the prompt"
