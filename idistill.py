@@ -973,8 +973,7 @@ def train(cfg: Config) -> dict:
     needs_teacher = check_config(cfg)
     with Run(cfg) as run:
         options = {name: getattr(cfg, name) for name in SPLIT_OPTIONS}
-        read = data_prep.read_splits(**options, needed=needed_fields(cfg))
-        pairs, held_pairs, counts = read
+        pairs, held_pairs, counts = data_prep.read_splits(**options, needed=needed_fields(cfg))
         resumes_student = run.saved is not None and run.saved[0] == "student"
         is_trained = resumes_student and cfg.teacher_epochs > 0  # its teacher is in RUN/teacher
         model, tokenizer, teacher, layers = load_models(run, needs_teacher, is_trained)
@@ -1062,6 +1061,7 @@ def load(auto, name: str, **kwargs):
     """from_pretrained with errors in one line; no remote code; offline from the cache alone."""
     hint, folder = "", Path(name)
     if not folder.is_dir():
+        data_prep.hub_problem()  # without a network: offline from here on, in place of retries
         hint = " (no such directory, and as a hub id it could not be fetched)"
     elif (folder / "adapter_config.json").exists():
         hint = " (a peft adapter: merge it into its base model and save that)"
@@ -1496,10 +1496,10 @@ def check_config(cfg: Config) -> bool:
     needs_teacher = cfg.lambda_score > 0 or (has_maps and cfg.align_target != "uniform")
     if cfg.align_support == "causal" and not cfg.lambda_intra and has_maps:
         raise UserError("--align-support causal has no inter block: give --lambda-intra above 0")
-    unread = {"flip_rate": cfg.preference_loss == "bt", "fsdp": WORLD == 1}
-    unread |= dict.fromkeys(("align_loss", "align_target", "align_support"), not has_maps)
+    is_idle = {"flip_rate": cfg.preference_loss == "bt", "fsdp": WORLD == 1}
+    is_idle |= dict.fromkeys(("align_loss", "align_target", "align_support"), not has_maps)
     for f in fields(cfg):
-        if unread.get(f.name) and getattr(cfg, f.name) != f.default:
+        if is_idle.get(f.name) and getattr(cfg, f.name) != f.default:
             print(f"warning: {option_of(f.name)} changes nothing here")
     defaults = {"output_dir": f"runs/{Path(cfg.model).name}-{cfg.method}"}
     if needs_teacher:
@@ -2005,8 +2005,9 @@ def demo_seed(cfg: Config, here: Path) -> dict[str, list[float]]:
     spawned = multiprocessing.get_context("spawn")
     beside = spawned.Process(target=arms_beside, args=(cfg, here), daemon=True)
     beside.start()
+    folder, _, flags = DEMO_ARMS["ID"]
     try:
-        demo_arm(cfg, here, "id", **DEMO_MAP)
+        demo_arm(cfg, here, folder, **flags)
         beside.join()
     finally:
         beside.terminate()
